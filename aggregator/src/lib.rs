@@ -1,0 +1,3 @@
+//! The program of the operator: rounds, fusion, store, log, releases.
+
+#![forbid(unsafe_code)]

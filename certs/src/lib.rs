@@ -1,0 +1,3 @@
+//! Consortium certificate authority, node certificates and signing keys.
+
+#![forbid(unsafe_code)]

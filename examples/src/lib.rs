@@ -1,0 +1,3 @@
+//! Sample configurations shared by the examples.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! Wire types, signing, round rules, log and ledger formats of Consilium.
+
+#![forbid(unsafe_code)]

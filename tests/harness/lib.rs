@@ -1,0 +1,3 @@
+//! Cluster harness for the end-to-end tests.
+
+#![forbid(unsafe_code)]
