@@ -412,7 +412,7 @@ mod tests {
                 "{length} bytes were accepted"
             );
         }
-        let mut longer = bytes.clone();
+        let mut longer = bytes;
         longer.push(0);
         assert!(Shard::parse(&longer).is_err());
     }
