@@ -1,1 +1,23 @@
-//! Numeric operations of Consilium on slices.
+//! Numeric operations of Consilium on slices: values in, values out, no IO and no clock.
+//!
+//! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model permutes the
+//! rows of its output head once at load. Floats end where records begin: [`fusion`] is integer arithmetic
+//! on [`code`]s, so its results are the same bytes on every machine and any number of threads.
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod code;
+mod cpu;
+pub mod error;
+pub mod fusion;
+pub mod loss;
+pub mod records;
+mod reference;
+pub mod score;
+mod trie;
+pub mod vocab;
+
+pub use backend::Backend;
+pub use error::{FusionError, LossError, RecordError, ScoreError, VocabError};
+pub use records::{RecordShape, RecordView, Records, Symbol};
+pub use vocab::{TokenKind, Vocab};

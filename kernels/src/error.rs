@@ -1,0 +1,184 @@
+//! What can be wrong with the inputs of an operation; one enum per area.
+
+/// Why a list of tokens is not a vocabulary.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VocabError {
+    /// A byte token spells nothing; declare it as ignored.
+    #[error("token {id} has an empty byte string; declare it as ignored")]
+    EmptyToken {
+        /// Token id.
+        id: usize,
+    },
+    /// Nothing can end a record.
+    #[error("no token means end of record")]
+    NoEndOfRecord,
+    /// Nothing spells bytes.
+    #[error("no token spells bytes")]
+    NoByteTokens,
+    /// Ranks and offsets are `u32`.
+    #[error("more than 2^32 - 1 tokens or token bytes")]
+    TooLarge,
+}
+
+/// Why columns are not records.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// The number of slots is outside what the symbol space allows.
+    #[error("{k} slots per position, allowed are 1 to {max}")]
+    Slots {
+        /// Slots asked for.
+        k: usize,
+        /// Largest number of slots.
+        max: usize,
+    },
+    /// The fill is not a share of the mass.
+    #[error("fill of {permille} permille, allowed are 0 to 1000")]
+    Fill {
+        /// Fill asked for.
+        permille: u32,
+    },
+    /// A column does not have one entry per position (or slot).
+    #[error("{column} has {got} entries, expected {expected}")]
+    Length {
+        /// Name of the column.
+        column: &'static str,
+        /// Entries found.
+        got: usize,
+        /// Entries that the other columns ask for.
+        expected: usize,
+    },
+    /// Symbols of a position are not strictly ascending, or a slot follows an unused one.
+    #[error("symbols of position {position} are not ascending")]
+    Order {
+        /// Position in the record.
+        position: usize,
+    },
+    /// A slot that repeats its predecessor carries a code other than 255.
+    #[error("unused slot of position {position} carries a code")]
+    UnusedSlot {
+        /// Position in the record.
+        position: usize,
+    },
+    /// The masses of a position do not sum to one within what quantising explains.
+    #[error("position {position} has mass {permille} permille, expected 975 to 1025")]
+    Mass {
+        /// Position in the record.
+        position: usize,
+        /// Sum of all masses.
+        permille: u64,
+    },
+}
+
+/// Why logits could not be scored.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ScoreError {
+    /// A logit is NaN or infinite.
+    #[error("logit at row {row}, column {column} is not finite")]
+    NotFinite {
+        /// Row of the logits.
+        row: usize,
+        /// Rank of the token.
+        column: usize,
+    },
+    /// A logit of a branch forward is NaN or infinite.
+    #[error("branch logit at row {row}, column {column} is not finite")]
+    BranchNotFinite {
+        /// Row of the branch logits.
+        row: usize,
+        /// Rank of the token.
+        column: usize,
+    },
+    /// A slice does not have the size that tokens and vocabulary ask for.
+    #[error("{what} has {got} entries, expected {expected}")]
+    Length {
+        /// Name of the slice.
+        what: &'static str,
+        /// Entries found.
+        got: usize,
+        /// Entries expected.
+        expected: usize,
+    },
+    /// A target token is out of range, ignored or an end of record.
+    #[error("token {position} of the target has rank {rank}, which spells no bytes")]
+    NotAByteToken {
+        /// Index in the target.
+        position: usize,
+        /// Its rank.
+        rank: u32,
+    },
+    /// A branch is not an interior stop of its token, or branches are not in ascending order.
+    #[error("branch {index} is no interior stop of the target, or out of order")]
+    Branch {
+        /// Index among the branches.
+        index: usize,
+    },
+    /// The output or the shape is not a record's.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Why a loss could not be computed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum LossError {
+    /// A logit is NaN or infinite.
+    #[error("logit at row {row}, column {column} is not finite")]
+    NotFinite {
+        /// Row of the logits.
+        row: usize,
+        /// Rank of the token.
+        column: usize,
+    },
+    /// A slice does not have the size that tokens and vocabulary ask for.
+    #[error("{what} has {got} entries, expected {expected}")]
+    Length {
+        /// Name of the slice.
+        what: &'static str,
+        /// Entries found.
+        got: usize,
+        /// Entries expected.
+        expected: usize,
+    },
+    /// A label is out of range or ignored, or a target token spells no bytes.
+    #[error("label {position} has rank {rank}, which is no label here")]
+    Label {
+        /// Index among the labels.
+        position: usize,
+        /// Its rank.
+        rank: u32,
+    },
+    /// The weight is NaN or infinite.
+    #[error("weight is not finite")]
+    Weight,
+}
+
+/// Why records could not be fused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FusionError {
+    /// One weight per source.
+    #[error("{weights} weights for {sources} sources")]
+    Weights {
+        /// Weights given.
+        weights: usize,
+        /// Sources given.
+        sources: usize,
+    },
+    /// Weights are shares of 2^16.
+    #[error("weights sum to {sum}, expected 65536")]
+    WeightSum {
+        /// Their sum.
+        sum: u64,
+    },
+    /// Sources disagree about the item's length.
+    #[error("source {source_index} has {got} positions, expected {expected}")]
+    Positions {
+        /// Index of the source.
+        source_index: usize,
+        /// Its positions.
+        got: usize,
+        /// Positions of the first source, or of the item.
+        expected: usize,
+    },
+    /// The output or the shape is not a record's.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
