@@ -20,6 +20,7 @@ pub mod reference;
 pub mod reject;
 pub mod shard;
 pub mod time;
+pub mod transcript;
 
 pub use ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 pub use reject::RejectCode;
