@@ -2,7 +2,11 @@
 
 use serde::Serialize;
 
-use super::{Arm, Metric, SeedReport, recovered};
+use super::{
+    Arm, Metric, SeedReport,
+    format::{seconds, three},
+    recovered,
+};
 use crate::world::{Domain, RuleSet};
 
 /// Which side of its limit a value must lie on.
@@ -59,6 +63,15 @@ impl Bar {
             sense,
             limit,
             pass,
+        }
+    }
+
+    /// Fractions and bits take decimals, seconds do not.
+    pub(super) fn format(&self) -> fn(f64) -> String {
+        if self.limit.is_some_and(|limit| limit >= 10.0) {
+            seconds
+        } else {
+            three
         }
     }
 }

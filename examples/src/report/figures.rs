@@ -31,13 +31,13 @@ pub(super) fn learned(report: &Report) -> Vec<Figure> {
         Figure::of(
             "Bits per byte on the union",
             "Mean over the three domains on fresh text; lower is better. A source is good at home and poor elsewhere.",
-            by_arm(report, "Union bits per byte by arm", &[Metric::Union], &[]),
+            &by_arm(report, "Union bits per byte by arm", &[Metric::Union], &[]),
             report,
         ),
         Figure::of(
             "Fact accuracy",
             "180 facts, twelve candidate answers each. Public text holds every question with a random answer.",
-            by_arm(
+            &by_arm(
                 report,
                 "Fact accuracy by arm",
                 &[Metric::Facts],
@@ -48,7 +48,7 @@ pub(super) fn learned(report: &Report) -> Vec<Figure> {
         Figure::of(
             "Rule accuracy by combination set",
             "Two words decide a number. A: in private and public text. B: in public text only, with random numbers. C: in no training text.",
-            by_arm(
+            &by_arm(
                 report,
                 "Rule accuracy by arm and set",
                 &rules,
@@ -65,20 +65,20 @@ pub(super) fn run(report: &Report) -> Vec<Figure> {
         Figure::of(
             "Bytes sent per node",
             "Logarithmic scale. Dense: f16 logits over the source's whole vocabulary at the same positions; they were not sent.",
-            traffic(report),
+            &traffic(report),
             report,
         ),
         routing(report),
         Figure::of(
             "Truncation error of the merge",
             "What the merged adapters lose when their product is cut back to the rank, relative to its norm, by inner round.",
-            rounds(report),
+            &rounds(report),
             report,
         ),
         Figure::of(
             "Seconds per phase",
             "Wall clock. Phases may overlap, so they need not add up to the whole run.",
-            phases(report),
+            &phases(report),
             report,
         ),
     ];
@@ -87,12 +87,12 @@ pub(super) fn run(report: &Report) -> Vec<Figure> {
 }
 
 impl Figure {
-    fn of(title: &'static str, caption: &'static str, chart: Chart, report: &Report) -> Self {
+    fn of(title: &'static str, caption: &'static str, chart: &Chart, report: &Report) -> Self {
         Self {
             title,
             caption,
-            svg: bars(&chart),
-            table: table(&chart, report),
+            svg: bars(chart),
+            table: table(chart, report),
         }
     }
 }
@@ -251,6 +251,7 @@ fn rounds(report: &Report) -> Chart {
     };
     single(
         "Relative truncation error by inner round",
+        "error",
         (0..count).map(|round| (format!("inner round {}", round + 1), error(round))),
         percent,
     )
@@ -276,6 +277,7 @@ fn phases(report: &Report) -> Chart {
     let whole = report.seeds.iter().map(|seed| Some(seed.seconds)).collect();
     single(
         "Seconds per phase",
+        "time",
         rows.chain([("whole run".to_owned(), whole)]),
         seconds,
     )
@@ -283,12 +285,13 @@ fn phases(report: &Report) -> Chart {
 
 fn single(
     label: &str,
+    name: &'static str,
     rows: impl Iterator<Item = (String, Vec<Option<f64>>)>,
     format: fn(f64) -> String,
 ) -> Chart {
     Chart {
         label: label.to_owned(),
-        series: vec!["value"],
+        series: vec![name],
         rows: rows
             .map(|(label, values)| Row {
                 label,
@@ -306,14 +309,52 @@ fn single(
     }
 }
 
-/// The values that a chart draws: one column per seed, then mean and range when there are several.
+/// The values that a chart draws.
 fn table(chart: &Chart, report: &Report) -> Table {
-    let several = report.seeds.len() > 1;
-    let intervals = chart
+    if report.seeds.len() == 1 {
+        across(chart)
+    } else {
+        down(chart, report)
+    }
+}
+
+/// One seed: a column per series, each with its interval where there is one.
+fn across(chart: &Chart) -> Table {
+    let mut head = vec![String::new()];
+    for (at, series) in chart.series.iter().enumerate() {
+        head.push((*series).to_owned());
+        if intervals(chart, at) {
+            head.push("95 % interval".to_owned());
+        }
+    }
+    let row = |row: &Row| {
+        let mut cells = vec![row.label.clone()];
+        for (at, cell) in row.cells.iter().enumerate() {
+            let value = cell.values.first().copied().flatten();
+            cells.push(or_none(value, chart.format));
+            if intervals(chart, at) {
+                cells.push(cell.interval.map_or_else(String::new, |(low, high)| {
+                    format!("{} to {}", (chart.format)(low), (chart.format)(high))
+                }));
+            }
+        }
+        cells
+    };
+    Table {
+        head,
+        rows: chart.rows.iter().map(row).collect(),
+    }
+}
+
+fn intervals(chart: &Chart, series: usize) -> bool {
+    chart
         .rows
         .iter()
-        .flat_map(|row| &row.cells)
-        .any(|c| c.interval.is_some());
+        .any(|row| row.cells[series].interval.is_some())
+}
+
+/// Several seeds: a row per series, a column per seed, then mean and range.
+fn down(chart: &Chart, report: &Report) -> Table {
     let mut head = vec![String::new()];
     head.extend(
         report
@@ -321,42 +362,27 @@ fn table(chart: &Chart, report: &Report) -> Table {
             .iter()
             .map(|seed| format!("seed {}", seed.seed)),
     );
-    if several {
-        head.extend(["mean", "lowest", "highest"].map(str::to_owned));
-    } else if intervals {
-        head.push("95 % interval".to_owned());
-    }
+    head.extend(["mean", "lowest", "highest"].map(str::to_owned));
     let mut rows = Vec::new();
     for row in &chart.rows {
         for (cell, series) in row.cells.iter().zip(&chart.series) {
-            let label = if row.cells.len() > 1 {
-                format!("{}, {series}", row.label)
-            } else {
-                row.label.clone()
+            let label = match row.cells.len() {
+                1 => row.label.clone(),
+                _ => format!("{}, {series}", row.label),
             };
+            let spread = Spread::of(cell.values.iter().copied());
+            let parts = [
+                spread.map(|s| s.mean),
+                spread.map(|s| s.min),
+                spread.map(|s| s.max),
+            ];
             let mut cells = vec![label];
             cells.extend(
                 cell.values
                     .iter()
                     .map(|&value| or_none(value, chart.format)),
             );
-            let spread = Spread::of(cell.values.iter().copied());
-            if several {
-                let parts = [
-                    spread.map(|s| s.mean),
-                    spread.map(|s| s.min),
-                    spread.map(|s| s.max),
-                ];
-                cells.extend(parts.map(|part| or_none(part, chart.format)));
-            } else if let Some((low, high)) = cell.interval {
-                cells.push(format!(
-                    "{} to {}",
-                    (chart.format)(low),
-                    (chart.format)(high)
-                ));
-            } else if intervals {
-                cells.push(String::new());
-            }
+            cells.extend(parts.map(|part| or_none(part, chart.format)));
             rows.push(cells);
         }
     }

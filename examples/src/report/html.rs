@@ -9,6 +9,8 @@ use super::{
     recovered,
 };
 
+type Tile = (&'static str, Vec<Option<f64>>, fn(f64) -> String);
+
 const STYLE: &str = include_str!("style.css");
 
 const NOTES: &str = "<h2>How to read this</h2>
@@ -46,9 +48,9 @@ pub(super) fn render(report: &Report) -> String {
         page,
         "</section>\n<section class=\"notes\">\n{NOTES}\n</section>\n"
     );
-    let _ = write!(
+    let _ = writeln!(
         page,
-        "<footer>Made by <code>{}</code>. The same numbers are in <code>report.json</code>.</footer>\n",
+        "<footer>Made by <code>{}</code>. The same numbers are in <code>report.json</code>.</footer>",
         escape(&report.command)
     );
     page.push_str("</main>\n</body>\n</html>\n");
@@ -62,26 +64,31 @@ fn header(page: &mut String, report: &Report) {
         .flat_map(bars)
         .map(|bar| bar.pass)
         .collect();
-    let kept = all.iter().filter(|&&pass| pass).count();
+    let failed = all.iter().filter(|&&pass| !pass).count();
     let seeds: Vec<String> = report
         .seeds
         .iter()
         .map(|seed| seed.seed.to_string())
         .collect();
-    let (class, word) = if report.passed() {
-        ("holds", "holds")
+    let seeds = format!(
+        "seed{} {}",
+        if seeds.len() == 1 { "" } else { "s" },
+        seeds.join(", ")
+    );
+    let (class, verdict) = if report.passed() {
+        ("holds", format!("All {} bars hold, {seeds}", all.len()))
     } else {
-        ("fails", "fails")
+        (
+            "fails",
+            format!("{failed} of {} bars fail, {seeds}", all.len()),
+        )
     };
     let _ = write!(
         page,
         "<header>\n<p class=\"brand\">Consilium</p>\n<h1>Three institutions, one pivot</h1>\n\
          <p class=\"lead\">A clinic, a bank and an insurer trained at home and sent next-byte records of public text. \
          Its answers are random, so whatever is true below reached the pivot through records alone.</p>\n\
-         <p class=\"verdict {class}\"><strong>{word}</strong> {kept} of {} bars, seed{} {}</p>\n",
-        all.len(),
-        if seeds.len() == 1 { "" } else { "s" },
-        seeds.join(", ")
+         <p class=\"verdict {class}\">{verdict}</p>\n"
     );
     page.push_str("<ul class=\"key\">\n");
     let gain = |seed: &SeedReport| {
@@ -89,7 +96,7 @@ fn header(page: &mut String, report: &Report) {
         Some(100.0 * (1.0 - fused? / sft?))
     };
     let facts = |seed: &SeedReport| seed.value(Arm::Fused, Metric::Facts);
-    let tiles: [(&str, Vec<Option<f64>>, fn(f64) -> String); 4] = [
+    let tiles: [Tile; 4] = [
         (
             "fewer bits than SFT",
             report.seeds.iter().map(gain).collect(),
@@ -135,7 +142,7 @@ fn promises(page: &mut String, report: &Report) {
         // The limit of one bar is another arm's value and differs between seeds.
         let same = seeds.iter().all(|bars| bars[at].limit == bar.limit);
         let limit = if same {
-            or_none(bar.limit, three)
+            or_none(bar.limit, bar.format())
         } else {
             "per seed".to_owned()
         };
@@ -154,9 +161,9 @@ fn promises(page: &mut String, report: &Report) {
             let own = if same {
                 String::new()
             } else {
-                format!(" {} {}", bar.sense.sign(), or_none(bar.limit, three))
+                format!(" {} {}", bar.sense.sign(), or_none(bar.limit, bar.format()))
             };
-            let value = or_none(bar.value, three);
+            let value = or_none(bar.value, bar.format());
             let _ = write!(
                 page,
                 "<td>{value}{own} <em class=\"{class}\">{word}</em></td>"
@@ -172,7 +179,7 @@ fn section(page: &mut String, title: &str, figures: &[Figure]) {
     for figure in figures {
         let _ = write!(
             page,
-            "<figure>\n<h3>{}</h3>\n<figcaption>{}</figcaption>\n<div class=\"pair\">\n{}\n",
+            "<figure>\n<h3>{}</h3>\n<figcaption>{}</figcaption>\n<div class=\"pair\">\n<div class=\"wide\">{}</div>\n",
             escape(figure.title),
             escape(figure.caption),
             figure.svg

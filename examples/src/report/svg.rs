@@ -7,9 +7,9 @@ use super::{
     format::{NONE, escape, two},
 };
 
-const WIDTH: f64 = 720.0;
-const LABEL_END: f64 = 168.0;
-const PLOT_START: f64 = 180.0;
+const WIDTH: f64 = 960.0;
+const LABEL_END: f64 = 172.0;
+const PLOT_START: f64 = 184.0;
 const ROW_GAP: f64 = 13.0;
 
 /// A chart of horizontal bars, one row per thing compared.
@@ -120,7 +120,7 @@ impl Scale {
     fn ticks(&self) -> Vec<f64> {
         match self.axis {
             Axis::Linear => {
-                let step = step(self.to / 5.0);
+                let step = step(self.to / 6.0);
                 (0..=6)
                     .map(|n| f64::from(n) * step)
                     .filter(|&at| at <= self.to * 1.001)
@@ -204,10 +204,6 @@ pub(super) fn bars(chart: &Chart) -> String {
     svg + "</svg>"
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one bar needs its chart, its row and its place"
-)]
 fn draw(
     svg: &mut String,
     chart: &Chart,
@@ -278,7 +274,7 @@ fn draw(
 pub(super) fn shares(chart: &Shares) -> String {
     const THICK: f64 = 20.0;
     const PITCH: f64 = 29.0;
-    const START: f64 = 240.0;
+    const START: f64 = 224.0;
     let height = 30.0 + chart.rows.len() as f64 * PITCH;
     let mut svg = open(&chart.label, height);
     let mut x = START;
@@ -334,7 +330,9 @@ fn text(svg: &mut String, x: f64, y: f64, class: &str, content: &str) {
 /// Ticks are round numbers: no trailing zeros.
 fn tick_label(chart: &Chart, tick: f64) -> String {
     match chart.axis {
-        Axis::Log => (chart.format)(tick).replace(".00", ""),
+        Axis::Log => (chart.format)(tick)
+            .replace(".00 ", " ")
+            .replace(".0 ", " "),
         Axis::Linear if tick > 0.0 && tick < 0.1 => (chart.format)(tick),
         Axis::Linear => format!("{}", (tick * 1e6).round() / 1e6),
     }

@@ -16,8 +16,7 @@ fn tally(rate: f64, asked: u32) -> Tally {
     tally
 }
 
-/// Numbers of the pilot's size; `worse` lifts the bits of the fused arm.
-fn seed(seed: u64, worse: f64) -> SeedReport {
+fn arms(shift: f64, worse: f64) -> Vec<ArmResult> {
     let arm = |arm, bits: [f64; 3], facts: f64, rules: [f64; 3]| ArmResult {
         arm,
         bits,
@@ -25,8 +24,8 @@ fn seed(seed: u64, worse: f64) -> SeedReport {
         two_owners: tally(facts, 63),
         rules: rules.map(|rate| tally(rate, 150)),
     };
-    let shift = seed as f64 * 0.006;
-    let arms = vec![
+    let fused = [0.625, 0.62 + worse, 0.63].map(|bits| bits + shift);
+    vec![
         arm(
             Arm::Source(Domain::Clinic),
             [0.51, 2.52, 2.41],
@@ -54,9 +53,9 @@ fn seed(seed: u64, worse: f64) -> SeedReport {
         arm(Arm::Sft, [0.75, 0.742, 0.74], 0.117, [0.19, 0.25, 0.24]),
         arm(
             Arm::Fused,
-            [0.625, 0.62 + worse, 0.63].map(|bits| bits + shift),
-            0.961,
-            [0.82, 0.76, 0.65],
+            fused,
+            0.961 - shift,
+            [0.82, 0.76, 0.65 - 3.0 * shift],
         ),
         arm(
             Arm::Centralised,
@@ -65,7 +64,13 @@ fn seed(seed: u64, worse: f64) -> SeedReport {
             [0.93, 0.65, 0.67],
         ),
         arm(Arm::Permuted, [2.81, 2.86, 2.88], 0.089, [0.18, 0.22, 0.20]),
-    ];
+    ]
+}
+
+/// Invented numbers of a plausible size; `worse` lifts the bits of the fused arm.
+fn seed(seed: u64, worse: f64) -> SeedReport {
+    let shift = seed as f64 * 0.006;
+    let arms = arms(shift, worse);
     let traffic = Domain::ALL
         .into_iter()
         .zip([54_100_000, 51_300_000, 48_900_000])

@@ -180,9 +180,9 @@ impl Page {
             self.line(&format!(
                 "{:40}{:>8} {} {:<8}{verdict}",
                 bar.name,
-                or_none(bar.value, three),
+                or_none(bar.value, bar.format()),
                 bar.sense.sign(),
-                or_none(bar.limit, three),
+                or_none(bar.limit, bar.format()),
             ));
         }
     }
