@@ -17,7 +17,7 @@ const NOTES: &str = "<h2>How to read this</h2>
 <dl>
 <dt>Bits per byte</dt><dd>Negative log-likelihood of fresh text over its bytes, the end of a line counted as one byte. It does not depend on the tokenizer. Union is the mean of the three domains.</dd>
 <dt>SFT</dt><dd>The same pivot, adapters and steps, trained on the labels of the same public text. Its answers are random: this arm shows what the text alone can teach.</dd>
-<dt>Centralised</dt><dd>The same pivot, adapters and steps on all private text in one place: the bound that no consortium may reach for.</dd>
+<dt>Centralised</dt><dd>The same pivot, adapters and steps on all private text in one place, which no consortium may do: the bound to compare with.</dd>
 <dt>Recovered</dt><dd>Share of the way from SFT to centralised training. 0 is no better than SFT, 1 is the bound.</dd>
 <dt>Permuted</dt><dd>The same round with records dealt to the wrong items. It must learn nothing: what is gained comes from the records, not from the pipeline.</dd>
 <dt>Bars and dots</dt><dd>With one seed, a bar is its value and the line on it the 95 % interval of the count behind it (Wilson). With several, a bar is the mean and each dot is one seed.</dd>

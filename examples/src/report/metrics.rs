@@ -120,9 +120,9 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of the values there are; none when there is none.
+    /// Over all seeds or not at all: a mean that leaves out a seed that has no value would flatter.
     pub fn of(values: impl IntoIterator<Item = Option<f64>>) -> Option<Self> {
-        let values: Vec<f64> = values.into_iter().flatten().collect();
+        let values: Vec<f64> = values.into_iter().collect::<Option<_>>()?;
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         let min = values.iter().copied().reduce(f64::min)?;
         let max = values.iter().copied().reduce(f64::max)?;

@@ -135,10 +135,10 @@ impl Scale {
     }
 }
 
-/// The next round number: 1, 2, 2.5 or 5 times a power of ten.
+/// The next round number: 1, 2 or 5 times a power of ten.
 fn step(least: f64) -> f64 {
     let power = 10_f64.powf(least.log10().floor());
-    [1.0, 2.0, 2.5, 5.0]
+    [1.0, 2.0, 5.0]
         .into_iter()
         .map(|round| round * power)
         .find(|&step| step >= least * 0.999)
@@ -329,11 +329,13 @@ fn text(svg: &mut String, x: f64, y: f64, class: &str, content: &str) {
 
 /// Ticks are round numbers: no trailing zeros.
 fn tick_label(chart: &Chart, tick: f64) -> String {
-    match chart.axis {
-        Axis::Log => (chart.format)(tick)
-            .replace(".00 ", " ")
-            .replace(".0 ", " "),
-        Axis::Linear if tick > 0.0 && tick < 0.1 => (chart.format)(tick),
-        Axis::Linear => format!("{}", (tick * 1e6).round() / 1e6),
+    let full = (chart.format)(tick);
+    let (number, unit) = full.split_at(full.find(' ').unwrap_or(full.len()));
+    match number.contains('.') {
+        true => format!(
+            "{}{unit}",
+            number.trim_end_matches('0').trim_end_matches('.')
+        ),
+        false => full,
     }
 }

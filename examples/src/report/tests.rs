@@ -229,6 +229,15 @@ fn recovered_is_none_when_the_bound_is_no_bound() {
     assert!((found.bits.unwrap() - 0.5407).abs() < 1e-3, "{found:?}");
     flat.arms[6].bits = flat.arms[4].bits;
     assert_eq!(recovered(&flat).bits, None);
+    let spread = |seeds| report(seeds).spread(Arm::Fused, Metric::Union);
+    assert!(spread(vec![seed(1, 0.0), seed(2, 0.0)]).is_some());
+    let mut without = seed(2, 0.0);
+    without.arms.clear();
+    assert_eq!(
+        spread(vec![seed(1, 0.0), without]),
+        None,
+        "a seed is left out of the mean"
+    );
 }
 
 #[test]
