@@ -1,3 +1,6 @@
-//! Sample configurations shared by the examples.
+//! Data and reports that the examples share.
 
 #![forbid(unsafe_code)]
+
+pub mod report;
+pub mod world;
