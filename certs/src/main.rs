@@ -1,3 +1,7 @@
 //! Consortium certificate authority, node certificates and signing keys.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    consilium_certs::cli::main(std::env::args_os())
+}

@@ -6,13 +6,13 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::key::{KeyError, KeyName, NoteSigner, SignatureKind, VerifierKey};
+use crate::limits;
 
 /// Longest note in bytes, signatures included.
-pub const MAX_NOTE_BYTES: usize = 1 << 20;
+pub const MAX_NOTE_BYTES: usize = limits::DOCUMENT;
 
-/// Most signature lines: a hundred witnesses and room for key changes. The specification asks for
-/// at least 16.
-pub const MAX_SIGNATURES: usize = 128;
+/// Most signature lines: every member may be a witness. The specification asks for at least 16.
+pub const MAX_SIGNATURES: usize = limits::MEMBERS;
 
 /// Longest decoded signature, key id included; leaves room for ML-DSA-44.
 pub const MAX_SIGNATURE_BYTES: usize = 8192;

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use super::checkpoint::parse_decimal;
 use super::tree::Tree;
 use crate::ids::Digest;
+use crate::limits;
 
 /// Hashes or entries in a full tile.
 pub const TILE_WIDTH: u16 = 256;
@@ -16,7 +17,7 @@ pub const TILE_WIDTH: u16 = 256;
 const ROW: u64 = TILE_WIDTH as u64;
 
 /// Longest entry in bytes: its length is stored in 16 bits.
-pub const MAX_ENTRY_BYTES: usize = 65_535;
+pub const MAX_ENTRY_BYTES: usize = limits::LOG_ENTRY;
 
 /// Highest tile level the format allows.
 pub const MAX_LEVEL: u8 = 63;
