@@ -155,6 +155,43 @@ impl Authority {
         Ok(Credentials { certificate, key })
     }
 
+    /// Fills a member's folder: [`Self::issue`], a signing key if there is none, and what the
+    /// member trusts. Returns the signing key, whose public half belongs into the charter.
+    ///
+    /// # Errors
+    /// The profile is refused, or a file exists and must not be replaced, or cannot be written.
+    pub fn issue_into(
+        &self,
+        profile: &LeafProfile,
+        dir: &Path,
+        now: UnixMillis,
+        overwrite: Overwrite,
+    ) -> Result<SigningIdentity, CertsError> {
+        let credentials = self.issue(profile, now)?;
+        let (key, certificate) = (dir.join(folder::KEY), dir.join(folder::CERTIFICATE));
+        pem::check_absent(&[key.clone(), certificate.clone()], overwrite)?;
+        pem::create_folder(dir)?;
+        let signing = folder::ensure_signing_key(dir)?;
+        pem::write_secret(&key, &credentials.key.to_pem(), overwrite)?;
+        pem::write_public(&certificate, &credentials.certificate, overwrite)?;
+        self.write_trust(dir)?;
+        Ok(signing)
+    }
+
+    /// Writes what a member trusts into its folder: `ca.pem` and `authority.pub`.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn write_trust(&self, dir: &Path) -> Result<(), CertsError> {
+        let public = format!("{}\n", self.verifier_key());
+        pem::write_public(&dir.join(folder::CA), &self.certificate, Overwrite::Replace)?;
+        pem::write_public(
+            &dir.join(folder::AUTHORITY_PUBLIC),
+            &public,
+            Overwrite::Replace,
+        )
+    }
+
     /// Certifies the key of a request. The certificate says what `profile` says; the request is
     /// refused if it asks for another identity or for names beyond it.
     ///

@@ -137,18 +137,7 @@ fn issue(
     overwrite: Overwrite,
 ) -> Result<Reply, CertsError> {
     let authority = Authority::load(authority)?;
-    let credentials = authority.issue(profile, SystemClock.now())?;
-    let path = |name| out.join(name);
-    pem::check_absent(&[path(folder::KEY), path(folder::CERTIFICATE)], overwrite)?;
-    pem::create_folder(out)?;
-    let signing = folder::ensure_signing_key(out)?;
-    pem::write_secret(&path(folder::KEY), &credentials.key.to_pem(), overwrite)?;
-    pem::write_public(
-        &path(folder::CERTIFICATE),
-        &credentials.certificate,
-        overwrite,
-    )?;
-    write_trust(&authority, out)?;
+    let signing = authority.issue_into(profile, out, SystemClock.now(), overwrite)?;
     let message = format!(
         "issued a certificate for {} days in {}",
         profile.days,
@@ -197,7 +186,7 @@ fn sign(
     pem::check_absent(std::slice::from_ref(&path), overwrite)?;
     pem::create_folder(out)?;
     pem::write_public(&path, &certificate, overwrite)?;
-    write_trust(&authority, out)?;
+    authority.write_trust(out)?;
     Ok(Reply::done(format!(
         "certified {} for {} days",
         request.display(),
@@ -270,20 +259,6 @@ fn verify_charter(authority: &Path, file: &Path) -> Result<Reply, CertsError> {
         .with("consortium", charter.consortium.as_str())
         .with("members", members)
         .with("signed_by", key.to_string()))
-}
-
-fn write_trust(authority: &Authority, out: &Path) -> Result<(), CertsError> {
-    let public = format!("{}\n", authority.verifier_key());
-    pem::write_public(
-        &out.join(folder::CA),
-        authority.certificate(),
-        Overwrite::Replace,
-    )?;
-    pem::write_public(
-        &out.join(folder::AUTHORITY_PUBLIC),
-        &public,
-        Overwrite::Replace,
-    )
 }
 
 fn member_reply(
