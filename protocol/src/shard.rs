@@ -2,12 +2,12 @@
 //!
 //! | tensor | type | shape | meaning |
 //! |---|---|---|---|
-//! | `symbols` | U8 (bytes) or U32 (tokens) | [N, K] | kept symbols, ascending; unused slots repeat the last one with code 255 |
-//! | `codes` | U8 | [N, K] | `round(-16 log2 p)` |
-//! | `end` | U8 | [N] | code of the end of the record |
-//! | `tail` | U8 | [N] | code of the mass of all other symbols |
-//! | `missed` | U8 | [I, 2] | per item: codes of the mean unseen mass, short and long tokens |
-//! | `offsets` | U64 | [I+1] | first position of each item |
+//! | `symbols` | U8 (bytes) or U32 (tokens) | `[N, K]` | kept symbols, ascending; unused slots repeat the last one with code 255 |
+//! | `codes` | U8 | `[N, K]` | `round(-16 log2 p)` |
+//! | `end` | U8 | `[N]` | code of the end of the record |
+//! | `tail` | U8 | `[N]` | code of the mass of all other symbols |
+//! | `missed` | U8 | `[I, 2]` | per item: codes of the mean unseen mass, short and long tokens |
+//! | `offsets` | U64 | `[I+1]` | first position of each item |
 //!
 //! The metadata has one key, `consilium`, whose value is canonical JSON of [`Header`], so that equal shards are equal bytes.
 
@@ -81,17 +81,17 @@ pub enum Symbols {
 pub struct Shard {
     /// What it covers.
     pub header: Header,
-    /// [N, K] kept symbols.
+    /// `[N, K]` kept symbols.
     pub symbols: Symbols,
-    /// [N, K] their codes.
+    /// `[N, K]` their codes.
     pub codes: Vec<u8>,
-    /// [N] code of the end of the record.
+    /// `[N]` code of the end of the record.
     pub end: Vec<u8>,
-    /// [N] code of all other mass.
+    /// `[N]` code of all other mass.
     pub tail: Vec<u8>,
-    /// [I, 2] codes of the unseen mass.
+    /// `[I, 2]` codes of the unseen mass.
     pub missed: Vec<u8>,
-    /// [I + 1] first position of each item.
+    /// `[I + 1]` first position of each item.
     pub offsets: Vec<u64>,
 }
 
