@@ -14,6 +14,8 @@ pub mod loss;
 pub mod records;
 mod reference;
 pub mod score;
+#[cfg(test)]
+mod testing;
 mod trie;
 pub mod vocab;
 
