@@ -127,6 +127,12 @@ pub fn log2_sixteenths(value: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "limbs are meant to be cut, codes are clamped"
+    )]
+
     use super::*;
 
     /// Little-endian limbs, just enough to compare powers exactly.

@@ -1,4 +1,8 @@
 //! Random vocabularies, targets and logits for the tests beside the code.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "random numbers below small bounds"
+)]
 
 use proptest::prelude::*;
 

@@ -186,7 +186,7 @@ fn bits_leave_out_unlabelled_bytes_and_count_the_end() {
             bytes: 3
         }
     );
-    let span = item_bits(view, &[98, 0], &[1..2]).unwrap();
+    let span = item_bits(view, &[98, 0], std::slice::from_ref(&(1..2))).unwrap();
     assert_eq!(
         span,
         Bits {

@@ -1,7 +1,7 @@
 //! Records are the true next-byte distribution where one extra forward per stop can make them so.
 #![cfg(test)]
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use consilium_kernels::{RecordShape, Records, TokenKind, Vocab, code, score};
 
@@ -55,7 +55,7 @@ impl Model {
             .collect()
     }
 
-    fn probabilities(&self, history: &[&[u8]]) -> HashMap<&'static [u8], f64> {
+    fn probabilities(&self, history: &[&[u8]]) -> BTreeMap<&'static [u8], f64> {
         let logits = self.logits(history);
         let total: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
         TOKENS
@@ -74,7 +74,7 @@ impl Model {
         text: &[u8],
         history: &mut Vec<&'static [u8]>,
         mass: f64,
-        out: &mut HashMap<Option<u8>, f64>,
+        out: &mut BTreeMap<Option<u8>, f64>,
     ) {
         for (token, share) in self.probabilities(history) {
             let mass = mass * share;
@@ -152,11 +152,10 @@ fn with_a_forward_for_every_stop_records_are_exact() {
         for item in ITEMS {
             let text = item.concat();
             let (records, missed) = score(&model, item, 0.0);
-            assert_eq!(missed.short, 0.0);
-            assert_eq!(missed.long, 0.0);
+            assert!(missed.short.abs() + missed.long.abs() < 1e-9, "{missed:?}");
             let view = records.view();
             for position in 0..=text.len() {
-                let mut joint = HashMap::new();
+                let mut joint = BTreeMap::new();
                 model.continue_by(&text[..position], &mut Vec::new(), 1.0, &mut joint);
                 let total: f64 = joint.values().sum();
                 let exact = |symbol| joint.get(&symbol).copied().unwrap_or(0.0) / total;
@@ -189,8 +188,7 @@ fn without_forwards_the_mass_that_stopped_is_reported() {
 #[test]
 fn what_runs_past_a_boundary_is_reported() {
     // After a the model may be inside ab: the text a, b (which this model never writes) drops that case after b.
-    let mut model = Model::new(9);
-    model.seed = 9;
+    let model = Model::new(9);
     let (_, missed) = score(&model, &[b"a", b"b"], 0.0);
     assert!(missed.long > 0.999, "{missed:?}");
 }

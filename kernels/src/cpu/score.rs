@@ -510,7 +510,7 @@ mod tests {
                 .chain([crate::TokenKind::EndOfRecord]),
         )
         .unwrap();
-        let tokens: Vec<u32> = (0..40).map(|_| random.below(512) as u32).collect();
+        let tokens: Vec<u32> = (0..40).map(|_| index(random.below(512))).collect();
         let logits = random.logits(41 * vocab.len(), 6.0);
         let shape = RecordShape {
             k: 16,
