@@ -1,8 +1,9 @@
 //! Numeric operations of Consilium on slices: values in, values out, no IO and no clock.
 //!
-//! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model permutes the
-//! rows of its output head once at load. Floats end where records begin: [`fusion`] is integer arithmetic
-//! on [`code`]s, so its results are the same bytes on every machine and any number of threads.
+//! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model
+//! permutes the rows of its output head once at load. Floats end where records begin: [`fusion`] is
+//! integer arithmetic on [`code`]s, so its results are the same bytes on every machine and any
+//! number of threads.
 #![forbid(unsafe_code)]
 
 pub mod backend;

@@ -106,8 +106,8 @@ impl Case {
 /// Few byte values, so that prefixes and whole tokens collide; both ends of the range.
 const ALPHABET: [u8; 5] = [0, b'a', b'b', b'c', 0xff];
 
-/// Vocabularies of 1 to 40 byte tokens with shared prefixes and duplicates, 1 to 3 ends, up to 3 ignored; items of 0 to 40 tokens;
-/// logits from flat to +-10,000.
+/// Vocabularies of 1 to 40 byte tokens with shared prefixes and duplicates, 1 to 3 ends, up to 3
+/// ignored; items of 0 to 40 tokens; logits from flat to +-10,000.
 pub(crate) fn cases() -> impl Strategy<Value = Case> {
     let token = prop::collection::vec(prop::sample::select(&ALPHABET[..]), 1..6);
     let tokens = prop::collection::vec(token, 1..41);

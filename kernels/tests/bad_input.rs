@@ -1,4 +1,5 @@
-//! What is not logits, tokens or records of the right size is refused by name, and extreme logits are not.
+//! What is not logits, tokens or records of the right size is refused by name, and extreme logits
+//! are not.
 #![cfg(test)]
 
 use consilium_kernels::loss::{NO_LABEL, cross_entropy, trie_loss};

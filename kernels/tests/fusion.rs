@@ -177,7 +177,8 @@ fn weights_are_the_committed_vectors() {
 fn bits_leave_out_unlabelled_bytes_and_count_the_end() {
     let [first, ..] = sources();
     let view = first.view();
-    // Listed byte 98 has code 30; unlisted byte 0 shares the tail 255 with 255 others; the end has code 255.
+    // Listed byte 98 has code 30; unlisted byte 0 shares the tail 255 with 255 others; the end has
+    // code 255.
     let all = item_bits(view, &[98, 0], &[]).unwrap();
     assert_eq!(
         all,

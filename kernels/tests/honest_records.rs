@@ -7,8 +7,8 @@ use consilium_kernels::{RecordShape, Records, TokenKind, Vocab, code, score};
 
 /// A model over the tokens a, b, c, ab and end, which looks at the last two tokens.
 ///
-/// It never writes a then b, which its tokenizer would have written ab: that, with tokens of at most two bytes, is the case in
-/// which no other tokenisation of the text has mass.
+/// It never writes a then b, which its tokenizer would have written ab: that, with tokens of at
+/// most two bytes, is the case in which no other tokenisation of the text has mass.
 struct Model {
     vocab: Vocab,
     seed: u64,
@@ -68,7 +68,8 @@ impl Model {
             .into()
     }
 
-    /// Joint mass of every way to write `text`, split by the byte that follows (none: the end), whatever the tokens.
+    /// Joint mass of every way to write `text`, split by the byte that follows (none: the end),
+    /// whatever the tokens.
     fn continue_by(
         &self,
         text: &[u8],
@@ -187,7 +188,8 @@ fn without_forwards_the_mass_that_stopped_is_reported() {
 
 #[test]
 fn what_runs_past_a_boundary_is_reported() {
-    // After a the model may be inside ab: the text a, b (which this model never writes) drops that case after b.
+    // After a the model may be inside ab: the text a, b (which this model never writes) drops that
+    // case after b.
     let model = Model::new(9);
     let (_, missed) = score(&model, &[b"a", b"b"], 0.0);
     assert!(missed.long > 0.999, "{missed:?}");

@@ -280,7 +280,8 @@ impl RootTarget {
     }
 }
 
-/// `grad -= pull * softmax` inside a class of one or more ranges; returns the logarithm of the class's mass.
+/// `grad -= pull * softmax` inside a class of one or more ranges; returns the logarithm of the
+/// class's mass.
 fn subtract_class(
     row: &mut Row<'_>,
     class: impl Iterator<Item = Range<usize>> + Clone,

@@ -14,7 +14,8 @@ use crate::score::{Branch, Missed, ScoreItem};
 use crate::trie::Node;
 use crate::vocab::Vocab;
 
-/// Rows of one task. Each task but the first exponentiates one row more than these, that of the token before.
+/// Rows of one task. Each task but the first exponentiates one row more than these, that of the
+/// token before.
 const ROWS: usize = 16;
 
 /// Index of the end of the record in a distribution.
@@ -386,7 +387,8 @@ mod tests {
     use crate::reference;
     use crate::testing::cases;
 
-    /// A code is right if it is that of a mass within this many sixteenths of a bit, or of one too small to say.
+    /// A code is right if it is that of a mass within this many sixteenths of a bit, or of one too
+    /// small to say.
     const CODE_TOLERANCE: f64 = 1e-3;
 
     fn check_code(code: u8, exact: f64, what: &str) {
@@ -468,7 +470,8 @@ mod tests {
                 check_position(records.view(), position, exact, &shape);
             }
             prop_assert_eq!(records.view().check_mass(), Ok(()));
-            // Beyond this scale the observed byte may have no mass that f32 can say, and nothing to share.
+            // Beyond this scale the observed byte may have no mass that f32 can say, and nothing to
+            // share.
             if case.scale < 100.0 {
                 prop_assert!((missed.short - exact_missed.short).abs() < 1e-5);
                 prop_assert!((missed.long - exact_missed.long).abs() < 1e-5);
