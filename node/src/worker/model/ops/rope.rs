@@ -62,11 +62,12 @@ impl RopeTable {
         let sines = &self.sines[position * self.half..][..self.half];
         let (first, second) = head.split_at(self.half);
         let (out_first, out_second) = out.split_at_mut(self.half);
-        for pair in 0..self.half {
-            let (c, s) = (cosines[pair] * scale, sines[pair] * (sign * scale));
-            let (a, b) = (first[pair], second[pair]);
-            out_first[pair] = a * c - b * s;
-            out_second[pair] = b * c + a * s;
+        let angles = cosines.iter().zip(sines);
+        let pairs = first.iter().zip(second).zip(out_first).zip(out_second);
+        for ((((&a, &b), out_a), out_b), (&c, &s)) in pairs.zip(angles) {
+            let (c, s) = (c * scale, s * (sign * scale));
+            *out_a = a * c - b * s;
+            *out_b = b * c + a * s;
         }
     }
 }

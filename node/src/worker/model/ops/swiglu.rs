@@ -1,6 +1,6 @@
 //! SwiGLU: `a = silu(g) * u` (Shazeer 2020), gate and up side by side in one row.
 
-use super::simd::{exp, wide};
+use super::simd::{LANES, exp, wide};
 
 wide! {
     /// `gate_up` has rows of `2 width`, `out` rows of `width`.
@@ -21,16 +21,29 @@ wide! {
     ) -> () {
         for (row, dout) in gate_up.chunks_exact_mut(2 * width).zip(dout.chunks_exact_mut(width)) {
             let (gate, up) = row.split_at_mut(width);
-            for ((dout, g), u) in dout.iter_mut().zip(gate).zip(up) {
-                let (d, gate, up) = (*dout, *g, *u);
-                let s = sigmoid(gate);
-                let silu = gate * s;
-                *dout = silu * up;
-                *g = d * up * (1.0 - s).mul_add(silu, s);
-                *u = d * silu;
+            let (gates, gate_rest) = gate.as_chunks_mut::<LANES>();
+            let (ups, up_rest) = up.as_chunks_mut::<LANES>();
+            let (douts, dout_rest) = dout.as_chunks_mut::<LANES>();
+            for ((dout, gate), up) in douts.iter_mut().zip(gates).zip(ups) {
+                // Whole registers are loaded before any is stored: the three streams are not known apart.
+                let (d, g, u) = (*dout, *gate, *up);
+                for lane in 0..LANES {
+                    (dout[lane], gate[lane], up[lane]) = gradient(d[lane], g[lane], u[lane]);
+                }
+            }
+            for ((dout, gate), up) in dout_rest.iter_mut().zip(gate_rest).zip(up_rest) {
+                (*dout, *gate, *up) = gradient(*dout, *gate, *up);
             }
         }
     }
+}
+
+/// Output, and gradients of gate and up.
+#[inline(always)]
+fn gradient(d: f32, gate: f32, up: f32) -> (f32, f32, f32) {
+    let s = sigmoid(gate);
+    let silu = gate * s;
+    (silu * up, d * up * (1.0 - s).mul_add(silu, s), d * silu)
 }
 
 #[inline(always)]
