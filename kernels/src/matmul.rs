@@ -109,27 +109,28 @@ impl<'a> ViewMut<'a> {
 ///
 /// # Panics
 /// Where the shapes do not fit, like its neighbours.
-pub fn ab(out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
-    product(out, write, Factor::plain(a), Factor::plain(b), scale);
+pub fn ab(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
+    product(&mut out, write, Factor::plain(a), Factor::plain(b), scale);
 }
 
 /// `out = scale * a b^T`
 ///
 /// # Panics
 /// Where the shapes do not fit.
-pub fn abt(out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
-    product(out, write, Factor::plain(a), Factor::transposed(b), scale);
+pub fn abt(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
+    product(&mut out, write, Factor::plain(a), Factor::transposed(b), scale);
 }
 
 /// `out = scale * a^T b`
 ///
 /// # Panics
 /// Where the shapes do not fit.
-pub fn atb(out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
-    product(out, write, Factor::transposed(a), Factor::plain(b), scale);
+pub fn atb(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
+    product(&mut out, write, Factor::transposed(a), Factor::plain(b), scale);
 }
 
 /// A matrix by its shape and steps.
+#[derive(Clone, Copy)]
 struct Factor<'a> {
     data: &'a [f32],
     rows: usize,
@@ -180,7 +181,7 @@ impl<'a> Factor<'a> {
     }
 }
 
-fn product(out: ViewMut<'_>, write: Write, a: Factor<'_>, b: Factor<'_>, scale: f32) {
+fn product(out: &mut ViewMut<'_>, write: Write, a: Factor<'_>, b: Factor<'_>, scale: f32) {
     let (m, n, k) = (out.rows, out.columns, a.columns);
     assert!(
         a.rows == m && b.columns == n && b.rows == k,

@@ -76,7 +76,7 @@ impl AttentionBlock {
             Self {
                 heads,
                 width,
-                eps: config.rms_norm_eps as f32,
+                eps: config.eps(),
                 norm,
                 qkv,
                 output,

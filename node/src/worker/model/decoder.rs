@@ -237,7 +237,7 @@ impl Model {
         }
         let head = self.head_tensor()?;
         let width = self.config.hidden_size;
-        let eps = self.config.rms_norm_eps as f32;
+        let eps = self.config.eps();
         let normed = with_floats(&x, |x| {
             self.norm
                 .read(|weight| normalise(&self.scratch, x, &rows, weight, eps))

@@ -61,7 +61,7 @@ impl FeedForwardBlock {
             Self {
                 width,
                 inner,
-                eps: config.rms_norm_eps as f32,
+                eps: config.eps(),
                 norm,
                 gate_up,
                 down,

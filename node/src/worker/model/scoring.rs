@@ -141,7 +141,7 @@ impl Model {
 
     fn head_logits(&self, x: &[f32], rows: &[u32]) -> Result<Vec<f32>, ModelError> {
         let width = self.config().hidden_size;
-        let eps = self.config().rms_norm_eps as f32;
+        let eps = self.config().eps();
         let normed = self
             .norm
             .read(|weight| normalise(&self.scratch, x, rows, weight, eps))?;
