@@ -1,3 +1,5 @@
 //! The program of the operator: rounds, fusion, store, log, releases.
 
 #![forbid(unsafe_code)]
+
+pub mod fusion;
