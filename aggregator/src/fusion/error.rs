@@ -98,6 +98,32 @@ pub enum FusionError {
         /// What is wrong.
         problem: TensorProblem,
     },
+    /// A shard that is not the one that was asked for, or whose records are malformed.
+    #[error("shard {shard} of {institution}: {problem}")]
+    Shard {
+        /// Whose.
+        institution: InstitutionId,
+        /// Index of the shard in the round.
+        shard: u32,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The manifest asks for what this version cannot fuse.
+    #[error("manifest: {0}")]
+    Unsupported(&'static str),
+    /// The reference set is not that of the manifest.
+    #[error("reference set: {0}")]
+    Reference(String),
+    /// Records that cannot be fused.
+    #[error("shard {shard}, item {item}: {source}")]
+    Records {
+        /// Index of the shard in the round.
+        shard: u32,
+        /// Item of the reference set.
+        item: u64,
+        /// What the kernel said.
+        source: consilium_kernels::FusionError,
+    },
     /// The same institution twice.
     #[error("{0} contributed twice")]
     Twice(InstitutionId),
