@@ -175,6 +175,22 @@ fn a_release_folder_is_complete_and_its_documents_say_what_happened() {
     ] {
         assert_eq!(config[field], expected, "{field}");
     }
+    let peft: Value = serde_json::from_slice(include_bytes!(
+        "../../node/tests/fixtures/llama/adapter/adapter_config.json"
+    ))
+    .unwrap();
+    for (field, value) in config.as_object().unwrap() {
+        let theirs = peft.get(field);
+        assert!(theirs.is_some(), "PEFT writes no {field}");
+        let ours = matches!(
+            field.as_str(),
+            "r" | "lora_alpha" | "target_modules" | "base_model_name_or_path"
+        );
+        assert!(
+            ours || theirs == Some(value),
+            "{field} is {value}, PEFT writes {theirs:?}"
+        );
+    }
     let report = json("report.json");
     assert_eq!(report["gate"]["sites"][0]["institution"], "bank");
     assert_eq!(report["gate"]["sites"][1]["own_best"], 0.5);

@@ -201,7 +201,7 @@ impl Fuser<'_> {
             .enumerate()
             .map(|(source_index, view)| {
                 view.slice(start..end)
-                    .ok_or(consilium_kernels::FusionError::Positions {
+                    .ok_or_else(|| consilium_kernels::FusionError::Positions {
                         source_index,
                         got: view.positions(),
                         expected,

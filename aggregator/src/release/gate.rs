@@ -206,7 +206,7 @@ mod tests {
             (
                 "no better than the last release",
                 100,
-                better.clone(),
+                better,
                 Some(0.575),
                 Some(NoGain),
             ),

@@ -329,13 +329,13 @@ fn order_of_arrival_and_threads_do_not_change_a_bit() {
 }
 
 /// The file with one tensor replaced, or left out.
-fn altered(bytes: &[u8], name: &str, new: Option<(Vec<usize>, Vec<f32>)>) -> Vec<u8> {
+fn altered(bytes: &[u8], name: &str, new: Option<&(Vec<usize>, Vec<f32>)>) -> Vec<u8> {
     let parsed = SafeTensors::deserialize(bytes).unwrap();
     let outputs: Vec<_> = parsed
         .tensors()
         .into_iter()
         .filter_map(|(n, view)| {
-            let (shape, data) = match &new {
+            let (shape, data) = match new {
                 Some((shape, values)) if n == name => (
                     shape.clone(),
                     values.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -381,12 +381,12 @@ fn a_bad_tensor_is_refused_by_name_and_institution() {
     };
     let cases = [
         (
-            altered(&good, &a, Some((vec![RANK, 20], nan))),
+            altered(&good, &a, Some(&(vec![RANK, 20], nan))),
             &a,
             TensorProblem::NotFinite(7),
         ),
         (
-            altered(&good, &a, Some((vec![20, RANK], vec![0.5; RANK * 20]))),
+            altered(&good, &a, Some(&(vec![20, RANK], vec![0.5; RANK * 20]))),
             &a,
             TensorProblem::Shape {
                 got: vec![20, RANK],
@@ -400,7 +400,7 @@ fn a_bad_tensor_is_refused_by_name_and_institution() {
         ),
         (extra, &stranger, TensorProblem::Unexpected),
         (
-            altered(&good, HEAD, Some((vec![30, 20], vec![f32::INFINITY; 600]))),
+            altered(&good, HEAD, Some(&(vec![30, 20], vec![f32::INFINITY; 600]))),
             &HEAD.to_owned(),
             TensorProblem::NotFinite(0),
         ),
