@@ -26,33 +26,6 @@ impl Factors {
     }
 }
 
-/// `sum of c_i B_i A_i` as one product; terms with c = 0 take no columns.
-pub(super) fn weighted_sum(rows: usize, columns: usize, terms: &[(f64, &Factors)]) -> Factors {
-    let rank = terms
-        .iter()
-        .filter(|(c, _)| *c != 0.0)
-        .map(|(_, f)| f.rank())
-        .sum();
-    let mut sum = Factors {
-        b: Mat::zeros(rows, rank),
-        at: Mat::zeros(columns, rank),
-    };
-    let mut next = 0;
-    for &(coefficient, factors) in terms.iter().filter(|(c, _)| *c != 0.0) {
-        for column in 0..factors.rank() {
-            let from = factors.b.col_as_slice(column);
-            for (to, value) in sum.b.col_as_slice_mut(next).iter_mut().zip(from) {
-                *to = coefficient * value;
-            }
-            sum.at
-                .col_as_slice_mut(next)
-                .copy_from_slice(factors.at.col_as_slice(column));
-            next += 1;
-        }
-    }
-    sum
-}
-
 /// The leading part `U diag(s) V^T` of a product: `us` = U diag(s), `v` with orthonormal columns.
 pub(super) struct Truncated {
     pub(super) us: Mat<f64>,
@@ -61,36 +34,86 @@ pub(super) struct Truncated {
     pub(super) error: f64,
 }
 
-/// The best approximation of rank `most`, or the product itself where its rank is lower. `None`: no convergence.
-pub(super) fn truncate(factors: Factors, most: usize) -> Option<Truncated> {
-    let (q_b, r_b) = thin_qr(factors.b);
-    let (q_a, r_a) = thin_qr(factors.at);
-    let core = thin_svd(product(r_b.as_ref(), r_a.transpose()).as_ref())?;
-    let largest = core.s.first().copied().unwrap_or(0.0);
-    let rank = core
-        .s
-        .iter()
-        .take_while(|&&s| s > RANK_FLOOR * largest)
-        .count();
-    let keep = rank.min(most);
-    let mut us = product(q_b.as_ref(), core.u.get(.., ..keep));
-    for (column, &s) in core.s.iter().take(keep).enumerate() {
-        for value in us.col_as_slice_mut(column) {
-            *value *= s;
+/// Orthonormal bases of the stacked factors of some products. Every weighted sum of the products lies in them, so the
+/// decompositions whose cost grows with the matrices are made once.
+pub(super) struct Stack {
+    ranks: Vec<usize>,
+    q_b: Mat<f64>,
+    r_b: Mat<f64>,
+    q_a: Mat<f64>,
+    r_a: Mat<f64>,
+}
+
+impl Stack {
+    /// `terms` have the same [out, in] and are not empty.
+    pub(super) fn new(terms: &[&Factors]) -> Self {
+        let stacked = |side: fn(&Factors) -> &Mat<f64>| {
+            let rows = terms.first().map_or(0, |f| side(f).nrows());
+            let columns = terms.iter().map(|f| f.rank()).sum();
+            let mut stack = Mat::zeros(rows, columns);
+            let mut next = 0;
+            for factors in terms {
+                for column in 0..factors.rank() {
+                    stack
+                        .col_as_slice_mut(next)
+                        .copy_from_slice(side(factors).col_as_slice(column));
+                    next += 1;
+                }
+            }
+            thin_qr(stack)
+        };
+        let (q_b, r_b) = stacked(|factors| &factors.b);
+        let (q_a, r_a) = stacked(|factors| &factors.at);
+        Self {
+            ranks: terms.iter().map(|factors| factors.rank()).collect(),
+            q_b,
+            r_b,
+            q_a,
+            r_a,
         }
     }
-    let squares = |values: &[f64]| values.iter().rev().map(|s| s * s).sum::<f64>();
-    let all = squares(&core.s);
-    let error = if all > 0.0 {
-        (squares(core.s.get(keep..rank).unwrap_or(&[])) / all).sqrt()
-    } else {
-        0.0
-    };
-    Some(Truncated {
-        us,
-        v: product(q_a.as_ref(), core.v.get(.., ..keep)),
-        error,
-    })
+
+    /// The best approximation of rank `most` of `sum of c_i B_i A_i`, or the sum itself where its rank is lower. `None`: no
+    /// convergence.
+    pub(super) fn weighted_sum(&self, coefficients: &[f64], most: usize) -> Option<Truncated> {
+        let mut scaled = self.r_b.clone();
+        let columns = self
+            .ranks
+            .iter()
+            .zip(coefficients)
+            .flat_map(|(&rank, &c)| std::iter::repeat_n(c, rank));
+        for (column, coefficient) in columns.enumerate() {
+            for value in scaled.col_as_slice_mut(column) {
+                *value *= coefficient;
+            }
+        }
+        let core = thin_svd(product(scaled.as_ref(), self.r_a.transpose()).as_ref())?;
+        let largest = core.s.first().copied().unwrap_or(0.0);
+        let rank = core
+            .s
+            .iter()
+            .take_while(|&&s| s > RANK_FLOOR * largest)
+            .count();
+        let keep = rank.min(most);
+        let mut us = product(self.q_b.as_ref(), core.u.get(.., ..keep));
+        for (column, &s) in core.s.iter().take(keep).enumerate() {
+            for value in us.col_as_slice_mut(column) {
+                *value *= s;
+            }
+        }
+        let squares = |values: &[f64]| values.iter().rev().map(|s| s * s).sum::<f64>();
+        let all = squares(&core.s);
+        let error = if all > 0.0 {
+            (squares(core.s.get(keep..rank).unwrap_or(&[])) / all).sqrt()
+        } else {
+            0.0
+        };
+        Some(Truncated {
+            us,
+            v: product(self.q_a.as_ref(), core.v.get(.., ..keep)),
+            error,
+        })
+    }
 }
 
 /// Rotates a truncated product so that its A comes closest to `previous` (A transposed, [in, r]).

@@ -17,7 +17,7 @@ use consilium_protocol::manifest::Training;
 use rayon::prelude::*;
 
 use super::check::AdapterLayout;
-use super::lowrank::{Factors, align, truncate, weighted_sum};
+use super::lowrank::{Factors, Stack, align};
 use super::tensors::{A, B, Output, Tensors, serialize};
 use crate::fusion::error::{FusionError, Origin, TensorProblem};
 
@@ -208,7 +208,7 @@ impl<'a> Round<'a> {
         let adapters = self
             .adapters
             .iter()
-            .map(|(share, tensors)| Ok((*share, read(tensors, A, B, rank)?)))
+            .map(|(_, tensors)| read(tensors, A, B, rank))
             .collect::<Result<Vec<_>, FusionError>>()?;
         let velocity = match &self.momentum {
             Some(momentum) => self.read_velocity(momentum, layer, [rows, columns])?,
@@ -217,15 +217,17 @@ impl<'a> Round<'a> {
                 at: faer::Mat::zeros(columns, 0),
             },
         };
-        let stack = |step: &Step| {
-            let mut terms = vec![(step.previous, &previous)];
-            terms.extend(adapters.iter().map(|(share, f)| (step.mean * share, f)));
-            terms.push((step.velocity, &velocity));
-            weighted_sum(rows, columns, &terms)
-        };
+        let mut terms = vec![&previous];
+        terms.extend(&adapters);
+        terms.push(&velocity);
+        let stack = Stack::new(&terms);
         let diverged = || FusionError::Diverged(layer.to_owned());
-        let product = truncate(stack(&self.theta), rank).ok_or_else(diverged)?;
-        let moved = truncate(stack(&self.velocity), VELOCITY_RANK * rank).ok_or_else(diverged)?;
+        let product = stack
+            .weighted_sum(&self.coefficients(&self.theta), rank)
+            .ok_or_else(diverged)?;
+        let moved = stack
+            .weighted_sum(&self.coefficients(&self.velocity), VELOCITY_RANK * rank)
+            .ok_or_else(diverged)?;
         let new = align(&product, previous.at.as_ref()).ok_or_else(diverged)?;
         Ok((
             [
@@ -266,6 +268,14 @@ impl<'a> Round<'a> {
         Ok(factors)
     }
 
+    /// Coefficients of the start, the adapters and the momentum.
+    fn coefficients(&self, step: &Step) -> Vec<f64> {
+        let mut all = vec![step.previous];
+        all.extend(self.adapters.iter().map(|(share, _)| step.mean * share));
+        all.push(step.velocity);
+        all
+    }
+
     /// The step on a whole tensor, element by element in `f64`.
     fn whole(&self, name: &str, shape: &[usize]) -> Result<(Output, Output), FusionError> {
         let mut sources = vec![(&self.start, self.start.data(name, shape)?)];
@@ -275,14 +285,8 @@ impl<'a> Round<'a> {
         if let Some(momentum) = &self.momentum {
             sources.push((momentum, momentum.data(name, shape)?));
         }
-        let coefficients = |step: &Step| {
-            let mut all = vec![step.previous];
-            all.extend(self.adapters.iter().map(|(share, _)| step.mean * share));
-            all.push(step.velocity);
-            all
-        };
-        let theta = coefficients(&self.theta);
-        let velocity = coefficients(&self.velocity);
+        let theta = self.coefficients(&self.theta);
+        let velocity = self.coefficients(&self.velocity);
         let length = sources.first().map_or(0, |(_, data)| data.len());
         let mut new = vec![0; length];
         let mut moved = vec![0; length];

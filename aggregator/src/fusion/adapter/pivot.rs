@@ -114,6 +114,15 @@ impl Pivot {
         file.read_exact(&mut header).map_err(io)?;
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| wrong(error.to_string()))?;
+        let expected = u64::try_from(metadata.data_len())
+            .ok()
+            .and_then(|data| data.checked_add(length.saturating_add(8)));
+        let got = file.metadata().map_err(io)?.len();
+        if expected != Some(got) {
+            return Err(wrong(format!(
+                "{got} bytes, the header asks for {expected:?}"
+            )));
+        }
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else {
                 continue;

@@ -56,11 +56,15 @@ fn random(seed: u64, rows: usize, columns: usize, scale: f64) -> Mat<f64> {
 
 /// An adapter with A rows of norm about 1, and its seed in every tensor.
 fn adapter(seed: u64, b_scale: f64) -> Vec<u8> {
+    adapter_of(&SHAPES, RANK, seed, b_scale)
+}
+
+fn adapter_of(shapes: &[(&str, usize, usize)], rank: usize, seed: u64, b_scale: f64) -> Vec<u8> {
     let mut outputs = Vec::new();
-    for (index, (layer, rows, columns)) in SHAPES.into_iter().enumerate() {
+    for (index, &(layer, rows, columns)) in shapes.iter().enumerate() {
         let seed = seed * 100 + index as u64;
-        let a = random(seed, RANK, columns, (3.0 / columns as f64).sqrt());
-        let b = random(seed + 50, rows, RANK, b_scale);
+        let a = random(seed, rank, columns, (3.0 / columns as f64).sqrt());
+        let b = random(seed + 50, rows, rank, b_scale);
         outputs.push(Output::matrix(format!("{layer}.lora_A.weight"), &a, false).unwrap());
         outputs.push(Output::matrix(format!("{layer}.lora_B.weight"), &b, false).unwrap());
     }
@@ -300,31 +304,40 @@ fn a_matrix_that_nobody_trained_keeps_its_a() {
 
 #[test]
 fn order_of_arrival_and_threads_do_not_change_a_bit() {
-    let t = training(700, 700);
-    let start = adapter(1, 0.2);
-    let parts: Vec<_> = (2..6).map(|seed| adapter(seed, 0.3)).collect();
-    let mut named: Vec<_> = ["d", "b", "c", "a"]
-        .into_iter()
-        .zip(&parts)
-        .map(|(name, bytes)| (name, bytes.as_slice(), 3))
-        .collect();
-    let first = merged(&t, &start, None, &named).unwrap();
-    let expected = merged(&t, &first.adapter, Some(&first.momentum), &named).unwrap();
-    for threads in [1, 2, 5] {
-        named.rotate_left(1);
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
-        let got = pool
-            .install(|| merged(&t, &first.adapter, Some(&first.momentum), &named))
-            .unwrap();
-        assert_eq!(
-            [&got.adapter, &got.momentum].map(|b| Digest::of(b)),
-            [&expected.adapter, &expected.momentum].map(|b| Digest::of(b)),
-            "{threads} threads"
-        );
-        assert_eq!(got.truncation, expected.truncation);
+    // The larger matrices are where a library would begin to share work between threads.
+    let large = [(Q, 768, 640), (UP, 512, 768)];
+    for (shapes, rank) in [(SHAPES, RANK), (large, 32)] {
+        let t = Training {
+            rank: u32::try_from(rank).unwrap(),
+            ..training(700, 700)
+        };
+        let start = adapter_of(&shapes, rank, 1, 0.2);
+        let parts: Vec<_> = (2..6)
+            .map(|seed| adapter_of(&shapes, rank, seed, 0.3))
+            .collect();
+        let mut named: Vec<_> = ["d", "b", "c", "a"]
+            .into_iter()
+            .zip(&parts)
+            .map(|(name, bytes)| (name, bytes.as_slice(), 3))
+            .collect();
+        let first = merged(&t, &start, None, &named).unwrap();
+        let expected = merged(&t, &first.adapter, Some(&first.momentum), &named).unwrap();
+        for threads in [1, 2, 5] {
+            named.rotate_left(1);
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let got = pool
+                .install(|| merged(&t, &first.adapter, Some(&first.momentum), &named))
+                .unwrap();
+            assert_eq!(
+                [&got.adapter, &got.momentum].map(|b| Digest::of(b)),
+                [&expected.adapter, &expected.momentum].map(|b| Digest::of(b)),
+                "rank {rank}, {threads} threads"
+            );
+            assert_eq!(got.truncation, expected.truncation);
+        }
     }
 }
 
