@@ -6,16 +6,25 @@
 pub mod chunk;
 mod endpoint;
 mod error;
+mod exchange;
 mod frame;
 mod identity;
+mod partial;
 mod tasks;
 mod tls;
+mod transfer;
 
 pub use endpoint::{
     Client, Connection, Connections, Handshake, MAX_BIDI_STREAMS, Server, ServerLimits,
 };
 pub use error::{Alert, LinkError, LocalError, NetworkError, PeerError};
+pub use exchange::{download, partial_path, receive_upload, serve_download, upload};
 pub use frame::{DEADLINE, Request, Stream, Wait};
 pub use identity::{IdentityError, PeerIdentity, Role};
+pub use partial::{Complete, Partial};
 pub use tasks::{Shutdown, Tasks};
 pub use tls::{CertificateFault, Credentials, CredentialsError, Pem};
+pub use transfer::{Pace, Progress, receive_content, send_content};
+
+#[cfg(test)]
+mod tests;
