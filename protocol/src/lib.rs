@@ -18,6 +18,7 @@ pub mod manifest;
 pub mod message;
 pub mod reference;
 pub mod reject;
+pub mod round;
 pub mod shard;
 pub mod time;
 pub mod transcript;
