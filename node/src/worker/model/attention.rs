@@ -4,9 +4,9 @@ use super::block::{Block, Context};
 use super::config::ModelConfig;
 use super::ops::attention::{self, Heads};
 use super::ops::linear::{Projection, Weights};
-use super::ops::matmul::Into;
 use super::ops::norm;
 use super::parameters::Plan;
+use consilium_kernels::matmul::Write;
 
 /// Shape and places of the parameters.
 #[derive(Debug)]
@@ -35,8 +35,11 @@ impl AttentionBlock {
     /// Plans the parameters of layer `layer`.
     pub(crate) fn plan(config: &ModelConfig, layer: usize) -> (Self, Plan) {
         let width = config.hidden_size;
-        let heads =
-            Heads { queries: config.heads, keys: config.kv_heads, dim: config.head_dim };
+        let heads = Heads {
+            queries: config.heads,
+            keys: config.kv_heads,
+            dim: config.head_dim,
+        };
         let (q, kv) = (heads.out(), heads.keys * heads.dim);
         let prefix = format!("model.layers.{layer}");
         let mut plan = Plan::default();
@@ -52,8 +55,16 @@ impl AttentionBlock {
             plan.push(name("v_proj", "bias"), &[kv]);
             bias
         });
-        let output_bias = config.output_bias.then(|| plan.push(name("o_proj", "bias"), &[width]));
-        let qkv = Projection { inputs: width, outputs: vec![q, kv, kv], weight, bias, factors: 0 };
+        let output_bias = config
+            .output_bias
+            .then(|| plan.push(name("o_proj", "bias"), &[width]));
+        let qkv = Projection {
+            inputs: width,
+            outputs: vec![q, kv, kv],
+            weight,
+            bias,
+            factors: 0,
+        };
         let output = Projection {
             inputs: q,
             outputs: vec![width],
@@ -61,7 +72,17 @@ impl AttentionBlock {
             bias: output_bias,
             factors: qkv.factors_per_rank(),
         };
-        (Self { heads, width, eps: config.rms_norm_eps as f32, norm, qkv, output }, plan)
+        (
+            Self {
+                heads,
+                width,
+                eps: config.rms_norm_eps as f32,
+                norm,
+                qkv,
+                output,
+            },
+            plan,
+        )
     }
 
     /// The rows of queries, keys and values, before rotation.
@@ -77,7 +98,8 @@ impl AttentionBlock {
         let weight = &weights.base[self.norm..][..self.width];
         norm::forward(x, weight, self.eps, &mut normed, &mut inverse);
         let mut qkv = context.scratch.take(rows * self.heads.row());
-        self.qkv.forward(weights, &context.scratch, &normed, &mut qkv, Into::Replace);
+        self.qkv
+            .forward(weights, &context.scratch, &normed, &mut qkv, Write::Replace);
         (inverse, normed, qkv)
     }
 
@@ -90,7 +112,8 @@ impl AttentionBlock {
         mixed: &[f32],
     ) -> Vec<f32> {
         let mut y = x.to_vec();
-        self.output.forward(weights, &context.scratch, mixed, &mut y, Into::Add);
+        self.output
+            .forward(weights, &context.scratch, mixed, &mut y, Write::Add);
         y
     }
 }
@@ -113,9 +136,23 @@ impl Block for AttentionBlock {
         let (inverse, normed, qkv) = self.qkv(context, weights, x);
         let rows = x.len() / self.width;
         let mut mixed = context.scratch.take(rows * self.heads.out());
-        attention::forward(self.heads, &context.segments, &context.rope, &qkv, &mut mixed);
+        attention::forward(
+            self.heads,
+            &context.segments,
+            &context.rope,
+            &qkv,
+            &mut mixed,
+        );
         let y = self.finish(context, weights, x, &mixed);
-        (y, Kept { inverse, normed, qkv, mixed })
+        (
+            y,
+            Kept {
+                inverse,
+                normed,
+                qkv,
+                mixed,
+            },
+        )
     }
 
     fn backward(
@@ -127,11 +164,18 @@ impl Block for AttentionBlock {
         dy: &[f32],
         gradient: &mut [f32],
     ) -> Vec<f32> {
-        let Kept { inverse, normed, qkv, mixed } = kept;
+        let Kept {
+            inverse,
+            normed,
+            qkv,
+            mixed,
+        } = kept;
         let scratch = &context.scratch;
         let mut dmixed = scratch.take(mixed.len());
-        self.output.input_gradient(weights, scratch, dy, &mut dmixed);
-        self.output.weight_gradient(weights, scratch, &mixed, dy, gradient);
+        self.output
+            .input_gradient(weights, scratch, dy, &mut dmixed);
+        self.output
+            .weight_gradient(weights, scratch, &mixed, dy, gradient);
         scratch.give(mixed);
         let mut dqkv = scratch.take(qkv.len());
         attention::backward(
@@ -145,11 +189,16 @@ impl Block for AttentionBlock {
         scratch.give(dmixed);
         scratch.give(qkv);
         let mut dnormed = scratch.take(normed.len());
-        self.qkv.input_gradient(weights, scratch, &dqkv, &mut dnormed);
-        self.qkv.weight_gradient(weights, scratch, &normed, &dqkv, gradient);
+        self.qkv
+            .input_gradient(weights, scratch, &dqkv, &mut dnormed);
+        self.qkv
+            .weight_gradient(weights, scratch, &normed, &dqkv, gradient);
         scratch.give(dqkv);
         let mut dx = dy.to_vec();
-        let dnorm = weights.lora.is_none().then(|| &mut gradient[self.norm..][..self.width]);
+        let dnorm = weights
+            .lora
+            .is_none()
+            .then(|| &mut gradient[self.norm..][..self.width]);
         let weight = &weights.base[self.norm..][..self.width];
         norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
         for buffer in [inverse, normed, dnormed] {

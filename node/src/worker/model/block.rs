@@ -28,7 +28,8 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The block's output, its input included.
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> (Vec<f32>, Self::Kept);
+    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32])
+    -> (Vec<f32>, Self::Kept);
 
     /// The gradient with respect to `x`; that of the trained parameters goes to `gradient`.
     fn backward(
@@ -55,7 +56,14 @@ impl Banks<'_> {
         self.base.read(|base| match self.lora {
             None => Ok(f(Weights { base, lora: None })),
             Some((bank, rank, scale)) => bank.read(|values| {
-                f(Weights { base, lora: Some(Factors { values, rank, scale }) })
+                f(Weights {
+                    base,
+                    lora: Some(Factors {
+                        values,
+                        rank,
+                        scale,
+                    }),
+                })
             }),
         })?
     }
@@ -95,10 +103,20 @@ impl<B: Block> BlockOp<B> {
         f: impl FnOnce(Weights<'_>) -> R,
     ) -> candle_core::Result<R> {
         match &self.frozen {
-            None => Ok(f(Weights { base: trained, lora: None })),
+            None => Ok(f(Weights {
+                base: trained,
+                lora: None,
+            })),
             Some((base, rank, scale)) => with_floats(base, |base| {
-                let lora = Factors { values: trained, rank: *rank, scale: *scale };
-                f(Weights { base, lora: Some(lora) })
+                let lora = Factors {
+                    values: trained,
+                    rank: *rank,
+                    scale: *scale,
+                };
+                f(Weights {
+                    base,
+                    lora: Some(lora),
+                })
             }),
         }
     }
@@ -117,8 +135,9 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         trained_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, trained) = (floats(x, x_layout)?, floats(trained, trained_layout)?);
-        let (y, kept) =
-            self.with_weights(trained, |weights| self.block.forward(&self.context, weights, x))?;
+        let (y, kept) = self.with_weights(trained, |weights| {
+            self.block.forward(&self.context, weights, x)
+        })?;
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
@@ -130,21 +149,32 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         _y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(kept) = kept else { bail!("{}: backward without forward", B::NAME) };
+        let kept = self
+            .kept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(kept) = kept else {
+            bail!("{}: backward without forward", B::NAME)
+        };
         let mut gradient = vec![0f32; trained.elem_count()];
         let dx = with_floats(x, |values| {
             with_floats(dy, |dy| {
                 with_floats(trained, |trained| {
                     self.with_weights(trained, |weights| {
-                        self.block.backward(&self.context, weights, values, kept, dy, &mut gradient)
+                        self.block
+                            .backward(&self.context, weights, values, kept, dy, &mut gradient)
                     })
                 })
             })
         })????;
         Ok((
             Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(Tensor::from_vec(gradient, trained.shape(), trained.device())?),
+            Some(Tensor::from_vec(
+                gradient,
+                trained.shape(),
+                trained.device(),
+            )?),
         ))
     }
 }

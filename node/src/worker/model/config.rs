@@ -132,7 +132,10 @@ impl ModelConfig {
             head_dim: hidden_size / heads.max(1),
             max_positions: 2048,
             rms_norm_eps: 1e-6,
-            rope: Rope { theta: 10_000.0, scaling: None },
+            rope: Rope {
+                theta: 10_000.0,
+                scaling: None,
+            },
             tied: false,
             qkv_bias: false,
             output_bias: false,
@@ -166,12 +169,17 @@ impl ModelConfig {
         match object.get("hidden_act").and_then(Value::as_str) {
             None | Some("silu" | "swish") => {}
             Some(other) => {
-                return Err(fields.refuse("hidden_act", format!("`{other}` is not supported, only `silu`")));
+                return Err(fields.refuse(
+                    "hidden_act",
+                    format!("`{other}` is not supported, only `silu`"),
+                ));
             }
         }
         let heads = fields.count("num_attention_heads", 1 << 12)?;
         let hidden_size = fields.count("hidden_size", 1 << 20)?;
-        let kv_heads = fields.optional_count("num_key_value_heads", 1 << 12)?.unwrap_or(heads);
+        let kv_heads = fields
+            .optional_count("num_key_value_heads", 1 << 12)?
+            .unwrap_or(heads);
         let head_dim = fields.optional_count("head_dim", 1 << 12)?;
         let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
         let config = Self {
@@ -191,7 +199,9 @@ impl ModelConfig {
             output_bias: family == Family::Llama && attention_bias,
             eos: fields.token_ids("eos_token_id")?,
         };
-        config.check().map_err(|(field, reason)| fields.refuse(field, reason))?;
+        config
+            .check()
+            .map_err(|(field, reason)| fields.refuse(field, reason))?;
         Ok(config)
     }
 
@@ -210,10 +220,16 @@ impl ModelConfig {
             ));
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
-            return Err(("head_dim", format!("{} is not a positive even number", self.head_dim)));
+            return Err((
+                "head_dim",
+                format!("{} is not a positive even number", self.head_dim),
+            ));
         }
         if let Some(id) = self.eos.iter().find(|&&id| id as usize >= self.vocab_size) {
-            return Err(("eos_token_id", format!("{id} is not below vocab_size {}", self.vocab_size)));
+            return Err((
+                "eos_token_id",
+                format!("{id} is not below vocab_size {}", self.vocab_size),
+            ));
         }
         Ok(())
     }
@@ -245,7 +261,12 @@ impl ModelConfig {
         if let Some(scaling) = &self.rope.scaling {
             object["rope_scaling"] = match scaling {
                 RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-                RopeScaling::Llama3 { factor, low, high, original } => json!({
+                RopeScaling::Llama3 {
+                    factor,
+                    low,
+                    high,
+                    original,
+                } => json!({
                     "rope_type": "llama3",
                     "factor": factor,
                     "low_freq_factor": low,
@@ -268,8 +289,14 @@ impl ModelConfig {
 
 /// Reads a JSON object of at most 4 MiB.
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
-    let read = |source| ConfigError::Read { path: path.into(), source };
-    let not_json = |reason| ConfigError::NotJson { path: path.into(), reason };
+    let read = |source| ConfigError::Read {
+        path: path.into(),
+        source,
+    };
+    let not_json = |reason| ConfigError::NotJson {
+        path: path.into(),
+        reason,
+    };
     let size = std::fs::metadata(path).map_err(read)?.len();
     if size > LARGEST {
         return Err(not_json(format!("{size} bytes, more than {LARGEST}")));
@@ -286,7 +313,11 @@ struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
-        ConfigError::Field { path: self.path.into(), field: field.into(), reason: reason.into() }
+        ConfigError::Field {
+            path: self.path.into(),
+            field: field.into(),
+            reason: reason.into(),
+        }
     }
 
     fn present(&self, field: &str) -> Option<&'a Value> {
@@ -294,38 +325,61 @@ impl<'a> Fields<'a> {
     }
 
     fn text(&self, field: &str) -> Result<&'a str, ConfigError> {
-        let value = self.present(field).ok_or_else(|| self.refuse(field, "missing"))?;
-        value.as_str().ok_or_else(|| self.refuse(field, format!("{value} is not text")))
+        let value = self
+            .present(field)
+            .ok_or_else(|| self.refuse(field, "missing"))?;
+        value
+            .as_str()
+            .ok_or_else(|| self.refuse(field, format!("{value} is not text")))
     }
 
     fn count(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
-        self.optional_count(field, most)?.ok_or_else(|| self.refuse(field, "missing"))
+        self.optional_count(field, most)?
+            .ok_or_else(|| self.refuse(field, "missing"))
     }
 
     fn optional_count(&self, field: &str, most: usize) -> Result<Option<usize>, ConfigError> {
-        let Some(value) = self.present(field) else { return Ok(None) };
+        let Some(value) = self.present(field) else {
+            return Ok(None);
+        };
         match value.as_u64().and_then(|count| usize::try_from(count).ok()) {
             Some(count) if (1..=most).contains(&count) => Ok(Some(count)),
-            _ => Err(self.refuse(field, format!("{value} is not a whole number in 1..={most}"))),
+            _ => Err(self.refuse(
+                field,
+                format!("{value} is not a whole number in 1..={most}"),
+            )),
         }
     }
 
     fn real(&self, field: &str, above: f64, most: f64) -> Result<f64, ConfigError> {
-        let value = self.present(field).ok_or_else(|| self.refuse(field, "missing"))?;
+        let value = self
+            .present(field)
+            .ok_or_else(|| self.refuse(field, "missing"))?;
         self.checked_real(field, value, above, most)
     }
 
-    fn checked_real(&self, field: &str, value: &Value, above: f64, most: f64) -> Result<f64, ConfigError> {
+    fn checked_real(
+        &self,
+        field: &str,
+        value: &Value,
+        above: f64,
+        most: f64,
+    ) -> Result<f64, ConfigError> {
         match value.as_f64() {
             Some(real) if real > above && real <= most => Ok(real),
-            _ => Err(self.refuse(field, format!("{value} is not a number above {above} and at most {most}"))),
+            _ => Err(self.refuse(
+                field,
+                format!("{value} is not a number above {above} and at most {most}"),
+            )),
         }
     }
 
     fn flag(&self, field: &str) -> Result<Option<bool>, ConfigError> {
         self.present(field)
             .map(|value| {
-                value.as_bool().ok_or_else(|| self.refuse(field, format!("{value} is not true or false")))
+                value
+                    .as_bool()
+                    .ok_or_else(|| self.refuse(field, format!("{value} is not true or false")))
             })
             .transpose()
     }
@@ -365,20 +419,31 @@ impl<'a> Fields<'a> {
             Some(value) => ("rope_parameters", Some(value)),
             None => ("rope_scaling", self.present("rope_scaling")),
         };
-        let theta = parameters.and_then(|p| p.get("rope_theta")).or_else(|| self.present("rope_theta"));
+        let theta = parameters
+            .and_then(|p| p.get("rope_theta"))
+            .or_else(|| self.present("rope_theta"));
         let theta = match theta {
             Some(value) => self.checked_real("rope_theta", value, 1.0, MOST)?,
             None => 10_000.0,
         };
-        let Some(parameters) = parameters else { return Ok(Rope { theta, scaling: None }) };
+        let Some(parameters) = parameters else {
+            return Ok(Rope {
+                theta,
+                scaling: None,
+            });
+        };
         let number = |name: &str| {
             let value = parameters.get(name).unwrap_or(&Value::Null);
             self.checked_real(&format!("{field}.{name}"), value, 0.0, MOST)
         };
-        let kind = parameters.get("rope_type").or_else(|| parameters.get("type"));
+        let kind = parameters
+            .get("rope_type")
+            .or_else(|| parameters.get("type"));
         let scaling = match kind.and_then(Value::as_str).unwrap_or("default") {
             "default" => None,
-            "linear" => Some(RopeScaling::Linear { factor: number("factor")? }),
+            "linear" => Some(RopeScaling::Linear {
+                factor: number("factor")?,
+            }),
             "llama3" => Some(RopeScaling::Llama3 {
                 factor: number("factor")?,
                 low: number("low_freq_factor")?,
@@ -421,7 +486,13 @@ mod tests {
     fn rope_is_read_in_old_and_new_style() {
         assert_eq!(parse(json!({"rope_theta": 5e5})).unwrap().rope.theta, 5e5);
         let new = json!({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}});
-        assert_eq!(parse(new).unwrap().rope, Rope { theta: 1e6, scaling: None });
+        assert_eq!(
+            parse(new).unwrap().rope,
+            Rope {
+                theta: 1e6,
+                scaling: None
+            }
+        );
     }
 
     #[test]
@@ -434,14 +505,20 @@ mod tests {
             (json!({"head_dim": 31}), "head_dim"),
             (json!({"vocab_size": null}), "vocab_size"),
             (json!({"model_type": "gpt2"}), "model_type"),
-            (json!({"rope_scaling": {"rope_type": "yarn"}}), "rope_scaling.rope_type"),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn"}}),
+                "rope_scaling.rope_type",
+            ),
             (json!({"quantization_config": {}}), "quantization_config"),
             (json!({"rms_norm_eps": -1.0}), "rms_norm_eps"),
             (json!({"eos_token_id": 400}), "eos_token_id"),
         ] {
             let message = parse(patch).unwrap_err().to_string();
             let named = format!("m/config.json: field `{field}`");
-            assert!(message.starts_with(&named), "{message} should start with {named}");
+            assert!(
+                message.starts_with(&named),
+                "{message} should start with {named}"
+            );
         }
     }
 }

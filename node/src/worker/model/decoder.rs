@@ -43,7 +43,9 @@ pub(crate) struct Layer {
 pub(crate) enum Head {
     Own(Bank),
     /// The embedding; while that is frozen, `ordered` holds its rows in rank order.
-    Tied { ordered: Option<Tensor> },
+    Tied {
+        ordered: Option<Tensor>,
+    },
 }
 
 /// Items one after another; each sees only itself, and its positions start at zero.
@@ -60,7 +62,10 @@ impl Packed {
     pub fn push(&mut self, tokens: impl IntoIterator<Item = u32>) -> Segment {
         let start = self.tokens.len();
         self.tokens.extend(tokens);
-        let segment = Segment { start, len: self.tokens.len() - start };
+        let segment = Segment {
+            start,
+            len: self.tokens.len() - start,
+        };
         self.segments.push(segment);
         segment
     }
@@ -73,11 +78,13 @@ impl Model {
         id_of_rank: Vec<u32>,
         mut fill: impl FnMut(&Slot, &mut [f32]) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
-        config.check().map_err(|(field, reason)| super::config::ConfigError::Field {
-            path: "config.json".into(),
-            field: field.into(),
-            reason,
-        })?;
+        config
+            .check()
+            .map_err(|(field, reason)| super::config::ConfigError::Field {
+                path: "config.json".into(),
+                field: field.into(),
+                reason,
+            })?;
         let rank_of_id = inverse(&id_of_rank, config.vocab_size)?;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = single("model.embed_tokens.weight", &table).build(&mut fill)?;
@@ -149,13 +156,18 @@ impl Model {
     pub fn duplicate(&self) -> Result<Self, ModelError> {
         let layer = |layer: &Layer| {
             Ok::<_, candle_core::Error>(Layer {
-                attention: (Arc::clone(&layer.attention.0), layer.attention.1.duplicate()?),
-                feed_forward: (Arc::clone(&layer.feed_forward.0), layer.feed_forward.1.duplicate()?),
+                attention: (
+                    Arc::clone(&layer.attention.0),
+                    layer.attention.1.duplicate()?,
+                ),
+                feed_forward: (
+                    Arc::clone(&layer.feed_forward.0),
+                    layer.feed_forward.1.duplicate()?,
+                ),
             })
         };
-        let pair = |[a, b]: &[Bank; 2]| {
-            Ok::<_, candle_core::Error>([a.duplicate()?, b.duplicate()?])
-        };
+        let pair =
+            |[a, b]: &[Bank; 2]| Ok::<_, candle_core::Error>([a.duplicate()?, b.duplicate()?]);
         let lora = match &self.lora {
             None => None,
             Some(lora) => Some(Lora {
@@ -213,7 +225,10 @@ impl Model {
         self.check(batch, &rows)?;
         let context = self.context(batch);
         let ids = batch.tokens.as_slice().into();
-        let gather = Gather { ids, width: self.config.hidden_size };
+        let gather = Gather {
+            ids,
+            width: self.config.hidden_size,
+        };
         let mut x = self.embedding.tensor().apply_op1(gather)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (attention, feed_forward) = self.banks(index, layer);
@@ -224,11 +239,21 @@ impl Model {
         let width = self.config.hidden_size;
         let eps = self.config.rms_norm_eps as f32;
         let normed = with_floats(&x, |x| {
-            self.norm.read(|weight| normalise(&self.scratch, x, &rows, weight, eps))
+            self.norm
+                .read(|weight| normalise(&self.scratch, x, &rows, weight, eps))
         })??;
         let mut values = self.scratch.take(rows.len() * self.vocabulary());
-        with_floats(&head, |head| logits(&normed.values, width, head, &mut values))?;
-        Ok(Pass { model: self, hidden: x, head, rows, normed, logits: values })
+        with_floats(&head, |head| {
+            logits(&normed.values, width, head, &mut values)
+        })?;
+        Ok(Pass {
+            model: self,
+            hidden: x,
+            head,
+            rows,
+            normed,
+            logits: values,
+        })
     }
 
     /// Trainable tensors in a fixed order: the order of [`Gradients`].
@@ -296,7 +321,10 @@ impl Model {
             return Ok(());
         }
         let values = self.embedding.read(|values| self.in_rank_order(values))?;
-        let plan = single("lm_head.weight", &[self.config.vocab_size, self.config.hidden_size]);
+        let plan = single(
+            "lm_head.weight",
+            &[self.config.vocab_size, self.config.hidden_size],
+        );
         let head = plan.build(|_, out| {
             out.copy_from_slice(&values);
             Ok::<_, ModelError>(())
@@ -310,7 +338,9 @@ impl Model {
         if self.is_tied() && !self.embedding.is_trainable() {
             let values = self.embedding.read(|values| self.in_rank_order(values))?;
             let len = values.len();
-            self.head = Head::Tied { ordered: Some(Tensor::from_vec(values, len, &Device::Cpu)?) };
+            self.head = Head::Tied {
+                ordered: Some(Tensor::from_vec(values, len, &Device::Cpu)?),
+            };
         }
         Ok(())
     }
@@ -318,10 +348,15 @@ impl Model {
     pub(crate) fn head_tensor(&self) -> Result<Tensor, ModelError> {
         Ok(match &self.head {
             Head::Own(bank) => bank.tensor().clone(),
-            Head::Tied { ordered: Some(ordered) } => ordered.clone(),
+            Head::Tied {
+                ordered: Some(ordered),
+            } => ordered.clone(),
             Head::Tied { ordered: None } => {
                 let ids = Arc::clone(&self.id_of_rank);
-                self.embedding.tensor().apply_op1(Gather { ids, width: self.config.hidden_size })?
+                self.embedding.tensor().apply_op1(Gather {
+                    ids,
+                    width: self.config.hidden_size,
+                })?
             }
         })
     }
@@ -329,27 +364,50 @@ impl Model {
     pub(crate) fn banks<'a>(&'a self, index: usize, layer: &'a Layer) -> (Banks<'a>, Banks<'a>) {
         let lora = |part: usize| {
             let lora = self.lora.as_ref()?;
-            Some((&lora.banks[index][part], lora.config.rank, lora.config.scale()))
+            Some((
+                &lora.banks[index][part],
+                lora.config.rank,
+                lora.config.scale(),
+            ))
         };
         (
-            Banks { base: &layer.attention.1, lora: lora(0) },
-            Banks { base: &layer.feed_forward.1, lora: lora(1) },
+            Banks {
+                base: &layer.attention.1,
+                lora: lora(0),
+            },
+            Banks {
+                base: &layer.feed_forward.1,
+                lora: lora(1),
+            },
         )
     }
 
     pub(crate) fn context(&self, batch: &Packed) -> Arc<Context> {
-        let longest = batch.segments.iter().map(|segment| segment.len).max().unwrap_or(0);
+        let longest = batch
+            .segments
+            .iter()
+            .map(|segment| segment.len)
+            .max()
+            .unwrap_or(0);
         // One more position, for branches that continue a whole item.
         let rope = self.rope(longest + 1);
         let segments = batch.segments.as_slice().into();
-        Arc::new(Context { segments, rope, scratch: self.scratch.clone() })
+        Arc::new(Context {
+            segments,
+            rope,
+            scratch: self.scratch.clone(),
+        })
     }
 
     fn rope(&self, positions: usize) -> Arc<RopeTable> {
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {
             let positions = positions.next_power_of_two();
-            *table = Arc::new(RopeTable::new(&self.config.rope, self.config.head_dim, positions));
+            *table = Arc::new(RopeTable::new(
+                &self.config.rope,
+                self.config.head_dim,
+                positions,
+            ));
         }
         Arc::clone(&table)
     }
@@ -358,12 +416,17 @@ impl Model {
         let refuse = |reason: String| Err(ModelError::BadBatch { reason });
         let vocabulary = self.vocabulary();
         if let Some(id) = batch.tokens.iter().find(|&&id| id as usize >= vocabulary) {
-            return refuse(format!("token {id} is not below the vocabulary size {vocabulary}"));
+            return refuse(format!(
+                "token {id} is not below the vocabulary size {vocabulary}"
+            ));
         }
         let mut end = 0;
         for segment in &batch.segments {
             if segment.start != end || segment.len == 0 {
-                return refuse(format!("item at row {} does not follow row {end}", segment.start));
+                return refuse(format!(
+                    "item at row {} does not follow row {end}",
+                    segment.start
+                ));
             }
             if segment.len > self.config.max_positions {
                 return refuse(format!(
@@ -374,10 +437,15 @@ impl Model {
             end += segment.len;
         }
         if end == 0 || end != batch.tokens.len() {
-            return refuse(format!("items cover {end} of {} tokens", batch.tokens.len()));
+            return refuse(format!(
+                "items cover {end} of {} tokens",
+                batch.tokens.len()
+            ));
         }
         if !rows.is_sorted_by(|a, b| a < b) || rows.last().is_none_or(|&row| row as usize >= end) {
-            return refuse("rows of logits must be ascending rows of the batch, at least one".into());
+            return refuse(
+                "rows of logits must be ascending rows of the batch, at least one".into(),
+            );
         }
         Ok(())
     }
@@ -444,11 +512,21 @@ impl Pass<'_> {
         let loss = self.hidden.apply_op3(norm, &self.head, root)?;
         let mut store = loss.backward()?;
         let take = |bank: &&Bank| {
-            store.remove(bank.tensor()).ok_or_else(|| ModelError::NoGradient {
-                name: bank.slots().first().map(|slot| slot.name.clone()).unwrap_or_default(),
-            })
+            store
+                .remove(bank.tensor())
+                .ok_or_else(|| ModelError::NoGradient {
+                    name: bank
+                        .slots()
+                        .first()
+                        .map(|slot| slot.name.clone())
+                        .unwrap_or_default(),
+                })
         };
-        let tensors = model.trainable().iter().map(take).collect::<Result<_, _>>()?;
+        let tensors = model
+            .trainable()
+            .iter()
+            .map(take)
+            .collect::<Result<_, _>>()?;
         Ok(Gradients { tensors })
     }
 }

@@ -4,10 +4,10 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor, bail};
 
-use super::ops::matmul::{Into, View, ViewMut, ab, abt, atb};
 use super::ops::norm;
 use super::ops::scratch::Scratch;
 use super::parameters::{floats, with_floats};
+use consilium_kernels::matmul::{View, ViewMut, Write, ab, abt, atb};
 
 /// Chosen rows of the residual stream after the final norm.
 #[derive(Debug)]
@@ -33,7 +33,11 @@ pub(crate) fn normalise(
     let mut values = scratch.take(chosen.len());
     let mut inverse = scratch.take(rows.len());
     norm::forward(&chosen, weight, eps, &mut values, &mut inverse);
-    Normed { chosen, values, inverse }
+    Normed {
+        chosen,
+        values,
+        inverse,
+    }
 }
 
 /// `logits = normed head^T`, head `[V, width]`.
@@ -41,7 +45,13 @@ pub(crate) fn logits(normed: &[f32], width: usize, head: &[f32], out: &mut [f32]
     let (rows, vocabulary) = (normed.len() / width, head.len() / width);
     let normed = View::new(normed, rows, width);
     let head = View::new(head, vocabulary, width);
-    abt(ViewMut::new(out, rows, vocabulary), Into::Replace, normed, head, 1.0);
+    abt(
+        ViewMut::new(out, rows, vocabulary),
+        Write::Replace,
+        normed,
+        head,
+        1.0,
+    );
 }
 
 /// Root of the graph over (residual stream, norm weight, head): its value is the loss, its backward
@@ -81,28 +91,53 @@ impl CustomOp3 for HeadLoss {
         _loss: &Tensor,
         _one: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((normed, dlogits_buffer)) = state else { bail!("head: backward twice") };
+        let state = self
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some((normed, dlogits_buffer)) = state else {
+            bail!("head: backward twice")
+        };
         let (count, width) = (self.rows.len(), norm.elem_count());
         let vocabulary = head.elem_count() / width;
         let dlogits = View::new(&dlogits_buffer, count, vocabulary);
         let dhead = self.train_head.then(|| {
             let mut dhead = vec![0f32; head.elem_count()];
             let values = View::new(&normed.values, count, width);
-            atb(ViewMut::new(&mut dhead, vocabulary, width), Into::Replace, dlogits, values, 1.0);
+            atb(
+                ViewMut::new(&mut dhead, vocabulary, width),
+                Write::Replace,
+                dlogits,
+                values,
+                1.0,
+            );
             dhead
         });
         let mut dnormed = self.scratch.take(count * width);
         with_floats(head, |head| {
             let head = View::new(head, vocabulary, width);
-            ab(ViewMut::new(&mut dnormed, count, width), Into::Replace, dlogits, head, 1.0);
+            ab(
+                ViewMut::new(&mut dnormed, count, width),
+                Write::Replace,
+                dlogits,
+                head,
+                1.0,
+            );
         })?;
         let mut dchosen = self.scratch.take(count * width);
         dchosen.fill(0.0);
         let mut dnorm = self.train_norm.then(|| vec![0f32; width]);
         with_floats(norm, |weight| {
             let dnorm = dnorm.as_deref_mut();
-            norm::backward(&normed.chosen, weight, &normed.inverse, &dnormed, &mut dchosen, dnorm);
+            norm::backward(
+                &normed.chosen,
+                weight,
+                &normed.inverse,
+                &dnormed,
+                &mut dchosen,
+                dnorm,
+            );
         })?;
         let mut dx = vec![0f32; x.elem_count()];
         for (dchosen, &row) in dchosen.chunks_exact(width).zip(&self.rows) {
@@ -110,13 +145,26 @@ impl CustomOp3 for HeadLoss {
                 *dx += d;
             }
         }
-        for buffer in [dlogits_buffer, dnormed, dchosen, normed.chosen, normed.values, normed.inverse] {
+        for buffer in [
+            dlogits_buffer,
+            dnormed,
+            dchosen,
+            normed.chosen,
+            normed.values,
+            normed.inverse,
+        ] {
             self.scratch.give(buffer);
         }
         let tensor = |values: Option<Vec<f32>>, like: &Tensor| {
-            values.map(|values| Tensor::from_vec(values, like.shape(), like.device())).transpose()
+            values
+                .map(|values| Tensor::from_vec(values, like.shape(), like.device()))
+                .transpose()
         };
-        Ok((tensor(Some(dx), x)?, tensor(dnorm, norm)?, tensor(dhead, head)?))
+        Ok((
+            tensor(Some(dx), x)?,
+            tensor(dnorm, norm)?,
+            tensor(dhead, head)?,
+        ))
     }
 }
 
@@ -131,21 +179,33 @@ impl CustomOp1 for Gather {
         "gather"
     }
 
-    fn cpu_fwd(&self, table: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        table: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
         let mut out = vec![0f32; self.ids.len() * self.width];
         gather(floats(table, layout)?, &self.ids, self.width, &mut out);
         let len = out.len();
         Ok((CpuStorage::F32(out), Shape::from(len)))
     }
 
-    fn bwd(&self, table: &Tensor, _out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    fn bwd(
+        &self,
+        table: &Tensor,
+        _out: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
         if dout.dtype() != DType::F32 {
             bail!("gather: gradient is not f32");
         }
         let mut gradient = vec![0f32; table.elem_count()];
         with_floats(dout, |dout| {
             for (row, &id) in dout.chunks_exact(self.width).zip(self.ids.iter()) {
-                for (sum, d) in gradient[id as usize * self.width..][..self.width].iter_mut().zip(row) {
+                for (sum, d) in gradient[id as usize * self.width..][..self.width]
+                    .iter_mut()
+                    .zip(row)
+                {
                     *sum += d;
                 }
             }

@@ -70,7 +70,12 @@ pub(crate) fn unit(rng: &mut impl Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-fn fill(files: &OpenFiles<'_>, folder: &Path, slot: &Slot, out: &mut [f32]) -> Result<(), ModelError> {
+fn fill(
+    files: &OpenFiles<'_>,
+    folder: &Path,
+    slot: &Slot,
+    out: &mut [f32],
+) -> Result<(), ModelError> {
     let Some((path, file)) = files.get(slot.name.as_str()) else {
         return Err(ModelError::MissingTensor {
             origin: folder.display().to_string(),
@@ -89,7 +94,10 @@ fn fill(files: &OpenFiles<'_>, folder: &Path, slot: &Slot, out: &mut [f32]) -> R
     }
     tensors::copy_as_f32(&origin, &slot.name, &view, out)?;
     if out.iter().any(|value| !value.is_finite()) {
-        return Err(ModelError::NotFinite { origin, name: slot.name.clone() });
+        return Err(ModelError::NotFinite {
+            origin,
+            name: slot.name.clone(),
+        });
     }
     Ok(())
 }
@@ -115,7 +123,11 @@ impl Shards {
                 Err(source) => Err(ModelError::Read { path, source }),
             }
         };
-        names.into_iter().map(read).collect::<Result<_, _>>().map(Self)
+        names
+            .into_iter()
+            .map(read)
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 
     fn open(&self) -> Result<OpenFiles<'_>, ModelError> {
@@ -145,9 +157,14 @@ fn shard_names(index: &Path) -> Result<Vec<String>, ModelError> {
         .ok_or_else(|| refuse("missing or not an object".into()))?;
     let mut names = Vec::new();
     for value in map.values() {
-        let name = value.as_str().ok_or_else(|| refuse(format!("{value} is not a file name")))?;
+        let name = value
+            .as_str()
+            .ok_or_else(|| refuse(format!("{value} is not a file name")))?;
         let mut parts = Path::new(name).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+        if !matches!(
+            (parts.next(), parts.next()),
+            (Some(Component::Normal(_)), None)
+        ) {
             return Err(refuse(format!("`{name}` is not a file name in this folder")).into());
         }
         names.push(name.to_owned());

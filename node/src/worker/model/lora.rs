@@ -5,10 +5,10 @@ use rand_chacha::ChaCha12Rng;
 
 use super::load::unit;
 use super::ops::linear::Projection;
-use super::ops::matmul::{Into, View, ViewMut, ab};
 use super::parameters::{Bank, Plan, Slot};
 use super::tensors::{NamedTensor, NamedTensors};
 use super::{Head, Model, ModelError, attention, feed_forward};
+use consilium_kernels::matmul::{View, ViewMut, Write, ab};
 
 /// PEFT's prefix of every tensor name.
 const PREFIX: &str = "base_model.model.";
@@ -47,15 +47,30 @@ impl Model {
     /// A tied head becomes a tensor of its own when it is to be trained.
     pub fn attach_lora(&mut self, config: LoraConfig, seed: u64) -> Result<(), ModelError> {
         if config.rank == 0 || !(config.alpha > 0.0 && config.alpha.is_finite()) {
-            return Err(ModelError::BadLora { rank: config.rank, alpha: config.alpha });
+            return Err(ModelError::BadLora {
+                rank: config.rank,
+                alpha: config.alpha,
+            });
         }
         self.freeze();
         let mut rng = ChaCha12Rng::seed_from_u64(seed);
         let mut banks = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let (a, f) = (&layer.attention.0, &layer.feed_forward.0);
-            let attention = plan(index, "self_attn", &attention::LAYERS, [&a.qkv, &a.output], config.rank);
-            let feed_forward = plan(index, "mlp", &feed_forward::LAYERS, [&f.gate_up, &f.down], config.rank);
+            let attention = plan(
+                index,
+                "self_attn",
+                &attention::LAYERS,
+                [&a.qkv, &a.output],
+                config.rank,
+            );
+            let feed_forward = plan(
+                index,
+                "mlp",
+                &feed_forward::LAYERS,
+                [&f.gate_up, &f.down],
+                config.rank,
+            );
             let mut fill = |slot: &Slot, out: &mut [f32]| {
                 if slot.name.contains("lora_A") {
                     let bound = (3.0 / slot.shape[1] as f64).sqrt();
@@ -91,8 +106,18 @@ impl Model {
     pub fn adapter(&self) -> Result<NamedTensors, ModelError> {
         let mut tensors = NamedTensors::new();
         self.each_adapter_tensor(|name, shape, values, by_rank| {
-            let values = if by_rank { self.in_id_order(values) } else { values.to_vec() };
-            tensors.insert(name.to_owned(), NamedTensor { shape: shape.to_vec(), values });
+            let values = if by_rank {
+                self.in_id_order(values)
+            } else {
+                values.to_vec()
+            };
+            tensors.insert(
+                name.to_owned(),
+                NamedTensor {
+                    shape: shape.to_vec(),
+                    values,
+                },
+            );
         })?;
         Ok(tensors)
     }
@@ -106,7 +131,10 @@ impl Model {
         self.each_adapter_tensor(|name, shape, _, _| {
             expected += 1;
             let error = match tensors.get(name) {
-                None => ModelError::MissingTensor { origin: origin(), name: name.to_owned() },
+                None => ModelError::MissingTensor {
+                    origin: origin(),
+                    name: name.to_owned(),
+                },
                 Some(tensor) if tensor.shape != shape => ModelError::WrongShape {
                     origin: origin(),
                     name: name.to_owned(),
@@ -114,7 +142,10 @@ impl Model {
                     expected: shape.to_vec(),
                 },
                 Some(tensor) if tensor.values.iter().any(|value| !value.is_finite()) => {
-                    ModelError::NotFinite { origin: origin(), name: name.to_owned() }
+                    ModelError::NotFinite {
+                        origin: origin(),
+                        name: name.to_owned(),
+                    }
                 }
                 Some(_) => return,
             };
@@ -127,9 +158,14 @@ impl Model {
             let known = self.adapter()?;
             let name = tensors.keys().find(|name| !known.contains_key(*name));
             let name = name.cloned().unwrap_or_default();
-            return Err(ModelError::UnknownTensor { origin: origin(), name });
+            return Err(ModelError::UnknownTensor {
+                origin: origin(),
+                name,
+            });
         }
-        let Some(lora) = &self.lora else { return Err(ModelError::NoAdapter) };
+        let Some(lora) = &self.lora else {
+            return Err(ModelError::NoAdapter);
+        };
         for bank in lora.banks.iter().flatten() {
             bank.edit(|out| {
                 for slot in bank.slots() {
@@ -140,7 +176,8 @@ impl Model {
         if lora.config.embeddings_and_head
             && let Head::Own(head) = &self.head
         {
-            self.embedding.edit(|out| out.copy_from_slice(&tensors[EMBEDDING].values))?;
+            self.embedding
+                .edit(|out| out.copy_from_slice(&tensors[EMBEDDING].values))?;
             let by_rank = self.in_rank_order(&tensors[HEAD].values);
             head.edit(|out| out.copy_from_slice(&by_rank))?;
         }
@@ -175,17 +212,24 @@ impl Model {
 
     /// Adds `scale B A` to the weights in `tensors`.
     pub(crate) fn fold_adapters(&self, tensors: &mut NamedTensors) -> Result<(), ModelError> {
-        let Some(lora) = &self.lora else { return Ok(()) };
+        let Some(lora) = &self.lora else {
+            return Ok(());
+        };
         let factors = self.adapter()?;
-        for (name, a) in factors.iter().filter(|(name, _)| name.ends_with(".lora_A.weight")) {
+        for (name, a) in factors
+            .iter()
+            .filter(|(name, _)| name.ends_with(".lora_A.weight"))
+        {
             let module = name.trim_end_matches(".lora_A.weight");
             let b = &factors[&format!("{module}.lora_B.weight")];
             let weight = format!("{}.weight", module.trim_start_matches(PREFIX));
-            let Some(weight) = tensors.get_mut(&weight) else { continue };
+            let Some(weight) = tensors.get_mut(&weight) else {
+                continue;
+            };
             let (out, rank, inputs) = (b.shape[0], b.shape[1], a.shape[1]);
             ab(
                 ViewMut::new(&mut weight.values, out, inputs),
-                Into::Add,
+                Write::Add,
                 View::new(&b.values, out, rank),
                 View::new(&a.values, rank, inputs),
                 lora.config.scale(),

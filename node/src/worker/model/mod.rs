@@ -31,4 +31,4 @@ pub use scoring::{BranchToken, KeyValues, ScoringPass};
 pub use tensors::{NamedTensor, NamedTensors};
 
 pub(crate) use decoder::Head;
-pub(crate) use parameters::{edit, with_floats};
+pub(crate) use parameters::edit;

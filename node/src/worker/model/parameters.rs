@@ -31,7 +31,11 @@ impl Plan {
     /// Appends a tensor and returns its offset.
     pub(crate) fn push(&mut self, name: String, shape: &[usize]) -> usize {
         let start = self.len;
-        self.slots.push(Slot { name, shape: shape.to_vec(), start });
+        self.slots.push(Slot {
+            name,
+            shape: shape.to_vec(),
+            start,
+        });
         self.len += shape.iter().product::<usize>();
         start
     }
@@ -46,7 +50,10 @@ impl Plan {
             fill(slot, &mut values[slot.range()])?;
         }
         let values = Tensor::from_vec(values, self.len, &Device::Cpu)?;
-        Ok(Bank { slots: self.slots, values })
+        Ok(Bank {
+            slots: self.slots,
+            values,
+        })
     }
 }
 
@@ -95,8 +102,10 @@ impl Bank {
     pub(crate) fn duplicate(&self) -> candle_core::Result<Self> {
         let values = with_floats(&self.values, <[f32]>::to_vec)?;
         let len = values.len();
-        let mut copy =
-            Self { slots: self.slots.clone(), values: Tensor::from_vec(values, len, &Device::Cpu)? };
+        let mut copy = Self {
+            slots: self.slots.clone(),
+            values: Tensor::from_vec(values, len, &Device::Cpu)?,
+        };
         if self.is_trainable() {
             copy.train()?;
         }
@@ -115,7 +124,10 @@ impl Bank {
 }
 
 /// Lends the values of a contiguous f32 tensor on the CPU.
-pub(crate) fn with_floats<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+pub(crate) fn with_floats<R>(
+    tensor: &Tensor,
+    f: impl FnOnce(&[f32]) -> R,
+) -> candle_core::Result<R> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => Ok(f(floats(storage, layout)?)),
@@ -124,7 +136,10 @@ pub(crate) fn with_floats<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> ca
 }
 
 /// The values of a contiguous f32 storage.
-pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+pub(crate) fn floats<'a>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [f32]> {
     let values = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&values[start..end]),

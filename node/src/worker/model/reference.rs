@@ -28,7 +28,11 @@ fn linear(all: &Variables, lora: Option<f64>, module: &str, x: &Tensor) -> Tenso
     if let Some(scale) = lora {
         let a = &all[&format!("base_model.model.{module}.lora_A.weight")];
         let b = &all[&format!("base_model.model.{module}.lora_B.weight")];
-        let low = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+        let low = x
+            .matmul(&a.t().unwrap())
+            .unwrap()
+            .matmul(&b.t().unwrap())
+            .unwrap();
         y = (y + (low * scale).unwrap()).unwrap();
     }
     y
@@ -37,13 +41,20 @@ fn linear(all: &Variables, lora: Option<f64>, module: &str, x: &Tensor) -> Tenso
 fn norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     let mean = x.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
     let root = (mean + eps).unwrap().sqrt().unwrap();
-    x.broadcast_div(&root).unwrap().broadcast_mul(weight).unwrap()
+    x.broadcast_div(&root)
+        .unwrap()
+        .broadcast_mul(weight)
+        .unwrap()
 }
 
 fn rope(x: &Tensor, config: &ModelConfig, positions: usize) -> Tensor {
     let (dim, half) = (config.head_dim, config.head_dim / 2);
     let table = RopeTable::new(&config.rope, dim, positions);
-    let unit = |pair: usize| (0..dim).map(|d| f32::from(u8::from(d == pair))).collect::<Vec<_>>();
+    let unit = |pair: usize| {
+        (0..dim)
+            .map(|d| f32::from(u8::from(d == pair)))
+            .collect::<Vec<_>>()
+    };
     let mut angles = [Vec::new(), Vec::new()];
     for position in 0..positions {
         for pair in 0..half {
@@ -54,7 +65,10 @@ fn rope(x: &Tensor, config: &ModelConfig, positions: usize) -> Tensor {
         }
     }
     let [cos, sin] = angles.map(|a| Tensor::from_vec(a, (positions, half), &Device::Cpu).unwrap());
-    let (a, b) = (x.narrow(1, 0, half).unwrap(), x.narrow(1, half, half).unwrap());
+    let (a, b) = (
+        x.narrow(1, 0, half).unwrap(),
+        x.narrow(1, half, half).unwrap(),
+    );
     let first = ((&a * &cos).unwrap() - (&b * &sin).unwrap()).unwrap();
     let second = ((&b * &cos).unwrap() + (&a * &sin).unwrap()).unwrap();
     Tensor::cat(&[first, second], 1).unwrap()
@@ -66,8 +80,9 @@ fn logits(config: &ModelConfig, all: &Variables, lora: Option<f64>, tokens: &[u3
     let ids = Tensor::new(tokens, &Device::Cpu).unwrap();
     let embedding = &all["model.embed_tokens.weight"];
     let mut x = embedding.index_select(&ids, 0).unwrap();
-    let hidden: Vec<f64> =
-        (0..len * len).map(|i| if i % len > i / len { -1e30 } else { 0.0 }).collect();
+    let hidden: Vec<f64> = (0..len * len)
+        .map(|i| if i % len > i / len { -1e30 } else { 0.0 })
+        .collect();
     let mask = Tensor::from_vec(hidden, (len, len), &Device::Cpu).unwrap();
     for layer in 0..config.layers {
         let prefix = format!("model.layers.{layer}");
@@ -92,7 +107,9 @@ fn logits(config: &ModelConfig, all: &Variables, lora: Option<f64>, tokens: &[u3
         x = (x + linear(all, lora, &format!("{prefix}.self_attn.o_proj"), &mixed)).unwrap();
         let weight = &all[&format!("{prefix}.post_attention_layernorm.weight")];
         let h = norm(&x, weight, config.rms_norm_eps);
-        let gate = linear(all, lora, &format!("{prefix}.mlp.gate_proj"), &h).silu().unwrap();
+        let gate = linear(all, lora, &format!("{prefix}.mlp.gate_proj"), &h)
+            .silu()
+            .unwrap();
         let active = (gate * linear(all, lora, &format!("{prefix}.mlp.up_proj"), &h)).unwrap();
         x = (x + linear(all, lora, &format!("{prefix}.mlp.down_proj"), &active)).unwrap();
     }
@@ -112,7 +129,10 @@ fn roughened(mut model: Model) -> Model {
     for (seed, bank) in (7..).zip(model.base_banks()) {
         bank.edit(|values| {
             let noise = noise(seed, values.len());
-            values.iter_mut().zip(noise).for_each(|(value, noise)| *value += 0.5 * noise);
+            values
+                .iter_mut()
+                .zip(noise)
+                .for_each(|(value, noise)| *value += 0.5 * noise);
         })
         .unwrap();
     }
@@ -136,38 +156,67 @@ fn batch(config: &ModelConfig) -> Packed {
 fn assert_close(what: &str, got: &[f32], want: &[f64]) {
     assert_eq!(got.len(), want.len(), "{what}");
     let scale = want.iter().fold(1e-6f64, |m, w| m.max(w.abs()));
-    let worst =
-        got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).abs()).fold(0.0, f64::max) / scale;
-    assert!(worst < 2e-5, "{what}: relative error {worst:e} at scale {scale:e}");
+    let worst = got
+        .iter()
+        .zip(want)
+        .map(|(g, w)| (f64::from(*g) - w).abs())
+        .fold(0.0, f64::max)
+        / scale;
+    assert!(
+        worst < 2e-5,
+        "{what}: relative error {worst:e} at scale {scale:e}"
+    );
 }
 
 fn by_id(model: &Model, row: &[f32]) -> Vec<f32> {
-    model.rank_of_id().iter().map(|&rank| row[rank as usize]).collect()
+    model
+        .rank_of_id()
+        .iter()
+        .map(|&rank| row[rank as usize])
+        .collect()
 }
 
 /// Logits, and gradients of `sum(logits * noise)`, against the reference.
 fn compare(model: &Model, lora: Option<f64>) {
     let config = model.config().clone();
     let (batch, vocab) = (batch(&config), config.vocab_size);
-    let rows: Vec<u32> = (0u32..).take(batch.tokens.len()).filter(|row| row % 4 != 1).collect();
+    let rows: Vec<u32> = (0u32..)
+        .take(batch.tokens.len())
+        .filter(|row| row % 4 != 1)
+        .collect();
     let weights = noise(99, rows.len() * vocab);
 
     let mut named = NamedTensors::new();
-    for bank in model.base_banks().into_iter().chain(model.lora.iter().flat_map(|l| l.banks.iter().flatten())) {
+    for bank in model
+        .base_banks()
+        .into_iter()
+        .chain(model.lora.iter().flat_map(|l| l.banks.iter().flatten()))
+    {
         bank.read(|values| {
             for slot in bank.slots() {
                 let mut values = values[slot.range()].to_vec();
                 if slot.name == "lm_head.weight" {
                     values = model.in_id_order(&values);
                 }
-                named.insert(slot.name.clone(), NamedTensor { shape: slot.shape.clone(), values });
+                named.insert(
+                    slot.name.clone(),
+                    NamedTensor {
+                        shape: slot.shape.clone(),
+                        values,
+                    },
+                );
             }
         })
         .unwrap();
     }
     let all = f64_variables(&named);
-    let items = batch.segments.iter().map(|s| &batch.tokens[s.start..s.start + s.len]);
-    let items: Vec<Tensor> = items.map(|tokens| logits(&config, &all, lora, tokens)).collect();
+    let items = batch
+        .segments
+        .iter()
+        .map(|s| &batch.tokens[s.start..s.start + s.len]);
+    let items: Vec<Tensor> = items
+        .map(|tokens| logits(&config, &all, lora, tokens))
+        .collect();
     let reference = Tensor::cat(&items, 0).unwrap();
     let rows_tensor = Tensor::new(rows.as_slice(), &Device::Cpu).unwrap();
     let reference = reference.index_select(&rows_tensor, 0).unwrap();
@@ -177,11 +226,24 @@ fn compare(model: &Model, lora: Option<f64>) {
         .map(f64::from)
         .collect();
     let weights_by_id = Tensor::from_vec(weights_by_id, (rows.len(), vocab), &Device::Cpu).unwrap();
-    let store = (&reference * &weights_by_id).unwrap().sum_all().unwrap().backward().unwrap();
+    let store = (&reference * &weights_by_id)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
 
     let pass = model.forward(&batch, rows).unwrap();
-    let got: Vec<f32> = pass.logits().chunks(vocab).flat_map(|row| by_id(model, row)).collect();
-    assert_close("logits", &got, &reference.flatten_all().unwrap().to_vec1::<f64>().unwrap());
+    let got: Vec<f32> = pass
+        .logits()
+        .chunks(vocab)
+        .flat_map(|row| by_id(model, row))
+        .collect();
+    assert_close(
+        "logits",
+        &got,
+        &reference.flatten_all().unwrap().to_vec1::<f64>().unwrap(),
+    );
     let (_, gradients) = pass
         .backward(|_, gradient| {
             gradient.copy_from_slice(&weights);
@@ -236,13 +298,26 @@ fn qwen2_with_grouped_queries_bias_and_tied_head_does_too() {
 fn adapters_on_all_layers_do_too_whichever_way_the_products_are_taken() {
     // Rank 16 of width 24 takes dW first; rank 2 takes the factors; the wide layer is never merged.
     for (rank, inner) in [(16, 20), (2, 20), (2, 4000)] {
-        let config = ModelConfig { intermediate_size: inner, ..tiny() };
+        let config = ModelConfig {
+            intermediate_size: inner,
+            ..tiny()
+        };
         let mut model = roughened(random(config, order(29), 3).unwrap());
-        let lora = LoraConfig { rank, alpha: 2.0 * rank as f64, embeddings_and_head: true };
+        let lora = LoraConfig {
+            rank,
+            alpha: 2.0 * rank as f64,
+            embeddings_and_head: true,
+        };
         model.attach_lora(lora, 4).unwrap();
         for (seed, bank) in (70..).zip(model.lora.as_ref().unwrap().banks.iter().flatten()) {
             let noise = noise(seed, bank.len());
-            bank.edit(|values| values.iter_mut().zip(noise).for_each(|(v, n)| *v += 0.3 * n)).unwrap();
+            bank.edit(|values| {
+                values
+                    .iter_mut()
+                    .zip(noise)
+                    .for_each(|(v, n)| *v += 0.3 * n)
+            })
+            .unwrap();
         }
         compare(&model, Some(2.0));
     }

@@ -14,7 +14,10 @@ pub fn save_folder(model: &Model, folder: &Path) -> Result<(), ModelError> {
     let mut config = model.config().clone();
     config.tied = model.is_tied();
     write(&folder.join("config.json"), &pretty(&config.to_json()))?;
-    write(&folder.join("model.safetensors"), &encode(&model.weights()?)?)
+    write(
+        &folder.join("model.safetensors"),
+        &encode(&model.weights()?)?,
+    )
 }
 
 /// Writes `adapter_config.json` and `adapter_model.safetensors`. `base` is the name or path of the base
@@ -22,8 +25,11 @@ pub fn save_folder(model: &Model, folder: &Path) -> Result<(), ModelError> {
 pub fn save_adapter(model: &Model, folder: &Path, base: &str) -> Result<(), ModelError> {
     let shape = model.lora().ok_or(ModelError::NoAdapter)?;
     create(folder)?;
-    let modules_to_save =
-        if shape.embeddings_and_head { json!(["embed_tokens", "lm_head"]) } else { json!(null) };
+    let modules_to_save = if shape.embeddings_and_head {
+        json!(["embed_tokens", "lm_head"])
+    } else {
+        json!(null)
+    };
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -42,7 +48,10 @@ pub fn save_adapter(model: &Model, folder: &Path, base: &str) -> Result<(), Mode
         "inference_mode": true,
     });
     write(&folder.join("adapter_config.json"), &pretty(&config))?;
-    write(&folder.join("adapter_model.safetensors"), &encode(&model.adapter()?)?)
+    write(
+        &folder.join("adapter_model.safetensors"),
+        &encode(&model.adapter()?)?,
+    )
 }
 
 fn pretty(value: &serde_json::Value) -> Vec<u8> {
@@ -50,11 +59,17 @@ fn pretty(value: &serde_json::Value) -> Vec<u8> {
 }
 
 fn create(folder: &Path) -> Result<(), ModelError> {
-    std::fs::create_dir_all(folder).map_err(|source| ModelError::Write { path: folder.into(), source })
+    std::fs::create_dir_all(folder).map_err(|source| ModelError::Write {
+        path: folder.into(),
+        source,
+    })
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    write_atomic(path, [bytes]).map_err(|source| ModelError::Write { path: path.into(), source })
+    write_atomic(path, [bytes]).map_err(|source| ModelError::Write {
+        path: path.into(),
+        source,
+    })
 }
 
 impl Model {
@@ -65,7 +80,10 @@ impl Model {
             bank.read(|values| {
                 for slot in bank.slots() {
                     let values = values[slot.range()].to_vec();
-                    let tensor = NamedTensor { shape: slot.shape.clone(), values };
+                    let tensor = NamedTensor {
+                        shape: slot.shape.clone(),
+                        values,
+                    };
                     tensors.insert(slot.name.clone(), tensor);
                 }
             })?;

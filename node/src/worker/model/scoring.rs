@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use super::ModelError;
 use super::block::{Block, Context};
 use super::decoder::{Layer, Model, Packed};
 use super::head::{gather, logits, normalise};
 use super::ops::attention::{self, Branch, Segment};
 use super::parameters::with_floats;
-use super::ModelError;
 
 /// Logits of a batch and what branches of it need.
 #[derive(Debug)]
@@ -45,7 +45,8 @@ impl Model {
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let (attention, feed_forward) = self.banks(index, layer);
-            let (y, kept) = attention.read(|weights| layer.attention.0.forward(&context, weights, &x))?;
+            let (y, kept) =
+                attention.read(|weights| layer.attention.0.forward(&context, weights, &x))?;
             layers.push(kept.into_cache(&context));
             let (y, kept) =
                 feed_forward.read(|weights| layer.feed_forward.0.forward(&context, weights, &y))?;
@@ -53,7 +54,10 @@ impl Model {
             x = y;
         }
         let logits = self.head_logits(&x, rows)?;
-        Ok(ScoringPass { logits, kv: KeyValues { layers, context } })
+        Ok(ScoringPass {
+            logits,
+            kv: KeyValues { layers, context },
+        })
     }
 
     /// Logits `[branches, vocabulary]` after each branch token, all in one pass: a branch attends to its
@@ -119,7 +123,9 @@ impl Model {
                 {
                     Ok(Branch { segment, prefix })
                 }
-                _ => Err(refuse(format!("{branch:?} is outside of its item or the vocabulary"))),
+                _ => Err(refuse(format!(
+                    "{branch:?} is outside of its item or the vocabulary"
+                ))),
             }
         };
         branches.iter().map(place).collect()
@@ -128,16 +134,21 @@ impl Model {
     fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let width = self.config().hidden_size;
         let mut x = vec![0f32; tokens.len() * width];
-        self.embedding.read(|table| gather(table, tokens, width, &mut x))?;
+        self.embedding
+            .read(|table| gather(table, tokens, width, &mut x))?;
         Ok(x)
     }
 
     fn head_logits(&self, x: &[f32], rows: &[u32]) -> Result<Vec<f32>, ModelError> {
         let width = self.config().hidden_size;
         let eps = self.config().rms_norm_eps as f32;
-        let normed = self.norm.read(|weight| normalise(&self.scratch, x, rows, weight, eps))?;
+        let normed = self
+            .norm
+            .read(|weight| normalise(&self.scratch, x, rows, weight, eps))?;
         let mut out = vec![0f32; rows.len() * self.vocabulary()];
-        with_floats(&self.head_tensor()?, |head| logits(&normed.values, width, head, &mut out))?;
+        with_floats(&self.head_tensor()?, |head| {
+            logits(&normed.values, width, head, &mut out)
+        })?;
         for buffer in [normed.chosen, normed.values, normed.inverse] {
             self.scratch.give(buffer);
         }

@@ -29,7 +29,13 @@ pub fn decode(origin: &str, bytes: &[u8]) -> Result<NamedTensors, ModelError> {
         let view = view(origin, &file, name)?;
         let mut values = vec![0f32; view.shape().iter().product()];
         copy_as_f32(origin, name, &view, &mut values)?;
-        tensors.insert(name.to_owned(), NamedTensor { shape: view.shape().to_vec(), values });
+        tensors.insert(
+            name.to_owned(),
+            NamedTensor {
+                shape: view.shape().to_vec(),
+                values,
+            },
+        );
     }
     Ok(tensors)
 }
@@ -46,8 +52,11 @@ pub(crate) fn encode_with(
     value: &str,
 ) -> Result<Vec<u8>, ModelError> {
     let metadata = HashMap::from([(key.to_owned(), value.to_owned())]);
-    safetensors::serialize(tensors.iter().map(|(name, tensor)| (name, F32(tensor))), Some(metadata))
-        .map_err(|source| ModelError::Encode { source })
+    safetensors::serialize(
+        tensors.iter().map(|(name, tensor)| (name, F32(tensor))),
+        Some(metadata),
+    )
+    .map_err(|source| ModelError::Encode { source })
 }
 
 struct F32<'a>(&'a NamedTensor);
@@ -62,7 +71,13 @@ impl View for F32<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.0.values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        Cow::Owned(
+            self.0
+                .values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        )
     }
 
     fn data_len(&self) -> usize {
@@ -71,8 +86,10 @@ impl View for F32<'_> {
 }
 
 pub(crate) fn open<'a>(origin: &str, bytes: &'a [u8]) -> Result<SafeTensors<'a>, ModelError> {
-    SafeTensors::deserialize(bytes)
-        .map_err(|source| ModelError::Decode { origin: origin.to_owned(), source })
+    SafeTensors::deserialize(bytes).map_err(|source| ModelError::Decode {
+        origin: origin.to_owned(),
+        source,
+    })
 }
 
 pub(crate) fn view<'a>(
@@ -139,9 +156,12 @@ mod tests {
 
     #[test]
     fn halves_decode_exactly() {
-        for (bits, want) in
-            [(0x3c00, 1.0), (0xc000, -2.0), (0x3555, 0.333_251_95), (0x0001, 5.960_464_5e-8)]
-        {
+        for (bits, want) in [
+            (0x3c00, 1.0),
+            (0xc000, -2.0),
+            (0x3555, 0.333_251_95),
+            (0x0001, 5.960_464_5e-8),
+        ] {
             assert_eq!(half_to_f32(bits), want, "{bits:#x}");
         }
         assert!(half_to_f32(0x7e00).is_nan());

@@ -107,7 +107,10 @@ pub(crate) fn branches(
     for run in branches.chunk_by(|a, b| a.segment == b.segment) {
         let (head, tail) = rest.split_at_mut(run.len() * heads.out());
         rest = tail;
-        tasks.push(((run, &qkv[first * heads.row()..][..run.len() * heads.row()]), head));
+        tasks.push((
+            (run, &qkv[first * heads.row()..][..run.len() * heads.row()]),
+            head,
+        ));
         first += run.len();
     }
     let run = |buffers: &mut Buffers, ((run, qkv), out): ((&[Branch], &[f32]), &mut [f32])| {
@@ -161,7 +164,14 @@ fn each<T: Send>(tasks: Vec<T>, run: impl Fn(&mut Buffers, T) + Sync + Send) {
 
 /// Copies one head of every row, padded; rotated where a table is given.
 #[inline(always)]
-fn gather(rows: &[f32], stride: usize, first: usize, dim: usize, padded: usize, out: &mut Vec<f32>) {
+fn gather(
+    rows: &[f32],
+    stride: usize,
+    first: usize,
+    dim: usize,
+    padded: usize,
+    out: &mut Vec<f32>,
+) {
     let len = rows.len() / stride;
     reset(out, len * padded);
     for (row, out) in rows.chunks_exact(stride).zip(out.chunks_exact_mut(padded)) {
@@ -263,14 +273,28 @@ fn softmax(row: &mut [f32], count: usize) {
     row[count..].fill(0.0);
 }
 
-type Forward<'a> = (Heads, &'a RopeTable, &'a [f32], &'a mut [f32], &'a mut Buffers);
+type Forward<'a> = (
+    Heads,
+    &'a RopeTable,
+    &'a [f32],
+    &'a mut [f32],
+    &'a mut Buffers,
+);
 
 #[inline(always)]
 fn forward_segment((heads, rope, qkv, out, buffers): Forward<'_>) {
     let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
     let len = qkv.len() / width;
     let stride = len.next_multiple_of(LANES);
-    let Buffers { q, k, k_columns, v, p, row, .. } = buffers;
+    let Buffers {
+        q,
+        k,
+        k_columns,
+        v,
+        p,
+        row,
+        ..
+    } = buffers;
     reset(p, stride);
     for key in 0..heads.keys {
         let key_at = (heads.queries + key) * dim;
@@ -278,7 +302,13 @@ fn forward_segment((heads, rope, qkv, out, buffers): Forward<'_>) {
         transpose(k, padded, k_columns);
         gather(qkv, width, key_at + heads.keys * dim, dim, padded, v);
         for query in key * heads.group()..(key + 1) * heads.group() {
-            gather_rotated((qkv, width, query * dim), (dim, padded), rope, heads.scale(), q);
+            gather_rotated(
+                (qkv, width, query * dim),
+                (dim, padded),
+                rope,
+                heads.scale(),
+                q,
+            );
             for (i, q) in q.chunks_exact(padded).enumerate() {
                 let seen = (i + 1).next_multiple_of(LANES);
                 scores(q, k_columns, stride, i + 1, &mut p[..seen]);
@@ -291,14 +321,33 @@ fn forward_segment((heads, rope, qkv, out, buffers): Forward<'_>) {
     }
 }
 
-type Backward<'a> = (Heads, &'a RopeTable, &'a [f32], &'a [f32], &'a mut [f32], &'a mut Buffers);
+type Backward<'a> = (
+    Heads,
+    &'a RopeTable,
+    &'a [f32],
+    &'a [f32],
+    &'a mut [f32],
+    &'a mut Buffers,
+);
 
 #[inline(always)]
 fn backward_segment((heads, rope, qkv, dout_rows, dqkv, buffers): Backward<'_>) {
     let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
     let len = qkv.len() / width;
     let stride = len.next_multiple_of(LANES);
-    let Buffers { q, k, k_columns, v, v_columns, dout, p, ds, dk, dv, row } = buffers;
+    let Buffers {
+        q,
+        k,
+        k_columns,
+        v,
+        v_columns,
+        dout,
+        p,
+        ds,
+        dk,
+        dv,
+        row,
+    } = buffers;
     reset(p, len * stride);
     reset(ds, len * stride);
     for key in 0..heads.keys {
@@ -311,7 +360,13 @@ fn backward_segment((heads, rope, qkv, dout_rows, dqkv, buffers): Backward<'_>) 
         reset(dk, len * padded);
         reset(dv, len * padded);
         for query in key * heads.group()..(key + 1) * heads.group() {
-            gather_rotated((qkv, width, query * dim), (dim, padded), rope, heads.scale(), q);
+            gather_rotated(
+                (qkv, width, query * dim),
+                (dim, padded),
+                rope,
+                heads.scale(),
+                q,
+            );
             gather(dout_rows, heads.out(), query * dim, dim, padded, dout);
             for i in 0..len {
                 let seen = (i + 1).next_multiple_of(LANES);
@@ -331,28 +386,59 @@ fn backward_segment((heads, rope, qkv, dout_rows, dqkv, buffers): Backward<'_>) 
             }
             for j in 0..len {
                 let ds = ds[j * stride + j..].iter().step_by(stride).copied();
-                mix(ds, &q[j * padded..], padded, &mut dk[j * padded..][..padded]);
+                mix(
+                    ds,
+                    &q[j * padded..],
+                    padded,
+                    &mut dk[j * padded..][..padded],
+                );
                 let p = p[j * stride + j..].iter().step_by(stride).copied();
-                mix(p, &dout[j * padded..], padded, &mut dv[j * padded..][..padded]);
+                mix(
+                    p,
+                    &dout[j * padded..],
+                    padded,
+                    &mut dv[j * padded..][..padded],
+                );
             }
         }
         for j in 0..len {
             let row = &mut dqkv[j * width..][..width];
-            rope.rotate_back(&dk[j * padded..][..dim], j, 1.0, &mut row[key_at..key_at + dim]);
+            rope.rotate_back(
+                &dk[j * padded..][..dim],
+                j,
+                1.0,
+                &mut row[key_at..key_at + dim],
+            );
             row[value_at..value_at + dim].copy_from_slice(&dv[j * padded..][..dim]);
         }
     }
 }
 
-type Branches<'a> =
-    (Heads, &'a [Branch], &'a RopeTable, &'a [f32], &'a [f32], &'a mut [f32], &'a mut Buffers);
+type Branches<'a> = (
+    Heads,
+    &'a [Branch],
+    &'a RopeTable,
+    &'a [f32],
+    &'a [f32],
+    &'a mut [f32],
+    &'a mut Buffers,
+);
 
 #[inline(always)]
 fn branch_segment((heads, branches, rope, cache, qkv, out, buffers): Branches<'_>) {
     let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
     let len = cache.len() / width;
     let stride = len.next_multiple_of(LANES);
-    let Buffers { q, k, k_columns, v, p, row, dk, .. } = buffers;
+    let Buffers {
+        q,
+        k,
+        k_columns,
+        v,
+        p,
+        row,
+        dk,
+        ..
+    } = buffers;
     for key in 0..heads.keys {
         let key_at = (heads.queries + key) * dim;
         let value_at = key_at + heads.keys * dim;
@@ -364,7 +450,12 @@ fn branch_segment((heads, branches, rope, cache, qkv, out, buffers): Branches<'_
                 let own = &qkv[b * width..][..width];
                 let prefix = branch.prefix;
                 reset(q, padded);
-                rope.rotate(&own[query * dim..][..dim], prefix, heads.scale(), &mut q[..dim]);
+                rope.rotate(
+                    &own[query * dim..][..dim],
+                    prefix,
+                    heads.scale(),
+                    &mut q[..dim],
+                );
                 reset(dk, padded);
                 rope.rotate(&own[key_at..][..dim], prefix, 1.0, &mut dk[..dim]);
                 let seen = (prefix + 1).next_multiple_of(LANES);

@@ -3,7 +3,8 @@
 //! Layers that read the same input (q, k, v; gate, up) are one [`Projection`]: their weights lie one
 //! after another in the block's parameters, so one product serves all of them.
 
-use super::matmul::{Into, View, ViewMut, ab, abt, atb};
+use consilium_kernels::matmul::{View, ViewMut, Write, ab, abt, atb};
+
 use super::scratch::Scratch;
 use super::simd::wide;
 
@@ -55,19 +56,19 @@ impl Projection {
         scratch: &Scratch,
         x: &[f32],
         y: &mut [f32],
-        into: Into,
+        write: Write,
     ) {
         let (rows, width) = (x.len() / self.inputs, self.width());
         let x = View::new(x, rows, self.inputs);
         match self.merged(weights, scratch, rows) {
             Some(merged) => {
                 let w = View::new(&merged, width, self.inputs);
-                abt(ViewMut::new(y, rows, width), into, x, w, 1.0);
+                abt(ViewMut::new(y, rows, width), write, x, w, 1.0);
                 scratch.give(merged);
             }
             None => {
                 let w = View::new(&weights.base[self.weight..], width, self.inputs);
-                abt(ViewMut::new(y, rows, width), into, x, w, 1.0);
+                abt(ViewMut::new(y, rows, width), write, x, w, 1.0);
                 if let Some(lora) = weights.lora {
                     self.add_low_rank(lora, scratch, x, y);
                 }
@@ -91,19 +92,31 @@ impl Projection {
         let dy = View::new(dy, rows, width);
         if let Some(merged) = self.merged(weights, scratch, rows) {
             let w = View::new(&merged, width, inputs);
-            ab(ViewMut::new(dx, rows, inputs), Into::Replace, dy, w, 1.0);
+            ab(ViewMut::new(dx, rows, inputs), Write::Replace, dy, w, 1.0);
             scratch.give(merged);
             return;
         }
         let w = View::new(&weights.base[self.weight..], width, inputs);
-        ab(ViewMut::new(dx, rows, inputs), Into::Replace, dy, w, 1.0);
+        ab(ViewMut::new(dx, rows, inputs), Write::Replace, dy, w, 1.0);
         let Some(lora) = weights.lora else { return };
         let mut down = scratch.take(rows * lora.rank);
         for layer in self.layers(lora) {
             let dy = dy.columns(layer.first, layer.out);
-            ab(ViewMut::new(&mut down, rows, lora.rank), Into::Replace, dy, layer.b, lora.scale);
+            ab(
+                ViewMut::new(&mut down, rows, lora.rank),
+                Write::Replace,
+                dy,
+                layer.b,
+                lora.scale,
+            );
             let down = View::new(&down, rows, lora.rank);
-            ab(ViewMut::new(dx, rows, inputs), Into::Add, down, layer.a, 1.0);
+            ab(
+                ViewMut::new(dx, rows, inputs),
+                Write::Add,
+                down,
+                layer.a,
+                1.0,
+            );
         }
         scratch.give(down);
     }
@@ -126,7 +139,13 @@ impl Projection {
             return;
         }
         let dw = &mut gradient[self.weight..][..width * inputs];
-        atb(ViewMut::new(dw, width, inputs), Into::Replace, dy_rows, x, 1.0);
+        atb(
+            ViewMut::new(dw, width, inputs),
+            Write::Replace,
+            dy_rows,
+            x,
+            1.0,
+        );
         if let Some(bias) = self.bias {
             wide((dy, &mut gradient[bias..][..width]), sum_rows);
         }
@@ -136,7 +155,10 @@ impl Projection {
     /// `rows rank (2 in + out)` more than not having them.
     fn merges(&self, rows: usize, lora: Option<Factors<'_>>) -> bool {
         lora.is_some()
-            && self.outputs.iter().all(|out| rows * (2 * self.inputs + out) > self.inputs * out)
+            && self
+                .outputs
+                .iter()
+                .all(|out| rows * (2 * self.inputs + out) > self.inputs * out)
     }
 
     fn merged(&self, weights: Weights<'_>, scratch: &Scratch, rows: usize) -> Option<Vec<f32>> {
@@ -146,7 +168,7 @@ impl Projection {
         for layer in self.layers(lora) {
             let w = &mut merged[layer.first * self.inputs..];
             let w = ViewMut::new(w, layer.out, self.inputs);
-            ab(w, Into::Add, layer.b, layer.a, lora.scale);
+            ab(w, Write::Add, layer.b, layer.a, lora.scale);
         }
         Some(merged)
     }
@@ -155,9 +177,21 @@ impl Projection {
         let rows = x.rows();
         let mut down = scratch.take(rows * lora.rank);
         for layer in self.layers(lora) {
-            abt(ViewMut::new(&mut down, rows, lora.rank), Into::Replace, x, layer.a, 1.0);
+            abt(
+                ViewMut::new(&mut down, rows, lora.rank),
+                Write::Replace,
+                x,
+                layer.a,
+                1.0,
+            );
             let y = ViewMut::new(y, rows, self.width()).columns(layer.first, layer.out);
-            abt(y, Into::Add, View::new(&down, rows, lora.rank), layer.b, lora.scale);
+            abt(
+                y,
+                Write::Add,
+                View::new(&down, rows, lora.rank),
+                layer.b,
+                lora.scale,
+            );
         }
         scratch.give(down);
     }
@@ -175,25 +209,57 @@ impl Projection {
         gradient: &mut [f32],
     ) {
         let (rank, rows, inputs) = (lora.rank, x.rows(), self.inputs);
-        for Layer { first, out, a_at, b_at, a, b } in self.layers(lora) {
+        for Layer {
+            first,
+            out,
+            a_at,
+            b_at,
+            a,
+            b,
+        } in self.layers(lora)
+        {
             let dy = dy.columns(first, out);
             if inputs * out <= 2 * rank * (inputs + out) {
                 let mut dw = scratch.take(out * inputs);
-                atb(ViewMut::new(&mut dw, out, inputs), Into::Replace, dy, x, lora.scale);
+                atb(
+                    ViewMut::new(&mut dw, out, inputs),
+                    Write::Replace,
+                    dy,
+                    x,
+                    lora.scale,
+                );
                 let dw_rows = View::new(&dw, out, inputs);
                 let db = ViewMut::new(&mut gradient[b_at..], out, rank);
-                abt(db, Into::Replace, dw_rows, a, 1.0);
+                abt(db, Write::Replace, dw_rows, a, 1.0);
                 let da = ViewMut::new(&mut gradient[a_at..], rank, inputs);
-                atb(da, Into::Replace, b, dw_rows, 1.0);
+                atb(da, Write::Replace, b, dw_rows, 1.0);
                 scratch.give(dw);
             } else {
                 let mut down = scratch.take(rows * rank);
-                abt(ViewMut::new(&mut down, rows, rank), Into::Replace, x, a, 1.0);
+                abt(
+                    ViewMut::new(&mut down, rows, rank),
+                    Write::Replace,
+                    x,
+                    a,
+                    1.0,
+                );
                 let db = ViewMut::new(&mut gradient[b_at..], out, rank);
-                atb(db, Into::Replace, dy, View::new(&down, rows, rank), lora.scale);
-                ab(ViewMut::new(&mut down, rows, rank), Into::Replace, dy, b, lora.scale);
+                atb(
+                    db,
+                    Write::Replace,
+                    dy,
+                    View::new(&down, rows, rank),
+                    lora.scale,
+                );
+                ab(
+                    ViewMut::new(&mut down, rows, rank),
+                    Write::Replace,
+                    dy,
+                    b,
+                    lora.scale,
+                );
                 let da = ViewMut::new(&mut gradient[a_at..], rank, inputs);
-                atb(da, Into::Replace, View::new(&down, rows, rank), x, 1.0);
+                atb(da, Write::Replace, View::new(&down, rows, rank), x, 1.0);
                 scratch.give(down);
             }
         }
@@ -207,7 +273,14 @@ impl Projection {
             let b = View::new(&lora.values[b_at..], out, lora.rank);
             let before = first;
             first += out;
-            Layer { first: before, out, a_at, b_at, a, b }
+            Layer {
+                first: before,
+                out,
+                a_at,
+                b_at,
+                a,
+                b,
+            }
         })
     }
 

@@ -6,7 +6,6 @@
 
 pub(crate) mod attention;
 pub(crate) mod linear;
-pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod scratch;

@@ -41,7 +41,11 @@ type Rows<'a> = (&'a [f32], &'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
 #[inline(always)]
 fn backward_rows((x, weight, inverse, dy, dx): Rows<'_>) {
     let d = weight.len();
-    let rows = x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(inverse);
+    let rows = x
+        .chunks_exact(d)
+        .zip(dy.chunks_exact(d))
+        .zip(dx.chunks_exact_mut(d))
+        .zip(inverse);
     for (((x, dy), dx), &r) in rows {
         let weighted = dot3(x, dy, weight);
         let pull = r * r * r * weighted / d as f32;

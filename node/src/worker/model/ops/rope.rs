@@ -28,12 +28,20 @@ impl RopeTable {
                 sines.push(angle.sin());
             }
         }
-        Self { half, cosines, sines }
+        Self {
+            half,
+            cosines,
+            sines,
+        }
     }
 
     /// Positions covered.
     pub(crate) fn positions(&self) -> usize {
-        if self.half == 0 { usize::MAX } else { self.cosines.len() / self.half }
+        if self.half == 0 {
+            usize::MAX
+        } else {
+            self.cosines.len() / self.half
+        }
     }
 
     /// `out = scale * R(position) head`
@@ -67,7 +75,12 @@ fn scaled(frequency: f64, scaling: Option<&RopeScaling>) -> f64 {
     match scaling {
         None => frequency,
         Some(RopeScaling::Linear { factor }) => frequency / factor,
-        Some(RopeScaling::Llama3 { factor, low, high, original }) => {
+        Some(RopeScaling::Llama3 {
+            factor,
+            low,
+            high,
+            original,
+        }) => {
             let wavelength = std::f64::consts::TAU / frequency;
             if wavelength < original / high {
                 frequency

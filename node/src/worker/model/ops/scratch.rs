@@ -33,8 +33,11 @@ impl Scratch {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         pool.push(buffer);
         if pool.len() > KEPT
-            && let Some(smallest) =
-                pool.iter().enumerate().min_by_key(|(_, b)| b.capacity()).map(|(index, _)| index)
+            && let Some(smallest) = pool
+                .iter()
+                .enumerate()
+                .min_by_key(|(_, b)| b.capacity())
+                .map(|(index, _)| index)
         {
             pool.swap_remove(smallest);
         }

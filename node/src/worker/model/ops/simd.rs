@@ -48,7 +48,12 @@ pub(crate) fn exp(x: f32) -> f32 {
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
     let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
+    let rest = a_chunks
+        .remainder()
+        .iter()
+        .zip(b_chunks.remainder())
+        .map(|(x, y)| x * y)
+        .sum();
     for (x, y) in a_chunks.zip(b_chunks) {
         for lane in 0..LANES {
             sums[lane] = x[lane].mul_add(y[lane], sums[lane]);
@@ -63,7 +68,11 @@ pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
     let whole = a.len() / LANES * LANES;
     for start in (0..whole).step_by(LANES) {
-        let (x, y, z) = (&a[start..][..LANES], &b[start..][..LANES], &c[start..][..LANES]);
+        let (x, y, z) = (
+            &a[start..][..LANES],
+            &b[start..][..LANES],
+            &c[start..][..LANES],
+        );
         for lane in 0..LANES {
             sums[lane] = (x[lane] * y[lane]).mul_add(z[lane], sums[lane]);
         }
@@ -93,7 +102,10 @@ mod tests {
         for step in -8_700..=8_800 {
             let x = step as f32 / 100.0;
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((got / want - 1.0).abs() < 3e-7, "exp({x}) = {got}, expected {want}");
+            assert!(
+                (got / want - 1.0).abs() < 3e-7,
+                "exp({x}) = {got}, expected {want}"
+            );
         }
     }
 }

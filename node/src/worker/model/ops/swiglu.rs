@@ -19,7 +19,10 @@ fn sigmoid(x: f32) -> f32 {
 
 #[inline(always)]
 fn forward_rows((gate_up, width, out): (&[f32], usize, &mut [f32])) {
-    for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+    for (row, out) in gate_up
+        .chunks_exact(2 * width)
+        .zip(out.chunks_exact_mut(width))
+    {
         let (gate, up) = row.split_at(width);
         for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
             *out = g * sigmoid(g) * u;
@@ -29,7 +32,10 @@ fn forward_rows((gate_up, width, out): (&[f32], usize, &mut [f32])) {
 
 #[inline(always)]
 fn backward_rows((gate_up, width, dout): (&mut [f32], usize, &mut [f32])) {
-    for (row, dout) in gate_up.chunks_exact_mut(2 * width).zip(dout.chunks_exact_mut(width)) {
+    for (row, dout) in gate_up
+        .chunks_exact_mut(2 * width)
+        .zip(dout.chunks_exact_mut(width))
+    {
         let (gate, up) = row.split_at_mut(width);
         for ((dout, g), u) in dout.iter_mut().zip(gate).zip(up) {
             let (d, gate, up) = (*dout, *g, *u);
