@@ -1,3 +1,5 @@
 //! The program at an institution: models, training, scoring, egress gate, session.
 
 #![forbid(unsafe_code)]
+
+pub mod spool;
