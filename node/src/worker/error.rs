@@ -1,6 +1,8 @@
 //! Why a piece of the worker's work cannot be done.
 
-use consilium_kernels::{LossError, RecordError, ScoreError, VocabError};
+use std::path::PathBuf;
+
+use consilium_kernels::{LossError, RecordError, ScoreError};
 use consilium_protocol::evaluation::EvaluationError;
 use consilium_protocol::reference::ReferenceError;
 use consilium_protocol::shard::ShardError;
@@ -9,6 +11,7 @@ use super::holdout::HoldoutError;
 use super::model::ModelError;
 use super::part::PartError;
 use super::tokenizer::TokenizerError;
+use super::train::TrainError;
 use crate::spool::SpoolError;
 
 /// Why work ended early. The text stays at the site and never holds private text.
@@ -20,29 +23,9 @@ pub enum WorkError {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// The tokenizer's vocabulary.
-    #[error("tokenizer.json: {0}")]
-    Vocab(#[from] VocabError),
-    /// Model and tokenizer are not of one make.
-    #[error(
-        "tokenizer.json has {tokens} tokens, but vocab_size in config.json is {size}; use the files of one model"
-    )]
-    Vocabulary {
-        /// Tokens of the tokenizer.
-        tokens: usize,
-        /// Rows of the model's embedding.
-        size: usize,
-    },
-    /// The tokens of a target do not spell its bytes.
-    #[error(
-        "the tokenizer changes the text of a target (a normaliser, or bytes it has no token for); use one that spells every byte"
-    )]
-    Unfaithful,
     /// A target that the model cannot hold.
-    #[error("a target needs {tokens} tokens, the model's limit is {limit}")]
+    #[error("a target has more tokens than the model's limit of {limit}; cut the text")]
     TooLong {
-        /// Tokens, the leading end of record included.
-        tokens: usize,
         /// The model's limit.
         limit: usize,
     },
@@ -74,6 +57,9 @@ pub enum WorkError {
     /// Targets that do not belong to the reference set.
     #[error("targets: {0}")]
     Targets(String),
+    /// A part none of whose items can be used.
+    #[error("no item of the part fits a row of tokens; raise row_tokens")]
+    NothingToTrain,
     /// The reference set.
     #[error(transparent)]
     Reference(#[from] ReferenceError),
@@ -86,6 +72,17 @@ pub enum WorkError {
     /// The spool.
     #[error(transparent)]
     Spool(#[from] SpoolError),
+    /// Training: an optimiser, its state, or the data.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// A folder or file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A setting that this version cannot do.
     #[error("{field}: {problem}")]
     Setting {

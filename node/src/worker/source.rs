@@ -1,12 +1,20 @@
 //! A model with its tokenizer and byte-sorted vocabulary, as one value.
 
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-use consilium_kernels::{TokenKind, Vocab};
+use consilium_kernels::Vocab;
 
+use super::data::{Batch, Item};
 use super::error::WorkError;
-use super::model::{self, Model, ModelConfig};
-use super::tokenizer::{TokenBytes, Tokenizer};
+use super::model::{self, Model, ModelConfig, ModelError};
+use super::tokenizer::Tokenizer;
+
+/// Logits of one batch take at most this many values (256 MiB) unless a single item has more.
+const LOGITS: usize = 64 << 20;
+/// Tokens of one batch at most; beyond this a pass gains nothing.
+const TOKENS: usize = 2048;
 
 /// What scoring, training and evaluation work with. The head's rows are in the order of the vocabulary's ranks.
 #[derive(Debug)]
@@ -14,28 +22,9 @@ pub struct LoadedModel {
     /// The decoder.
     pub model: Model,
     /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Its vocabulary in byte-sorted order.
-    pub vocab: Vocab,
-}
-
-/// An item in the tokens of a model: end of record, context, target.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sequence {
-    /// Ids that the model reads; the target's last token is the last one.
-    pub ids: Vec<u32>,
-    /// Ids before the target, at least 1.
-    pub first: usize,
-    /// Ranks of the target's tokens.
-    pub ranks: Vec<u32>,
-}
-
-impl Sequence {
-    /// Predicted tokens: the target's and the end of the record.
-    #[must_use]
-    pub fn predicted(&self) -> usize {
-        self.ranks.len() + 1
-    }
+    pub vocab: Arc<Vocab>,
 }
 
 impl LoadedModel {
@@ -45,31 +34,31 @@ impl LoadedModel {
     /// A file is missing or cannot be used, or tokenizer and model do not fit.
     pub fn load(folder: &Path) -> Result<Self, WorkError> {
         let tokenizer = Tokenizer::load(folder)?;
-        let config = ModelConfig::load(folder).map_err(model::ModelError::from)?;
-        let vocab = vocab_of(&tokenizer, config.vocab_size)?;
+        let config = ModelConfig::load(folder).map_err(ModelError::from)?;
+        let vocab = tokenizer.vocab(config.vocab_size)?;
         let model = model::load_folder(folder, vocab.id_of_rank().to_vec())?;
         Ok(Self {
             model,
-            tokenizer,
-            vocab,
+            tokenizer: Arc::new(tokenizer),
+            vocab: Arc::new(vocab),
         })
     }
 
-    /// A new model of random weights; `config.vocab_size` must hold all tokens of the tokenizer.
+    /// A new model of random weights. `config.vocab_size` must hold all tokens of the tokenizer.
     ///
     /// # Errors
     /// The shape is impossible, or the vocabulary too small.
     pub fn random(
-        tokenizer: Tokenizer,
+        tokenizer: Arc<Tokenizer>,
         config: ModelConfig,
         seed: u64,
     ) -> Result<Self, WorkError> {
-        let vocab = vocab_of(&tokenizer, config.vocab_size)?;
+        let vocab = tokenizer.vocab(config.vocab_size)?;
         let model = model::random(config, vocab.id_of_rank().to_vec(), seed)?;
         Ok(Self {
             model,
             tokenizer,
-            vocab,
+            vocab: Arc::new(vocab),
         })
     }
 
@@ -80,8 +69,8 @@ impl LoadedModel {
     pub fn duplicate(&self) -> Result<Self, WorkError> {
         Ok(Self {
             model: self.model.duplicate()?,
-            tokenizer: self.tokenizer.clone(),
-            vocab: self.vocab.clone(),
+            tokenizer: Arc::clone(&self.tokenizer),
+            vocab: Arc::clone(&self.vocab),
         })
     }
 
@@ -96,58 +85,87 @@ impl LoadedModel {
     }
 
     /// Tokenises context and target apart, so that the target starts with a token of its own. A context that does not
-    /// fit beside its target loses its beginning.
+    /// fit into `limit` tokens beside its target loses its beginning; none if the target alone does not fit.
     ///
     /// # Errors
-    /// The tokenizer does not give the target's bytes back, or the target alone is longer than the model's limit.
-    pub fn sequence(&self, context: &str, target: &str) -> Result<Sequence, WorkError> {
-        let tokens = self.tokenizer.encode(target)?;
-        let ranks = self.ranks(&tokens, target)?;
-        let limit = self.model.config().max_positions;
-        let room = limit
-            .checked_sub(tokens.len() + 1)
-            .ok_or(WorkError::TooLong {
-                tokens: tokens.len() + 1,
-                limit,
-            })?;
-        let mut ids = vec![self.tokenizer.end_of_record()];
-        if !context.is_empty() {
-            let context = self.tokenizer.encode(context)?;
-            ids.extend(context.iter().skip(context.len().saturating_sub(room)));
-        }
-        let first = ids.len();
-        ids.extend(tokens);
-        Ok(Sequence { ids, first, ranks })
+    /// The tokenizer does not give the text's bytes back.
+    pub fn item(
+        &self,
+        context: &str,
+        target: &str,
+        limit: usize,
+    ) -> Result<Option<Item>, WorkError> {
+        let target = self.tokenizer.encode(target)?;
+        let Some(room) = limit.checked_sub(target.len() + 1) else {
+            return Ok(None);
+        };
+        let mut context = self.tokenizer.encode(context)?;
+        context.drain(..context.len().saturating_sub(room));
+        Ok(Some(Item { context, target }))
     }
 
-    fn ranks(&self, tokens: &[u32], text: &str) -> Result<Vec<u32>, WorkError> {
-        let rank = |&id: &u32| self.vocab.rank_of_id().get(id as usize).copied();
-        let ranks: Option<Vec<u32>> = tokens.iter().map(rank).collect();
-        let ranks = ranks.unwrap_or_default();
-        let bytes = ranks.iter().flat_map(|&rank| self.vocab.token_bytes(rank));
-        // Empty pieces would be special tokens, which spell nothing.
-        let spells = ranks.iter().all(|&rank| rank < self.vocab.byte_tokens());
-        if spells && bytes.copied().eq(text.bytes()) {
-            Ok(ranks)
-        } else {
-            Err(WorkError::Unfaithful)
+    /// As [`item`](Self::item) with the model's own limit.
+    ///
+    /// # Errors
+    /// Also where the target alone is longer than that.
+    pub fn whole_item(&self, context: &str, target: &str) -> Result<Item, WorkError> {
+        let limit = self.model.config().max_positions;
+        self.item(context, target, limit)?
+            .ok_or(WorkError::TooLong { limit })
+    }
+
+    /// Ranks of token ids that the tokenizer gave.
+    #[must_use]
+    pub fn ranks(&self, ids: &[u32]) -> Vec<u32> {
+        let ranks = self.vocab.rank_of_id();
+        ids.iter().map(|&id| ranks[id as usize]).collect()
+    }
+
+    /// Items in one packed batch; item i of the batch is `items[i]`.
+    pub(crate) fn batch(&self, items: &[Item]) -> Batch {
+        let mut batch = Batch::default();
+        for (index, item) in items.iter().enumerate() {
+            batch.push(index, item, self.tokenizer.end_of_record());
         }
+        batch
+    }
+
+    /// Cuts items into runs for one pass each, by sizes alone, so that the same items give the same batches.
+    pub(crate) fn runs(&self, items: &[Item]) -> Vec<Range<usize>> {
+        let limit = TOKENS.min(LOGITS / self.model.vocabulary()).max(1);
+        runs(items.iter().map(Item::row_tokens), limit)
     }
 }
 
-fn vocab_of(tokenizer: &Tokenizer, size: usize) -> Result<Vocab, WorkError> {
-    let table = tokenizer.token_table();
-    if table.len() > size {
-        return Err(WorkError::Vocabulary {
-            tokens: table.len(),
-            size,
-        });
+fn runs(lengths: impl Iterator<Item = usize>, limit: usize) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (index, length) in lengths.enumerate() {
+        match runs.last_mut() {
+            Some(run) if tokens + length <= limit => {
+                run.end = index + 1;
+                tokens += length;
+            }
+            _ => {
+                runs.push(index..index + 1);
+                tokens = length;
+            }
+        }
     }
-    let kinds = table.iter().map(|token| match token {
-        TokenBytes::Bytes(bytes) => TokenKind::Bytes(bytes),
-        TokenBytes::EndOfRecord => TokenKind::EndOfRecord,
-        TokenBytes::Ignored => TokenKind::Ignored,
-    });
-    let padding = std::iter::repeat_n(TokenKind::Ignored, size - table.len());
-    Ok(Vocab::new(kinds.chain(padding))?)
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_all_items_and_only_a_long_item_exceeds_the_limit() {
+        let runs = |lengths: &[usize]| runs(lengths.iter().copied(), 2048);
+        assert_eq!(runs(&[]), []);
+        assert_eq!(
+            runs(&[1000, 1000, 1000, 5000, 1, 2047, 1]),
+            [0..2, 2..3, 3..4, 4..6, 6..7]
+        );
+    }
 }
