@@ -19,6 +19,8 @@ mod reference;
 mod save;
 mod scoring;
 pub mod tensors;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Family, ModelConfig};
 pub use decoder::{Gradients, Model, Packed, Pass};
@@ -31,4 +33,5 @@ pub use scoring::{BranchToken, KeyValues, ScoringPass};
 pub use tensors::{NamedTensor, NamedTensors};
 
 pub(crate) use decoder::Head;
-pub(crate) use parameters::edit;
+pub(crate) use ops::simd::wide;
+pub(crate) use parameters::{edit, with_floats};
