@@ -83,6 +83,14 @@ pub enum WorkError {
         /// Why.
         source: std::io::Error,
     },
+    /// The operating system refuses something to the process.
+    #[error("cannot {doing}")]
+    Process {
+        /// What.
+        doing: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A setting that this version cannot do.
     #[error("{field}: {problem}")]
     Setting {

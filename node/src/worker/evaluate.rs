@@ -120,3 +120,94 @@ fn bits_of(
     }
     Ok(bits)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::model::Packed;
+    use crate::worker::testing::{LINES, log_softmax, model};
+
+    /// Nats of a target and its end, one token at a time.
+    fn by_hand(source: &LoadedModel, context: &str, target: &str) -> f64 {
+        let item = source.whole_item(context, target).unwrap();
+        let mut ids = vec![source.tokenizer.end_of_record()];
+        ids.extend(&item.context);
+        let end = source.tokenizer.end_of_record();
+        let live = source.vocab.end_ranks().end as usize;
+        let mut sum = 0.0;
+        for &id in item.target.iter().chain([&end]) {
+            let mut packed = Packed::default();
+            packed.push(ids.iter().copied());
+            let last = u32::try_from(ids.len() - 1).unwrap();
+            let row = source.model.score(&packed, &[last]).unwrap().logits;
+            sum += log_softmax(&row, live)[source.ranks(&[id])[0] as usize];
+            ids.push(id);
+        }
+        sum
+    }
+
+    #[test]
+    fn scores_are_those_of_the_chain_rule_by_hand() {
+        let source = model(6);
+        let (context, rest) = LINES[0].split_at(LINES[0].find(" use").unwrap());
+        let choices = [
+            " use dolin 40mg.",
+            " use merak 40mg.",
+            " use",
+            " give 40mg.",
+        ]
+        .map(String::from);
+        let by_hand_all = choices
+            .each_ref()
+            .map(|choice| by_hand(&source, context, choice));
+        let ranked = rank_choices(&source, [(context, choices.as_slice())], &mut ()).unwrap();
+        for (got, want) in ranked[0].iter().zip(by_hand_all) {
+            assert!((got - want).abs() < 1e-3, "{got} against {want}");
+        }
+
+        let best = (0..4)
+            .max_by(|&a, &b| by_hand_all[a].total_cmp(&by_hand_all[b]))
+            .unwrap();
+        let item = |right: usize| HoldoutItem {
+            context: context.to_owned(),
+            target: choices[right].clone(),
+            choices: choices.to_vec(),
+        };
+        let unasked = HoldoutItem {
+            context: String::new(),
+            target: rest.to_owned(),
+            choices: Vec::new(),
+        };
+        let holdout = [
+            item(best),
+            item((best + 1) % 4),
+            item(best),
+            unasked.clone(),
+        ];
+        let score = evaluate(&source, &holdout, &mut ()).unwrap();
+        assert_eq!(score.accuracy, Some(2.0 / 3.0));
+        let mut nats = by_hand(&source, "", rest);
+        let mut bytes = rest.len() + 1;
+        for item in &holdout[..3] {
+            nats += by_hand(&source, &item.context, &item.target);
+            bytes += item.target.len() + 1;
+        }
+        let want = -nats / std::f64::consts::LN_2 / bytes as f64;
+        assert!(
+            (score.bits_per_byte / want - 1.0).abs() < 1e-5,
+            "{score:?} against {want}"
+        );
+        assert_eq!(
+            evaluate(&source, &[unasked], &mut ()).unwrap().accuracy,
+            None
+        );
+    }
+
+    #[test]
+    fn a_tie_is_not_right() {
+        let choices = ["a", "b"].map(String::from);
+        assert!(is_first(&choices, "b", &[-2.0, -1.0]));
+        assert!(!is_first(&choices, "b", &[-1.0, -1.0]));
+        assert!(!is_first(&choices, "b", &[-1.0, f64::NAN]));
+    }
+}

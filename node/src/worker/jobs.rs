@@ -1,13 +1,14 @@
 //! The jobs of the spool, one at a time.
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use consilium_kernels::RecordShape;
-use consilium_protocol::evaluation::{Evaluation, Score};
+use consilium_protocol::evaluation::Evaluation;
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::{Clock as _, Digest, limits};
@@ -15,16 +16,14 @@ use consilium_protocol::{Clock as _, Digest, limits};
 use super::error::WorkError;
 use super::evaluate::evaluate;
 use super::holdout;
+use super::monitor::Monitor;
 use super::part::items_of;
-use super::progress::Progress;
+use super::progress::Terminal;
 use super::score::score_shard;
 use super::source::LoadedModel;
-use super::train::distill::{Distiller, Inner, Objective, Settings as DistilSettings};
+use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
-
-/// Longest state of an optimiser that is read back, in bytes.
-const STATE_LIMIT: u64 = 1 << 40;
 
 /// What the worker reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,15 +42,13 @@ pub struct Folders {
 type Done = (Digest, BTreeMap<String, f64>);
 
 /// Does jobs and keeps what the next one is likely to need: one model, and the optimiser of the running round.
-#[derive(Debug)]
 pub struct Worker<'a> {
     folders: Folders,
     spool: Spool,
-    stop: &'a AtomicBool,
+    stop: &'a dyn Fn() -> bool,
     reference: Option<Arc<ReferenceSet>>,
     source: Option<LoadedModel>,
     distiller: Option<Running>,
-    fixed: Option<(Score, Score)>,
 }
 
 /// A distiller and where it is.
@@ -64,11 +61,11 @@ struct Running {
 }
 
 impl<'a> Worker<'a> {
-    /// A worker without a model yet. It ends after the current step once `stop` is set.
+    /// A worker without a model yet. It ends after the current step once `stop` says so.
     ///
     /// # Errors
     /// The spool cannot be opened.
-    pub fn new(folders: Folders, stop: &'a AtomicBool) -> Result<Self, WorkError> {
+    pub fn new(folders: Folders, stop: &'a dyn Fn() -> bool) -> Result<Self, WorkError> {
         Ok(Self {
             spool: Spool::open(&folders.spool)?,
             folders,
@@ -76,7 +73,6 @@ impl<'a> Worker<'a> {
             reference: None,
             source: None,
             distiller: None,
-            fixed: None,
         })
     }
 
@@ -134,12 +130,12 @@ impl<'a> Worker<'a> {
 
     fn score(&mut self, id: &JobId, job: &ScoreJob) -> Result<Done, WorkError> {
         let reference = self.reference(&job.reference)?;
-        let mut progress = self.progress(id, "items");
         self.distiller = None;
-        let source = match &mut self.source {
+        let source = match self.source.take() {
             Some(source) => source,
-            empty @ None => empty.insert(LoadedModel::load(&self.folders.source)?),
+            None => LoadedModel::load(&self.folders.source)?,
         };
+        let source = &*self.source.insert(source);
         let width = source.model.config().hidden_size;
         if usize::from(job.symbols) * 8 > width {
             return Err(WorkError::Setting {
@@ -155,7 +151,8 @@ impl<'a> Worker<'a> {
             k: job.symbols.into(),
             fill_permille: job.fill_permille.into(),
         };
-        let scored = score_shard(source, &reference, job.items.clone(), &shape, &mut progress)?;
+        let mut watch = Watch::new(&self.spool, self.stop, id, "items");
+        let scored = score_shard(source, &reference, job.items.clone(), &shape, &mut watch)?;
         let artefact = self.spool.put_blob(&scored.shard.to_bytes()?)?;
         let notes = notes([
             ("bits_per_byte", scored.stats.bits_per_byte()),
@@ -167,8 +164,9 @@ impl<'a> Worker<'a> {
 
     fn distil(&mut self, id: &JobId, job: &DistilJob) -> Result<Done, WorkError> {
         self.source = None;
+        let reference = self.reference(&job.reference)?;
         let mut running = self.resume(job)?;
-        let result = self.inner_round(id, job, &mut running.distiller);
+        let result = self.inner_round(id, job, &reference, &mut running.distiller);
         // After an error the optimiser is somewhere inside of the round; the next job reads it back from disk.
         if result.is_ok() {
             running.after = Some(job.inner);
@@ -181,9 +179,9 @@ impl<'a> Worker<'a> {
         &self,
         id: &JobId,
         job: &DistilJob,
+        reference: &ReferenceSet,
         distiller: &mut Distiller,
     ) -> Result<Done, WorkError> {
-        let reference = self.reference_of(&job.reference)?;
         let items = reference.items();
         if items.len() as u64 != job.items {
             return Err(WorkError::Setting {
@@ -195,31 +193,28 @@ impl<'a> Worker<'a> {
         distiller.set_start(&start)?;
         let part = items_of(&job.part, job.items)?;
         let plan = distiller.plan(items, &part, job.inner)?;
-        let targets = Targets::gather(&reference, &plan.distinct(), job.shard_items, |index| {
+        let targets = Targets::gather(reference, &plan.visited(), job.shard_items, |index| {
             let digest = usize::try_from(index)
                 .ok()
                 .and_then(|index| job.targets.get(index))
                 .ok_or_else(|| WorkError::Targets(format!("the job names no shard {index}")))?;
             Ok(self.spool.read_blob(digest, limits::SHARD)?)
         })?;
-        let inner = Inner {
-            index: job.inner,
-            items,
-            plan: &plan,
-        };
         let objective = Objective::Trie {
             targets: &targets,
             cross_entropy: job.training.cross_entropy_permille as f32 / 1000.0,
         };
-        let loss = distiller.run(&inner, objective, &mut self.progress(id, "steps"))?;
+        let mut watch = Watch::new(&self.spool, self.stop, id, "steps");
+        let loss = distiller.run(&plan, items, objective, &mut watch)?;
         let artefact = self.spool.put_blob(&distiller.adapter_bytes()?)?;
         self.keep_state(job, distiller)?;
-        Ok((artefact, notes([("loss", loss)])))
+        let notes = notes([("loss", loss), ("usable_items", plan.usable() as f64)]);
+        Ok((artefact, notes))
     }
 
     /// The distiller as it was when the inner round before this job's ended, or a new one.
     fn resume(&mut self, job: &DistilJob) -> Result<Running, WorkError> {
-        let settings = DistilSettings::of(&job.training, job.seed)?;
+        let settings = Settings::of(&job.training, job.seed)?;
         let saved = self.saved_states(&job.manifest)?;
         let before = saved.iter().rev().find(|(inner, _)| *inner < job.inner);
         let after = before.map(|(inner, _)| *inner);
@@ -233,10 +228,11 @@ impl<'a> Worker<'a> {
         let pivot = LoadedModel::load(&self.folders.pivot)?;
         let mut distiller = Distiller::new(pivot, settings)?;
         if let Some((inner, name)) = before {
-            if let Some(state) = self.spool.read_state(name, STATE_LIMIT)? {
-                distiller.restore(&state)?;
-            }
-            tracing::info!(inner, "continues with the optimiser of an earlier inner round");
+            distiller.restore_state(&self.spool.state_path(name))?;
+            tracing::info!(
+                inner,
+                "continues with the optimiser of an earlier inner round"
+            );
         }
         Ok(Running {
             distiller,
@@ -249,7 +245,7 @@ impl<'a> Worker<'a> {
     /// before it stays.
     fn keep_state(&self, job: &DistilJob, distiller: &Distiller) -> Result<(), WorkError> {
         let name = state_name(&job.manifest, job.inner);
-        self.spool.write_state(&name, &distiller.state()?)?;
+        distiller.save_state(&self.spool.state_path(&name))?;
         let saved = self.saved_states(&job.manifest)?;
         let current = saved.iter().filter(|(inner, _)| *inner <= job.inner);
         for (_, name) in current.rev().skip(2) {
@@ -284,24 +280,23 @@ impl<'a> Worker<'a> {
     }
 
     fn evaluate(&mut self, id: &JobId, job: &EvaluateJob) -> Result<Done, WorkError> {
-        // One model at a time, and all of them other than the kept one.
         self.distiller = None;
         let items = holdout::read(&self.folders.holdout)?;
-        let mut progress = self.progress(id, "texts");
-        let settings = DistilSettings::of(&job.training, 0)?;
+        let mut watch = Watch::new(&self.spool, self.stop, id, "texts");
+        let settings = Settings::of(&job.training, 0)?;
         let adapter = self.spool.read_blob(&job.candidate, limits::ARTEFACT)?;
 
         let source = match self.source.take() {
             Some(source) => source,
             None => LoadedModel::load(&self.folders.source)?,
         };
-        let source_score = evaluate(&source, &items, &mut progress)?;
+        let source_score = evaluate(&source, &items, &mut watch)?;
         drop(source);
         let pivot = LoadedModel::load(&self.folders.pivot)?;
-        let pivot_score = evaluate(&pivot, &items, &mut progress)?;
+        let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = Distiller::new(pivot, settings)?;
         candidate.set_start(&adapter)?;
-        let candidate_score = evaluate(candidate.student(), &items, &mut progress)?;
+        let candidate_score = evaluate(candidate.student(), &items, &mut watch)?;
 
         let evaluation = Evaluation {
             candidate: candidate_score,
@@ -316,4 +311,85 @@ impl<'a> Worker<'a> {
         ]);
         Ok((artefact, notes))
     }
+
+    fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {
+        if let Some(reference) = &self.reference
+            && reference.digest() == *digest
+        {
+            return Ok(Arc::clone(reference));
+        }
+        let bytes = self.spool.read_blob(digest, limits::ARTEFACT)?;
+        let reference = Arc::new(ReferenceSet::parse(&bytes)?);
+        self.reference = Some(Arc::clone(&reference));
+        Ok(reference)
+    }
+}
+
+impl fmt::Debug for Worker<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker")
+            .field("folders", &self.folders)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Shows a job and ends it where the process is to stop or the job was withdrawn.
+struct Watch<'a> {
+    spool: &'a Spool,
+    stop: &'a dyn Fn() -> bool,
+    id: &'a JobId,
+    terminal: Terminal,
+}
+
+impl<'a> Watch<'a> {
+    fn new(
+        spool: &'a Spool,
+        stop: &'a dyn Fn() -> bool,
+        id: &'a JobId,
+        what: &'static str,
+    ) -> Self {
+        Self {
+            spool,
+            stop,
+            id,
+            terminal: Terminal::new(what),
+        }
+    }
+}
+
+impl Monitor for Watch<'_> {
+    fn advance(&mut self, done: u64, total: u64, value: Option<f64>) -> Result<(), WorkError> {
+        if (self.stop)() || !self.spool.is_wanted(self.id) {
+            return Err(WorkError::Stopped);
+        }
+        self.terminal.advance(done, total, value)
+    }
+}
+
+fn state_prefix(manifest: &Digest) -> String {
+    format!("optimiser-{manifest}-")
+}
+
+fn state_name(manifest: &Digest, inner: u32) -> String {
+    format!("{}{inner:04}", state_prefix(manifest))
+}
+
+fn notes<const N: usize>(numbers: [(&str, f64); N]) -> BTreeMap<String, f64> {
+    numbers
+        .into_iter()
+        .map(|(name, number)| (name.to_owned(), number))
+        .collect()
+}
+
+fn with_causes(error: &WorkError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
 }

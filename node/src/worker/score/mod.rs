@@ -3,3 +3,6 @@
 mod shard;
 
 pub use shard::{ScoreStats, Scored, score_shard};
+
+#[cfg(test)]
+mod tests;

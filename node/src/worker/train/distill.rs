@@ -19,7 +19,7 @@ use super::targets::Targets;
 use super::{AdamW, AdamWConfig, Decay, Schedule, TrainError, checkpoint};
 use crate::worker::data::{Batch, Batches, Cursor, Item, PackedItem};
 use crate::worker::error::WorkError;
-use crate::worker::model::{LoraConfig, tensors};
+use crate::worker::model::{Gradients, LoraConfig, tensors};
 use crate::worker::monitor::Monitor;
 use crate::worker::part::generator;
 use crate::worker::source::LoadedModel;
@@ -228,7 +228,10 @@ impl Distiller {
         }
         if tokens.len() < part.len() {
             let left_out = part.len() - tokens.len();
-            tracing::warn!(left_out, "items have more tokens than a row and take no part");
+            tracing::warn!(
+                left_out,
+                "items have more tokens than a row and take no part"
+            );
         }
         let tokens: Arc<[Item]> = tokens.into();
         let seed = generator(&[self.settings.seed, u64::from(inner)]).next_u64();
@@ -300,6 +303,22 @@ impl Distiller {
         objective: Objective<'_>,
         rate: f64,
     ) -> Result<f64, WorkError> {
+        let (loss, gradients) = self.gradients(step, objective)?;
+        let steps = self.optimiser.steps();
+        if !loss.is_finite() {
+            let what = "loss";
+            return Err(TrainError::NotFinite { step: steps, what }.into());
+        }
+        self.optimiser
+            .step(&mut self.student.model, &gradients, rate)?;
+        Ok(loss)
+    }
+
+    fn gradients(
+        &self,
+        step: &Step<'_>,
+        objective: Objective<'_>,
+    ) -> Result<(f64, Gradients), WorkError> {
         let batch = step.batch;
         let labels = step.labels(&self.student, self.settings.label_unlabeled)?;
         let pass = self
@@ -307,7 +326,7 @@ impl Distiller {
             .model
             .forward(&batch.packed, batch.rows.clone())?;
         let vocab = &self.student.vocab;
-        let (loss, gradients) = pass.backward(|logits, gradient| match objective {
+        pass.backward(|logits, gradient| match objective {
             Objective::CrossEntropy => label_loss(vocab, &labels, logits, 1.0, gradient),
             Objective::Trie {
                 targets,
@@ -318,15 +337,7 @@ impl Distiller {
                 let plain = label_loss(vocab, &labels, logits, cross_entropy, gradient)?;
                 Ok(trie + plain)
             }
-        })?;
-        let steps = self.optimiser.steps();
-        if !loss.is_finite() {
-            let what = "loss";
-            return Err(TrainError::NotFinite { step: steps, what }.into());
-        }
-        self.optimiser
-            .step(&mut self.student.model, &gradients, rate)?;
-        Ok(loss)
+        })
     }
 }
 
@@ -381,7 +392,14 @@ impl Step<'_> {
                     .of(index)
                     .ok_or_else(|| WorkError::Targets(format!("none for item {index}")))?;
                 let ranks = student.ranks(&self.plan.tokens[packed.item].target);
-                Ok(trie_loss(&student.vocab, &ranks, target, logits, weight, gradient)?)
+                Ok(trie_loss(
+                    &student.vocab,
+                    &ranks,
+                    target,
+                    logits,
+                    weight,
+                    gradient,
+                )?)
             })
             .collect::<Result<Vec<f64>, WorkError>>()?;
         Ok(losses.iter().sum())
@@ -418,3 +436,6 @@ fn item_at(items: &[reference::Item], index: u64) -> Result<&reference::Item, Wo
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start < b.end && b.start < a.end
 }
+
+#[cfg(test)]
+mod tests;

@@ -80,7 +80,9 @@ impl Columns {
             self.k = k;
         }
         let Symbols::Bytes(symbols) = &shard.symbols else {
-            return Err(refuse("records of tokens, expected records of bytes".into()));
+            return Err(refuse(
+                "records of tokens, expected records of bytes".into(),
+            ));
         };
         if self.k != k {
             return Err(refuse(format!("{k} slots after shards of {}", self.k)));
@@ -99,7 +101,9 @@ fn check(shard: &Shard, index: u32, reference: Digest, first: u64) -> Result<(),
     let header = &shard.header;
     if header.reference != reference {
         let other = header.reference;
-        return Err(refuse(format!("shard {index} is for reference set {other}")));
+        return Err(refuse(format!(
+            "shard {index} is for reference set {other}"
+        )));
     }
     if header.first != first {
         let got = header.first;
@@ -110,11 +114,7 @@ fn check(shard: &Shard, index: u32, reference: Digest, first: u64) -> Result<(),
     Ok(())
 }
 
-fn item_in(
-    shard: &Shard,
-    item: u64,
-    reference: &ReferenceSet,
-) -> Result<Range<usize>, WorkError> {
+fn item_in(shard: &Shard, item: u64, reference: &ReferenceSet) -> Result<Range<usize>, WorkError> {
     let index = |number: u64| usize::try_from(number).ok();
     let positions = index(item - shard.header.first).and_then(|index| shard.item(index));
     let expected = index(item)
@@ -157,7 +157,10 @@ mod tests {
         let mut offsets = vec![0];
         let mut tail = Vec::new();
         for item in items.clone() {
-            tail.extend(vec![u8::try_from(item).unwrap(); usize::try_from(item).unwrap() + 2]);
+            tail.extend(vec![
+                u8::try_from(item).unwrap();
+                usize::try_from(item).unwrap() + 2
+            ]);
             offsets.push(tail.len() as u64);
         }
         let n = tail.len();
