@@ -2,4 +2,6 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
+pub mod config;
 pub mod spool;
