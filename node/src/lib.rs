@@ -2,5 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
+pub mod config;
 pub mod spool;
 pub mod worker;

@@ -13,7 +13,7 @@
 //! A job's name follows from its content: submitting it again changes nothing, and a job of the same slot with other
 //! content is another job.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -415,12 +415,6 @@ impl Spool {
         self.blobs().join(digest.to_string())
     }
 
-    /// Where the part of a blob that has arrived so far is kept; the transfer gives it its name when it is complete.
-    #[must_use]
-    pub fn partial_path(&self, digest: &Digest) -> PathBuf {
-        self.blobs().join(format!("{digest}.partial"))
-    }
-
     /// Whether a blob is there. Its bytes are not read.
     #[must_use]
     pub fn has_blob(&self, digest: &Digest) -> bool {
@@ -461,6 +455,24 @@ impl Spool {
     /// It cannot be removed.
     pub fn remove_blob(&self, digest: &Digest) -> Result<(), SpoolError> {
         remove(&self.blob_path(digest))
+    }
+
+    /// Removes every blob, and every part of one, whose digest is not in `keep`. For the agent, between rounds.
+    ///
+    /// # Errors
+    /// The folder cannot be read, or a file not removed.
+    pub fn keep_blobs(&self, keep: &BTreeSet<Digest>) -> Result<(), SpoolError> {
+        let folder = self.blobs();
+        for entry in fs::read_dir(&folder).map_err(failed("read", &folder))? {
+            let path = entry.map_err(failed("read", &folder))?.path();
+            let digest = path
+                .file_stem()
+                .and_then(|name| name.to_str()?.parse().ok());
+            if digest.is_some_and(|digest| !keep.contains(&digest)) {
+                remove(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Where a half keeps a file of its own.
@@ -821,6 +833,10 @@ mod tests {
     fn a_damaged_blob_is_noticed() {
         let (_folder, spool) = spool();
         let digest = spool.put_blob(b"blob").unwrap();
+        let other = spool.put_blob(b"other").unwrap();
+        fs::write(spool.blobs().join(format!("{other}.part")), b"oth").unwrap();
+        spool.keep_blobs(&BTreeSet::from([digest])).unwrap();
+        assert_eq!(names(&spool.blobs()), [digest.to_string()]);
         assert_eq!(spool.read_blob(&digest, 4).unwrap(), b"blob");
         assert_eq!(spool.check_blob(&digest).unwrap(), 4);
         assert!(spool.read_blob(&digest, 3).is_err());
