@@ -501,6 +501,8 @@ enum Move {
     /// What the member's task asks for, first piece.
     Obey(usize),
     Wait(u64),
+    /// A member connects with this capacity.
+    Join(usize, u32),
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -541,6 +543,7 @@ fn any_move() -> impl Strategy<Value = Move> {
         4 => Just(Move::Answer),
         12 => (0usize..3).prop_map(Move::Obey),
         1 => (0u64..60).prop_map(Move::Wait),
+        1 => (0usize..3, 0u32..3).prop_map(|(who, capacity)| Move::Join(who, capacity)),
     ]
 }
 
@@ -559,6 +562,9 @@ fn event_of(chosen: Move, round: &Round, now: &mut UnixMillis) -> Option<Event> 
             RoundTask::Evaluate { .. } => Some(accepted(NAMES[member], Kind::Evaluation, 0)),
             RoundTask::Wait | RoundTask::Finished => None,
         },
+        Move::Join(member, capacity) => {
+            (!round.phase().is_finished()).then(|| joined(NAMES[member], capacity))
+        }
         Move::Wait(seconds) => {
             now.0 += seconds * 1000;
             None
