@@ -3,4 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod fusion;
+pub mod log;
 pub mod release;
+pub mod store;
