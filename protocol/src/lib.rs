@@ -16,6 +16,8 @@ pub mod ids;
 pub mod limits;
 pub mod manifest;
 pub mod message;
+#[cfg(feature = "quic")]
+pub mod quic;
 pub mod reference;
 pub mod reject;
 pub mod shard;
