@@ -1,8 +1,8 @@
 //! Codes: log-probabilities in steps of 1/16 bit, `q = round(-16 log2 p)`, 0 to 255.
 //!
-//! A code stands for `2^(-q/16)`; the floor is `2^-15.94`, about 1.6e-5. Everything but [`encode`] and
-//! [`decode`] is integer arithmetic, so that a fused target never depends on a maths library. The constants
-//! are checked against big integers by the tests of this module.
+//! A code stands for `2^(-q/16)`; the floor is `2^-15.94`, about 1.6e-5. Everything but [`encode`]
+//! and [`decode`] is integer arithmetic, so that a fused target never depends on a maths library.
+//! The constants are checked against big integers by the tests of this module.
 
 /// Smallest probability that a code can say.
 pub const FLOOR: u8 = 255;
@@ -127,6 +127,12 @@ pub fn log2_sixteenths(value: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "limbs are meant to be cut, codes are clamped"
+    )]
+
     use super::*;
 
     /// Little-endian limbs, just enough to compare powers exactly.

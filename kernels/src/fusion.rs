@@ -1,11 +1,13 @@
 //! Fusing the records of several sources, in integers only.
 //!
-//! A code q has the mass `T[q] = round(2^(31 - q/16))`. A source's masses at a position, end and tail included, sum to
-//! Z (near 2^31); its share of a symbol is `(T[q] << 32) / Z`, rounded down. Weights are shares of 2^16, so the fused mass
-//! `sum_i w_i p_i(s)` is out of 2^48. The largest are kept (ties: the smaller symbol) until they and the end fill the
-//! shape, at least one; everything else, the sources' tails and what rounding lost included, is the tail. Codes of the
-//! result are the nearest by integer logarithm. Addition of integers has no order, so neither threads, nor the order
-//! of sources, nor the machine can change a byte. [`Routing`] gives the weights from the bits that each source needs.
+//! A code q has the mass `T[q] = round(2^(31 - q/16))`. A source's masses at a position, end and
+//! tail included, sum to Z (near 2^31); its share of a symbol is `(T[q] << 32) / Z`, rounded down.
+//! Weights are shares of 2^16, so the fused mass `sum_i w_i p_i(s)` is out of 2^48. The largest are
+//! kept (ties: the smaller symbol) until they and the end fill the shape, at least one; everything
+//! else, the sources' tails and what rounding lost included, is the tail. Codes of the result are
+//! the nearest by integer logarithm. Addition of integers has no order, so neither threads, nor the
+//! order of sources, nor the machine can change a byte. [`Routing`] gives the weights from the bits
+//! that each source needs.
 
 use std::fmt;
 use std::iter::Sum;
@@ -72,8 +74,9 @@ impl fmt::Display for Bits {
 
 /// Bits of the observed bytes of an item and its end, read from codes.
 ///
-/// Bytes inside `unlabeled` ranges of the target do not count; the end does. A byte that is not listed has an equal share
-/// of the tail: the tail's code plus `log2(257 - listed)`, where listed includes the end.
+/// Bytes inside `unlabeled` ranges of the target do not count; the end does. A byte that is not
+/// listed has an equal share of the tail: the tail's code plus `log2(257 - listed)`, where listed
+/// includes the end.
 ///
 /// # Errors
 /// Where the record does not have one position per byte and one for the end.
@@ -132,10 +135,11 @@ pub enum Routing {
     Uniform,
 }
 
-/// Weights of the sources of one item; they sum to exactly [`WEIGHT_UNITY`] (no sources, no weights).
+/// Weights of the sources of one item; they sum to exactly [`WEIGHT_UNITY`] (no sources, no
+/// weights).
 ///
-/// What rounding down leaves goes to the largest remainders, on a tie to the source that comes first: callers give sources in
-/// order of their institution.
+/// What rounding down leaves goes to the largest remainders, on a tie to the source that comes
+/// first: callers give sources in order of their institution.
 #[must_use]
 pub fn route(routing: Routing, bits: &[Bits]) -> Vec<u32> {
     let Some(best) = bits.iter().map(|bits| bits.fixed()).min() else {
@@ -164,8 +168,8 @@ pub fn route(routing: Routing, bits: &[Bits]) -> Vec<u32> {
 /// `weights` are those of [`route`], one per source; a source of weight zero has no influence.
 ///
 /// # Errors
-/// Where weights do not match the sources or do not sum to [`WEIGHT_UNITY`], sources differ in length, or the shape is not
-/// that of `out`; `out` is then unchanged.
+/// Where weights do not match the sources or do not sum to [`WEIGHT_UNITY`], sources differ in
+/// length, or the shape is not that of `out`; `out` is then unchanged.
 pub fn fuse_item<S: Symbol>(
     weights: &[u32],
     sources: &[RecordView<'_, S>],

@@ -1,9 +1,9 @@
 //! Numeric operations of Consilium on slices: values in, values out, no IO and no clock.
 //!
-//! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model permutes the
-//! rows of its output head once at load. Floats end where records begin: [`fusion`] is integer arithmetic
-//! on [`code`]s, so its results are the same bytes on every machine and any number of threads.
-#![forbid(unsafe_code)]
+//! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model
+//! permutes the rows of its output head once at load. Floats end where records begin: [`fusion`] is
+//! integer arithmetic on [`code`]s, so its results are the same bytes on every machine and any
+//! number of threads. Only [`matmul`] holds unsafe code.
 
 pub mod backend;
 pub mod code;
@@ -11,9 +11,12 @@ mod cpu;
 pub mod error;
 pub mod fusion;
 pub mod loss;
+pub mod matmul;
 pub mod records;
 mod reference;
 pub mod score;
+#[cfg(test)]
+mod testing;
 mod trie;
 pub mod vocab;
 

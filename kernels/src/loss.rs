@@ -1,8 +1,8 @@
 //! Losses of a language model on one item, with closed-form gradients.
 //!
-//! **Trie loss.** The student's vocabulary is a trie of bytes; `M(u)` is the mass of all tokens below node `u`,
-//! itself included. For an observed token of n bytes at byte o, with `q_j` the target at byte j and `x` the
-//! observed bytes, the nodes and their classes are
+//! **Trie loss.** The student's vocabulary is a trie of bytes; `M(u)` is the mass of all tokens
+//! below node `u`, itself included. For an observed token of n bytes at byte o, with `q_j` the
+//! target at byte j and `x` the observed bytes, the nodes and their classes are
 //!
 //! | k | node | classes and their targets |
 //! |---|---|---|
@@ -10,21 +10,23 @@
 //! | 0 < k < n | `t[..k]` | child c: `q_{o+k}(c)`; stop: all listed mass that is no child |
 //! | n | token `t`, where it has children | child c other than `x_{o+n}`: `q_{o+n}(c)`; stop: the rest |
 //!
-//! and the loss is the sum over nodes of `-sum_c target_c ln(mass_c / M(u))`, targets normalised per node. Stop
-//! exists where the node is a token. Its gradient is `dz_v += p_v (1/M(u) - target_c / mass_c)` for every token v
-//! below u in class c, which sums to zero over the node. With one-hot targets the sum telescopes to the
-//! cross-entropy of the tokens.
+//! and the loss is the sum over nodes of `-sum_c target_c ln(mass_c / M(u))`, targets normalised
+//! per node. Stop exists where the node is a token. Its gradient is `dz_v += p_v (1/M(u) - target_c
+//! / mass_c)` for every token v below u in class c, which sums to zero over the node. With one-hot
+//! targets the sum telescopes to the cross-entropy of the tokens.
 //!
-//! *Root fix.* Byte c other than `x_o` has target 0 at the root where previous token + c is still a trie node:
-//! that mass belongs to the previous token's own node. The item's first token has no previous one.
+//! *Root fix.* Byte c other than `x_o` has target 0 at the root where previous token + c is still a
+//! trie node: that mass belongs to the previous token's own node. The item's first token has no
+//! previous one.
 //!
-//! *Tail.* At the root it is a ghost bucket over all first bytes that are neither listed nor removed by the root
-//! fix: spread in proportion to the student's own mass there, so that no gradient flows inside. At deeper nodes
-//! it is dropped. Code 255 reads as zero.
+//! *Tail.* At the root it is a ghost bucket over all first bytes that are neither listed nor
+//! removed by the root fix: spread in proportion to the student's own mass there, so that no
+//! gradient flows inside. At deeper nodes it is dropped. Code 255 reads as zero.
 //!
-//! *Degenerate cases.* Target mass of a byte that no token starts with is dropped; a node left without target mass is
-//! skipped. A class whose mass underflows is exponentiated again against its own maximum, so a target that the
-//! student finds impossible still has its finite loss and full gradient.
+//! *Degenerate cases.* Target mass of a byte that no token starts with is dropped; a node left
+//! without target mass is skipped. A class whose mass underflows is exponentiated again against its
+//! own maximum, so a target that the student finds impossible still has its finite loss and full
+//! gradient.
 
 use crate::backend::{Backend, NotFinite};
 use crate::code::{self, FLOOR};
@@ -38,11 +40,13 @@ pub const NO_LABEL: u32 = u32::MAX;
 
 /// Trie loss of one item in nats, times `weight`; adds its gradient to `grad`.
 ///
-/// `tokens` are the ranks of the target's m tokens without the end; `target` has one position per byte and one for the
-/// end; `logits` and `grad` are `[m + 1, V]`: row i predicts token i, the last row the end of the record.
+/// `tokens` are the ranks of the target's m tokens without the end; `target` has one position per
+/// byte and one for the end; `logits` and `grad` are `[m + 1, V]`: row i predicts token i, the last
+/// row the end of the record.
 ///
 /// # Errors
-/// Where sizes disagree, a rank spells no bytes, or a logit or the weight is not finite; `grad` is then of no use.
+/// Where sizes disagree, a rank spells no bytes, or a logit or the weight is not finite; `grad` is
+/// then of no use.
 pub fn trie_loss(
     vocab: &Vocab,
     tokens: &[u32],
@@ -56,12 +60,12 @@ pub fn trie_loss(
 
 /// Cross-entropy of labels in nats, times `weight`; adds its gradient to `grad`.
 ///
-/// `labels` are ranks, one per row of `logits` and `grad` `[labels.len(), V]`; [`NO_LABEL`] skips a row. A label stands for
-/// its class: all tokens with the same bytes, or all that end a record.
+/// `labels` are ranks, one per row of `logits` and `grad` `[labels.len(), V]`; [`NO_LABEL`] skips a
+/// row. A label stands for its class: all tokens with the same bytes, or all that end a record.
 ///
 /// # Errors
-/// Where sizes disagree, a label is ignored or out of range, or a logit or the weight is not finite; `grad` is then of
-/// no use.
+/// Where sizes disagree, a label is ignored or out of range, or a logit or the weight is not
+/// finite; `grad` is then of no use.
 pub fn cross_entropy(
     vocab: &Vocab,
     labels: &[u32],
@@ -176,7 +180,8 @@ impl<'a> TrieJob<'a> {
     }
 }
 
-/// Probability of a code in a target: the floor reads as zero, so that a one-hot target can be written.
+/// Probability of a code in a target: the floor reads as zero, so that a one-hot target can be
+/// written.
 pub(crate) fn probability(code: u8) -> f64 {
     if code == FLOOR {
         0.0

@@ -1,9 +1,10 @@
 //! Records: sparse next-symbol distributions, one per position of an item.
 //!
-//! A position has `k` slots of (symbol, code), the code of the end of the record and the code of the tail, the
-//! mass of all symbols not listed. Used slots come first, symbols strictly ascending, at least one; each unused
-//! slot repeats the last used symbol with code 255, so a slot equal to its predecessor is unused. An item of L
-//! bytes has L + 1 positions; the last predicts the end of the record.
+//! A position has `k` slots of (symbol, code), the code of the end of the record and the code of
+//! the tail, the mass of all symbols not listed. Used slots come first, symbols strictly ascending,
+//! at least one; each unused slot repeats the last used symbol with code 255, so a slot equal to
+//! its predecessor is unused. An item of L bytes has L + 1 positions; the last predicts the end of
+//! the record.
 
 use std::fmt;
 use std::ops::Range;
@@ -25,7 +26,8 @@ mod sealed {
 pub trait Symbol: Copy + Ord + fmt::Debug + Default + Send + Sync + sealed::Sealed {
     /// Largest number of slots per position.
     const MAX_SLOTS: usize;
-    /// Whether the end of the record has a column of its own; among tokens it is a symbol like the others.
+    /// Whether the end of the record has a column of its own; among tokens it is a symbol like the
+    /// others.
     const HAS_END: bool;
 }
 
@@ -44,7 +46,8 @@ impl Symbol for u32 {
 pub struct RecordShape {
     /// Slots per position.
     pub k: usize,
-    /// Symbols are listed, likeliest first and the smaller one on a tie, until they and the end hold this share of the mass.
+    /// Symbols are listed, likeliest first and the smaller one on a tie, until they and the end
+    /// hold this share of the mass.
     pub fill_permille: u32,
 }
 
@@ -86,7 +89,8 @@ pub struct RecordView<'a, S = u8> {
 }
 
 impl<'a, S: Symbol> RecordView<'a, S> {
-    /// Checks the layout of columns: `symbols` and `codes` `[N * k]`, `tail` `[N]`, `end` `[N]` or empty among tokens.
+    /// Checks the layout of columns: `symbols` and `codes` `[N * k]`, `tail` `[N]`, `end` `[N]` or
+    /// empty among tokens.
     ///
     /// # Errors
     /// Where lengths disagree, symbols do not ascend or an unused slot has a code.
@@ -132,8 +136,8 @@ impl<'a, S: Symbol> RecordView<'a, S> {
 
     /// Checks that every position's masses sum to one, as far as rounding to codes allows.
     ///
-    /// Rounding moves each mass by up to 2.2 %, hence 975 to 1025 permille. Whoever admits records from others
-    /// calls this; a sum far from one would make routing scores incomparable.
+    /// Rounding moves each mass by up to 2.2 %, hence 975 to 1025 permille. Whoever admits records
+    /// from others calls this; a sum far from one would make routing scores incomparable.
     ///
     /// # Errors
     /// Names the first position outside.
@@ -345,7 +349,8 @@ impl<S: Symbol> Records<S> {
         }
     }
 
-    /// Adds one position. `listed` is ascending, holds 1 to `k` symbols; `end` is ignored among tokens.
+    /// Adds one position. `listed` is ascending, holds 1 to `k` symbols; `end` is ignored among
+    /// tokens.
     pub(crate) fn push(&mut self, listed: &[(S, u8)], end: u8, tail: u8) {
         debug_assert!(
             !listed.is_empty() && listed.len() <= self.k,

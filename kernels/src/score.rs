@@ -1,20 +1,25 @@
 //! Next-byte records of a language model along observed text, honest about its tokenisation.
 //!
-//! For an item of m tokens `t_0..t_{m-1}` let `p_i` be the softmax of row i, `root_i(c)` the mass of its tokens that start
-//! with byte c (or of all end tokens), and `p(u..)` the mass of tokens at or below prefix u.
+//! For an item of m tokens `t_0..t_{m-1}` let `p_i` be the softmax of row i, `root_i(c)` the mass
+//! of its tokens that start with byte c (or of all end tokens), and `p(u..)` the mass of tokens at
+//! or below prefix u.
 //!
 //! - *First byte*: `root_0`.
-//! - *Boundary byte* (coupled), before token i > 0, also the final end: the previous token stopped or runs on,
-//!   `p_{i-1}(t_{i-1}) root_i(c) + p_{i-1}(t_{i-1} + c ..)`, over their sum `p_{i-1}(t_{i-1} ..)`.
-//! - *Interior byte* k of token i, u = `t_i[..k]`: the token runs on, `p_i(u + c ..)`; where u is itself a token whose
-//!   share of `p_i(u ..)` passes a threshold, one extra forward after (context, t_0..t_{i-1}, u) adds the case that it
-//!   stopped there, `p_i(u) root_branch(c)` ("exact+1"). Over the sum of what is counted.
+//! - *Boundary byte* (coupled), before token i > 0, also the final end: the previous token stopped
+//!   or runs on, `p_{i-1}(t_{i-1}) root_i(c) + p_{i-1}(t_{i-1} + c ..)`, over their sum
+//!   `p_{i-1}(t_{i-1} ..)`.
+//! - *Interior byte* k of token i, u = `t_i[..k]`: the token runs on, `p_i(u + c ..)`; where u is
+//!   itself a token whose share of `p_i(u ..)` passes a threshold, one extra forward after
+//!   (context, t_0..t_{i-1}, u) adds the case that it stopped there, `p_i(u) root_branch(c)`
+//!   ("exact+1"). Over the sum of what is counted.
 //!
-//! What this leaves out is measured before normalising ([`Missed`]). Normalising is done within a node, against the
-//! node's own largest logit where it is improbable, so extreme logits neither divide by zero nor drown.
+//! What this leaves out is measured before normalising ([`Missed`]). Normalising is done within a
+//! node, against the node's own largest logit where it is improbable, so extreme logits neither
+//! divide by zero nor drown.
 //!
-//! A record lists a position's symbols likeliest first (ties: the smaller) until they and the end hold
-//! `fill_permille` of the mass or the slots are full, always at least one, then in ascending order.
+//! A record lists a position's symbols likeliest first (ties: the smaller) until they and the end
+//! hold `fill_permille` of the mass or the slots are full, always at least one, then in ascending
+//! order.
 
 use crate::backend::{Backend, NotFinite};
 use crate::error::ScoreError;
@@ -37,19 +42,20 @@ pub struct Branch {
 /// Mass that the records of an item leave out, measured before normalising.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Missed {
-    /// Mean over interior bytes: share of the mass at the node that stops there, where no branch counts it; where one
-    /// does, the share of the mass agreeing with the observed byte that runs through the branch, which the following bytes drop.
+    /// Mean over interior bytes: share of the mass at the node that stops there, where no branch
+    /// counts it; where one does, the share of the mass agreeing with the observed byte that runs
+    /// through the branch, which the following bytes drop.
     pub short: f32,
-    /// Mean over boundary bytes, ends excluded: share of the mass agreeing with the observed byte that belongs to tokens
-    /// longer than the previous one, which the following bytes drop.
+    /// Mean over boundary bytes, ends excluded: share of the mass agreeing with the observed byte
+    /// that belongs to tokens longer than the previous one, which the following bytes drop.
     pub long: f32,
 }
 
-/// Interior stops with more than `threshold` (1e-3 is a good one) of their node's mass, in order of position and
-/// bytes taken: the forwards that [`records`] wants.
+/// Interior stops with more than `threshold` (1e-3 is a good one) of their node's mass, in order of
+/// position and bytes taken: the forwards that [`records`] wants.
 ///
-/// `tokens` are the ranks of the target without the end, `logits` `[tokens.len() + 1, V]`: row i predicts token i, the last row
-/// the end of the record.
+/// `tokens` are the ranks of the target without the end, `logits` `[tokens.len() + 1, V]`: row i
+/// predicts token i, the last row the end of the record.
 ///
 /// # Errors
 /// Where sizes disagree, a rank spells no bytes, or a logit is not finite.
@@ -64,12 +70,13 @@ pub fn branches(
 
 /// Appends the L + 1 positions of an item to `out`.
 ///
-/// `branch_logits` is `[branches.len(), V]`: row b holds the logits after the context, the tokens before
-/// `branches[b].position`, and the branch token. Without branches this gives merely coupled records.
+/// `branch_logits` is `[branches.len(), V]`: row b holds the logits after the context, the tokens
+/// before `branches[b].position`, and the branch token. Without branches this gives merely coupled
+/// records.
 ///
 /// # Errors
-/// Where sizes disagree, a rank spells no bytes, a branch is no interior stop, the shape is not that of `out`, or a logit is not
-/// finite; `out` is then unchanged.
+/// Where sizes disagree, a rank spells no bytes, a branch is no interior stop, the shape is not
+/// that of `out`, or a logit is not finite; `out` is then unchanged.
 pub fn records(
     vocab: &Vocab,
     tokens: &[u32],
@@ -82,7 +89,8 @@ pub fn records(
     Backend::best().records(vocab, tokens, logits, branches, branch_logits, shape, out)
 }
 
-/// Bits of the observed tokens and the end, `-sum log2 p`: the canonical tokenisation's upper bound.
+/// Bits of the observed tokens and the end, `-sum log2 p`: the canonical tokenisation's upper
+/// bound.
 ///
 /// # Errors
 /// As [`branches`].

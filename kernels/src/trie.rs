@@ -45,7 +45,8 @@ pub(crate) struct Trie {
 }
 
 impl Trie {
-    /// Builds the trie of `count` sorted byte strings. The number of nodes is at most the number of bytes plus one.
+    /// Builds the trie of `count` sorted byte strings. The number of nodes is at most the number of
+    /// bytes plus one.
     pub(crate) fn new<'a>(count: u32, bytes_of: impl Fn(u32) -> &'a [u8]) -> Self {
         let mut nodes = vec![Node {
             start: 0,

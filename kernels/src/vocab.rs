@@ -1,10 +1,11 @@
 //! A vocabulary in byte-sorted order, which makes its trie a set of contiguous ranges.
 //!
-//! Ranks: byte tokens in ascending order of their bytes, then the tokens that end a record, then ignored ones.
-//! Tokens that spell the same bytes (a byte-fallback token and a plain one, say) get neighbouring ranks in order
-//! of their ids, and count as ONE class everywhere: the probability of a token is that of its byte string. All
-//! end-of-record tokens are likewise one class. Ignored tokens have no mass: every softmax of this crate runs
-//! over the byte and end tokens only, and the logits of ignored ones are not read.
+//! Ranks: byte tokens in ascending order of their bytes, then the tokens that end a record, then
+//! ignored ones. Tokens that spell the same bytes (a byte-fallback token and a plain one, say) get
+//! neighbouring ranks in order of their ids, and count as ONE class everywhere: the probability of
+//! a token is that of its byte string. All end-of-record tokens are likewise one class. Ignored
+//! tokens have no mass: every softmax of this crate runs over the byte and end tokens only, and the
+//! logits of ignored ones are not read.
 
 use std::ops::Range;
 
@@ -128,7 +129,8 @@ impl Vocab {
         self.ends.clone()
     }
 
-    /// Bytes that a token spells; empty for end-of-record and ignored tokens, and for ranks out of range.
+    /// Bytes that a token spells; empty for end-of-record and ignored tokens, and for ranks out of
+    /// range.
     #[must_use]
     pub fn token_bytes(&self, rank: u32) -> &[u8] {
         let rank = rank as usize;

@@ -1,6 +1,7 @@
 //! One pass from logits to exponentials, written so that the compiler vectorises it on any target.
 
-/// Independent accumulators: enough for a 512-bit register of `f32`, and a fixed order of summation.
+/// Independent accumulators: enough for a 512-bit register of `f32`, and a fixed order of
+/// summation.
 const LANES: usize = 16;
 
 /// Largest value of a row.
@@ -43,9 +44,11 @@ pub(super) fn exponentials(row: &[f32], max: f32, out: &mut [f32]) {
     }
 }
 
-/// Sum in a fixed order: lanes in `f32`, then lanes in `f64`. Relative error of non-negative values below 1e-6.
+/// Sum in a fixed order: lanes in `f32`, then lanes in `f64`. Relative error of non-negative values
+/// below 1e-6.
 pub(super) fn sum(values: &[f32]) -> f64 {
-    // Blocks bound the number of additions per lane, so that error does not grow with the vocabulary.
+    // Blocks bound the number of additions per lane, so that error does not grow with the
+    // vocabulary.
     values.chunks(64 * LANES).map(sum_block).sum()
 }
 
@@ -63,7 +66,8 @@ fn sum_block(values: &[f32]) -> f64 {
     lanes.into_iter().map(f64::from).sum()
 }
 
-/// `e^x` for `x <= 0`, relative error below 2e-7, zero below -87 (where `f32` nears its smallest normal value).
+/// `e^x` for `x <= 0`, relative error below 2e-7, zero below -87 (where `f32` nears its smallest
+/// normal value).
 ///
 /// Cody-Waite reduction by ln 2 in two parts and the degree-6 polynomial of Cephes' `expf`.
 #[inline]

@@ -280,7 +280,8 @@ impl RootTarget {
     }
 }
 
-/// `grad -= pull * softmax` inside a class of one or more ranges; returns the logarithm of the class's mass.
+/// `grad -= pull * softmax` inside a class of one or more ranges; returns the logarithm of the
+/// class's mass.
 fn subtract_class(
     row: &mut Row<'_>,
     class: impl Iterator<Item = Range<usize>> + Clone,
@@ -307,5 +308,128 @@ fn add_scaled(grad: &mut [f32], exp: &[f32], scale: f64) {
     let scale = scale as f32;
     for (grad, &exp) in grad.iter_mut().zip(exp) {
         *grad += exp * scale;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::backend::Backend;
+    use crate::reference;
+    use crate::testing::{Case, cases};
+
+    /// Relative to the weight: gradients are sums of a few `f32` shares.
+    const GRADIENT_TOLERANCE: f64 = 4e-6;
+
+    fn check_close(fast: (f64, &[f32]), exact: (f64, &[f32]), weight: f32) {
+        assert!(
+            (fast.0 - exact.0).abs() <= 2e-6 * exact.0.abs() + 1e-5,
+            "loss {} against {}",
+            fast.0,
+            exact.0
+        );
+        for (index, (&fast, &exact)) in fast.1.iter().zip(exact.1).enumerate() {
+            let error = (f64::from(fast) - f64::from(exact)).abs();
+            let allowed = GRADIENT_TOLERANCE * f64::from(weight.abs());
+            assert!(error <= allowed, "gradient {index}: {fast} against {exact}");
+        }
+    }
+
+    fn check_rows_sum_to_zero(case: &Case, grad: &[f32]) {
+        for (row, grad) in grad.chunks(case.vocab.len()).enumerate() {
+            let sum: f64 = grad.iter().map(|&value| f64::from(value)).sum();
+            assert!(sum.abs() < 2e-5, "gradient of row {row} sums to {sum:e}");
+            let ignored = &grad[case.vocab.live()..];
+            assert!(
+                ignored.iter().all(|&value| value == 0.0),
+                "ignored tokens have a gradient"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn trie_loss_agrees_with_the_reference(mut case in cases(), k in 1_usize..6) {
+            let logits = case.logits();
+            let target = case.target(k);
+            let weight = 0.9;
+            let run = |backend: Backend| {
+                let mut grad = vec![0.0; logits.len()];
+                let loss = backend
+                    .trie_loss(&case.vocab, &case.tokens, target.view(), &logits, weight, &mut grad)
+                    .unwrap();
+                (loss, grad)
+            };
+            let (fast, exact) = (run(Backend::Cpu), run(Backend::Reference));
+            check_close((fast.0, &fast.1), (exact.0, &exact.1), weight);
+            check_rows_sum_to_zero(&case, &fast.1);
+        }
+
+        #[test]
+        fn one_hot_targets_give_the_cross_entropy(mut case in cases()) {
+            let logits = case.logits();
+            let mut labels = case.tokens.clone();
+            labels.push(case.vocab.end_ranks().start);
+            let mut grads = [vec![0.0; logits.len()], vec![0.0; logits.len()]];
+            let target = case.one_hot();
+            for backend in [Backend::Cpu, Backend::Reference] {
+                grads.iter_mut().for_each(|grad| grad.fill(0.0));
+                let trie = backend
+                    .trie_loss(&case.vocab, &case.tokens, target.view(), &logits, 1.0, &mut grads[0])
+                    .unwrap();
+                let plain = backend
+                    .cross_entropy(&case.vocab, &labels, &logits, 1.0, &mut grads[1])
+                    .unwrap();
+                check_close((trie, &grads[0]), (plain, &grads[1]), 1.0);
+            }
+        }
+
+        #[test]
+        fn cross_entropy_agrees_with_the_reference(mut case in cases()) {
+            let logits = case.logits();
+            let mut labels = case.tokens.clone();
+            labels.push(case.vocab.end_ranks().end - 1);
+            if let Some(first) = labels.first_mut().filter(|_| case.random.below(2) == 0) {
+                *first = NO_LABEL;
+            }
+            let run = |backend: Backend| {
+                let mut grad = vec![0.0; logits.len()];
+                let loss = backend
+                    .cross_entropy(&case.vocab, &labels, &logits, 0.5, &mut grad)
+                    .unwrap();
+                (loss, grad)
+            };
+            let (fast, exact) = (run(Backend::Cpu), run(Backend::Reference));
+            check_close((fast.0, &fast.1), (exact.0, &exact.1), 0.5);
+            check_rows_sum_to_zero(&case, &fast.1);
+        }
+
+        #[test]
+        fn the_reference_gradient_is_the_derivative(mut case in cases(), k in 1_usize..6) {
+            case.scale = case.scale.min(3.0);
+            case.tokens.truncate(4);
+            let target = case.target(k);
+            let job = TrieJob::new(&case.vocab, &case.tokens, target.view(), 0.7).unwrap();
+            let mut offset = 0;
+            for index in 0..=case.tokens.len() {
+                let logits = case.random.logits(case.vocab.live(), case.scale);
+                let mut row: Vec<f64> = logits.into_iter().map(f64::from).collect();
+                let (_, grad) = reference::loss::trie_row(&job, index, offset, &row);
+                for rank in 0..row.len() {
+                    let step = 1e-5;
+                    let at = row[rank];
+                    row[rank] = at + step;
+                    let (above, _) = reference::loss::trie_row(&job, index, offset, &row);
+                    row[rank] = at - step;
+                    let (under, _) = reference::loss::trie_row(&job, index, offset, &row);
+                    row[rank] = at;
+                    let slope = (above - under) / (2.0 * step);
+                    prop_assert!((slope - grad[rank]).abs() < 1e-8, "{} against {}", slope, grad[rank]);
+                }
+                offset += case.tokens.get(index).map_or(0, |&t| case.vocab.token_bytes(t).len());
+            }
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Portable fast path: one exponential pass per row, then sums over contiguous ranges.
 //!
-//! Sums are never differences of a cumulative sum, which in `f32` loses small masses altogether. Rows are
-//! independent and run in parallel in fixed chunks; what chunks return is combined in order.
+//! Sums are never differences of a cumulative sum, which in `f32` loses small masses altogether.
+//! Rows are independent and run in parallel in fixed chunks; what chunks return is combined in
+//! order.
 
 mod exp;
 pub(crate) mod fusion;

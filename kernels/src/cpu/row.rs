@@ -5,8 +5,8 @@ use std::ops::Range;
 use crate::cpu::exp::{exponentials, max_finite, sum};
 use crate::vocab::Vocab;
 
-/// Below this share of the row's largest value a range is exponentiated again against its own maximum: what is
-/// left of `f32` underneath would no longer resolve its members.
+/// Below this share of the row's largest value a range is exponentiated again against its own
+/// maximum: what is left of `f32` underneath would no longer resolve its members.
 const SCARCE: f64 = 1e-20;
 
 /// Buffers that rows of one thread share.
@@ -109,7 +109,8 @@ impl<'a> Row<'a> {
 }
 
 impl<'a> Part<'a> {
-    /// Exponentiates a range of logits, all finite, against its own largest; the sum is at least one, or zero over none.
+    /// Exponentiates a range of logits, all finite, against its own largest; the sum is at least
+    /// one, or zero over none.
     pub(super) fn of_logits(
         logits: &[f32],
         range: Range<usize>,

@@ -14,7 +14,8 @@ use crate::score::{Branch, Missed, ScoreItem};
 use crate::trie::Node;
 use crate::vocab::Vocab;
 
-/// Rows of one task. Each task but the first exponentiates one row more than these, that of the token before.
+/// Rows of one task. Each task but the first exponentiates one row more than these, that of the
+/// token before.
 const ROWS: usize = 16;
 
 /// Index of the end of the record in a distribution.
@@ -374,4 +375,157 @@ fn share(part: f64, whole: f64) -> f64 {
 
 fn index(value: usize) -> u32 {
     u32::try_from(value).expect("a target has fewer than 2^32 bytes")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::backend::Backend;
+    use crate::records::RecordView;
+    use crate::reference;
+    use crate::testing::cases;
+
+    /// A code is right if it is that of a mass within this many sixteenths of a bit, or of one too
+    /// small to say.
+    const CODE_TOLERANCE: f64 = 1e-3;
+
+    fn check_code(code: u8, exact: f64, what: &str) {
+        let sixteenths = (-16.0 * exact.log2()).clamp(0.0, 255.0);
+        let error = (f64::from(code) - sixteenths).abs();
+        assert!(
+            error <= 0.5 + CODE_TOLERANCE,
+            "{what} has code {code}, mass {exact:e}"
+        );
+    }
+
+    fn check_position(view: RecordView<'_>, position: usize, exact: &[f64], shape: &RecordShape) {
+        let listed: Vec<(u8, u8)> = view.listed(position).collect();
+        let mut tail: f64 = exact[..END].iter().sum();
+        let mut filled = exact[END];
+        let mut least = f64::INFINITY;
+        for &(symbol, code) in &listed {
+            let mass = exact[usize::from(symbol)];
+            check_code(code, mass, "symbol");
+            filled += mass;
+            tail -= mass;
+            least = least.min(mass);
+        }
+        check_code(view.end()[position], exact[END], "end");
+        if tail > 1e-9 {
+            check_code(view.tail()[position], tail, "tail");
+        }
+        for (symbol, &mass) in (0..=u8::MAX).zip(exact) {
+            let is_listed = listed.iter().any(|&(listed, _)| listed == symbol);
+            assert!(
+                is_listed || mass <= least + 1e-6,
+                "{symbol} of mass {mass} is not listed"
+            );
+        }
+        let fill = f64::from(shape.fill_permille) / 1000.0;
+        assert!(
+            listed.len() == shape.k || filled >= fill - 1e-6,
+            "filled to {filled} only"
+        );
+        assert!(
+            listed.len() == 1 || filled - least < fill + 1e-6,
+            "filled to {filled} without {least}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn records_agree_with_the_reference(
+            mut case in cases(),
+            k in 1_usize..8,
+            fill_permille in prop::sample::select(&[0, 900, 995, 1000][..]),
+            threshold in prop::sample::select(&[0.0, 1e-3, 0.3, 2.0][..]),
+        ) {
+            let logits = case.logits();
+            let branches = Backend::Cpu
+                .branches(&case.vocab, &case.tokens, &logits, threshold)
+                .unwrap();
+            if threshold > 0.0 {
+                let exact = Backend::Reference
+                    .branches(&case.vocab, &case.tokens, &logits, threshold)
+                    .unwrap();
+                prop_assert_eq!(&branches, &exact);
+            }
+            let branch_logits = case.rows(branches.len());
+            let shape = RecordShape { k, fill_permille };
+            let mut records = Records::new(k).unwrap();
+            let missed = Backend::Cpu
+                .records(&case.vocab, &case.tokens, &logits, &branches, &branch_logits, &shape, &mut records)
+                .unwrap();
+
+            let item = ScoreItem::new(&case.vocab, &case.tokens, &logits).unwrap();
+            let item = item.with_branches(&branches, &branch_logits).unwrap();
+            let (exact, exact_missed) = reference::score::distributions(&item).unwrap();
+            prop_assert_eq!(records.positions(), case.bytes().len() + 1);
+            prop_assert_eq!(records.positions(), exact.len());
+            for (position, exact) in exact.iter().enumerate() {
+                let sum: f64 = exact.iter().sum();
+                prop_assert!((sum - 1.0).abs() < 1e-9, "mass of position {} is {}", position, sum);
+                check_position(records.view(), position, exact, &shape);
+            }
+            prop_assert_eq!(records.view().check_mass(), Ok(()));
+            // Beyond this scale the observed byte may have no mass that f32 can say, and nothing to
+            // share.
+            if case.scale < 100.0 {
+                prop_assert!((missed.short - exact_missed.short).abs() < 1e-5);
+                prop_assert!((missed.long - exact_missed.long).abs() < 1e-5);
+            }
+            prop_assert!((0.0..=1.0).contains(&missed.short) && (0.0..=1.0).contains(&missed.long));
+        }
+
+        #[test]
+        fn token_bits_are_the_cross_entropy(mut case in cases()) {
+            let logits = case.logits();
+            let mut labels = case.tokens.clone();
+            labels.push(case.vocab.end_ranks().start);
+            let mut grad = vec![0.0; logits.len()];
+            let nats = Backend::Reference
+                .cross_entropy(&case.vocab, &labels, &logits, 1.0, &mut grad)
+                .unwrap();
+            for backend in [Backend::Cpu, Backend::Reference] {
+                let bits = backend.token_bits(&case.vocab, &case.tokens, &logits).unwrap();
+                let exact = nats / std::f64::consts::LN_2;
+                prop_assert!((bits - exact).abs() <= 1e-6 * exact + 1e-4, "{} against {}", bits, exact);
+            }
+        }
+    }
+
+    #[test]
+    fn the_reference_lists_what_the_fast_path_lists() {
+        let mut random = crate::testing::Random(5);
+        let vocab = Vocab::new(
+            (0..=255_u8)
+                .map(|byte| [byte, b'x'])
+                .collect::<Vec<_>>()
+                .iter()
+                .flat_map(|pair| {
+                    [
+                        crate::TokenKind::Bytes(&pair[..1]),
+                        crate::TokenKind::Bytes(pair),
+                    ]
+                })
+                .chain([crate::TokenKind::EndOfRecord]),
+        )
+        .unwrap();
+        let tokens: Vec<u32> = (0..40).map(|_| index(random.below(512))).collect();
+        let logits = random.logits(41 * vocab.len(), 6.0);
+        let shape = RecordShape {
+            k: 16,
+            fill_permille: 995,
+        };
+        let [fast, exact] = [Backend::Cpu, Backend::Reference].map(|backend| {
+            let mut out = Records::new(16).unwrap();
+            backend
+                .records(&vocab, &tokens, &logits, &[], &[], &shape, &mut out)
+                .unwrap();
+            out
+        });
+        assert_eq!(fast.view().symbols(), exact.view().symbols());
+    }
 }

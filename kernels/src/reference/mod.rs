@@ -1,4 +1,5 @@
-//! The operations as the formulas read: `f64`, whole vocabulary, no ranges. The other backends are held to these.
+//! The operations as the formulas read: `f64`, whole vocabulary, no ranges. The other backends are
+//! held to these.
 
 pub(crate) mod fusion;
 pub(crate) mod loss;

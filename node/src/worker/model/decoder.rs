@@ -1,0 +1,593 @@
+//! The decoder and its training pass.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+
+use super::attention::AttentionBlock;
+use super::block::{Banks, Context, apply};
+use super::config::ModelConfig;
+use super::feed_forward::FeedForwardBlock;
+use super::head::{Gather, HeadLoss, Normed, logits, normalise};
+use super::lora::Lora;
+use super::ops::attention::Segment;
+use super::ops::rope::RopeTable;
+use super::ops::scratch::Scratch;
+use super::parameters::{Bank, Plan, Slot, with_floats};
+use super::{ModelError, NamedTensors};
+
+/// A decoder with its weights and, after [`attach_lora`](Model::attach_lora), its adapters.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    id_of_rank: Arc<[u32]>,
+    rank_of_id: Vec<u32>,
+    pub(crate) embedding: Bank,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Bank,
+    pub(crate) head: Head,
+    pub(crate) lora: Option<Lora>,
+    pub(crate) scratch: Scratch,
+    rope: Mutex<Arc<RopeTable>>,
+}
+
+/// Blocks of a layer with their weights.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) attention: (Arc<AttentionBlock>, Bank),
+    pub(crate) feed_forward: (Arc<FeedForwardBlock>, Bank),
+}
+
+/// Output head, rows in rank order.
+#[derive(Debug)]
+pub(crate) enum Head {
+    Own(Bank),
+    /// The embedding; while that is frozen, `ordered` holds its rows in rank order.
+    Tied {
+        ordered: Option<Tensor>,
+    },
+}
+
+/// Items one after another; each sees only itself, and its positions start at zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Packed {
+    /// Token ids of all items.
+    pub tokens: Vec<u32>,
+    /// Rows of each item; together all of `tokens`, in order.
+    pub segments: Vec<Segment>,
+}
+
+impl Packed {
+    /// Appends an item.
+    pub fn push(&mut self, tokens: impl IntoIterator<Item = u32>) -> Segment {
+        let start = self.tokens.len();
+        self.tokens.extend(tokens);
+        let segment = Segment {
+            start,
+            len: self.tokens.len() - start,
+        };
+        self.segments.push(segment);
+        segment
+    }
+}
+
+impl Model {
+    /// Builds all banks, `fill` writes each tensor (the head in the order of ids).
+    pub(crate) fn build(
+        config: ModelConfig,
+        id_of_rank: Vec<u32>,
+        mut fill: impl FnMut(&Slot, &mut [f32]) -> Result<(), ModelError>,
+    ) -> Result<Self, ModelError> {
+        config
+            .check()
+            .map_err(|(field, reason)| super::config::ConfigError::Field {
+                path: "config.json".into(),
+                field: field.into(),
+                reason,
+            })?;
+        let rank_of_id = inverse(&id_of_rank, config.vocab_size)?;
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = single("model.embed_tokens.weight", &table).build(&mut fill)?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for index in 0..config.layers {
+            let (attention, attention_plan) = AttentionBlock::plan(&config, index);
+            let (feed_forward, feed_forward_plan) = FeedForwardBlock::plan(&config, index);
+            layers.push(Layer {
+                attention: (Arc::new(attention), attention_plan.build(&mut fill)?),
+                feed_forward: (Arc::new(feed_forward), feed_forward_plan.build(&mut fill)?),
+            });
+        }
+        let norm = single("model.norm.weight", &[config.hidden_size]).build(&mut fill)?;
+        let head = if config.tied {
+            Head::Tied { ordered: None }
+        } else {
+            let plan = single("lm_head.weight", &table);
+            let head = plan.build(|slot, out| {
+                fill(slot, out)?;
+                let by_rank = permuted(out, &id_of_rank, config.hidden_size);
+                out.copy_from_slice(&by_rank);
+                Ok::<_, ModelError>(())
+            })?;
+            Head::Own(head)
+        };
+        let rope = RopeTable::new(&config.rope, config.head_dim, 128.min(config.max_positions));
+        let mut model = Self {
+            config,
+            id_of_rank: id_of_rank.into(),
+            rank_of_id,
+            embedding,
+            layers,
+            norm,
+            head,
+            lora: None,
+            scratch: Scratch::default(),
+            rope: Mutex::new(Arc::new(rope)),
+        };
+        model.order_tied_head()?;
+        Ok(model)
+    }
+
+    /// Shape of the decoder.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Rows of the embedding and columns of the logits.
+    pub fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// Rank of each id in the byte-sorted vocabulary.
+    pub fn rank_of_id(&self) -> &[u32] {
+        &self.rank_of_id
+    }
+
+    /// Id of each rank.
+    pub fn id_of_rank(&self) -> &[u32] {
+        &self.id_of_rank
+    }
+
+    /// Whether the head is the embedding.
+    pub fn is_tied(&self) -> bool {
+        matches!(self.head, Head::Tied { .. })
+    }
+
+    /// A copy that shares no storage.
+    pub fn duplicate(&self) -> Result<Self, ModelError> {
+        let layer = |layer: &Layer| {
+            Ok::<_, candle_core::Error>(Layer {
+                attention: (
+                    Arc::clone(&layer.attention.0),
+                    layer.attention.1.duplicate()?,
+                ),
+                feed_forward: (
+                    Arc::clone(&layer.feed_forward.0),
+                    layer.feed_forward.1.duplicate()?,
+                ),
+            })
+        };
+        let pair =
+            |[a, b]: &[Bank; 2]| Ok::<_, candle_core::Error>([a.duplicate()?, b.duplicate()?]);
+        let lora = match &self.lora {
+            None => None,
+            Some(lora) => Some(Lora {
+                config: lora.config,
+                banks: lora.banks.iter().map(pair).collect::<Result<_, _>>()?,
+            }),
+        };
+        let head = match &self.head {
+            Head::Own(bank) => Head::Own(bank.duplicate()?),
+            Head::Tied { .. } => Head::Tied { ordered: None },
+        };
+        let rope = Arc::clone(&self.rope.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut copy = Self {
+            config: self.config.clone(),
+            id_of_rank: Arc::clone(&self.id_of_rank),
+            rank_of_id: self.rank_of_id.clone(),
+            embedding: self.embedding.duplicate()?,
+            layers: self.layers.iter().map(layer).collect::<Result<_, _>>()?,
+            norm: self.norm.duplicate()?,
+            head,
+            lora,
+            scratch: Scratch::default(),
+            rope: Mutex::new(rope),
+        };
+        copy.order_tied_head()?;
+        Ok(copy)
+    }
+
+    /// Makes every weight trainable and folds adapters, if any, into the weights.
+    pub fn train_all(&mut self) -> Result<(), ModelError> {
+        if self.lora.is_some() {
+            let weights = self.weights()?;
+            self.lora = None;
+            self.set_weights(&weights)?;
+        }
+        self.embedding.train()?;
+        self.norm.train()?;
+        for layer in &mut self.layers {
+            layer.attention.1.train()?;
+            layer.feed_forward.1.train()?;
+        }
+        match &mut self.head {
+            Head::Own(bank) => bank.train()?,
+            Head::Tied { ordered } => *ordered = None,
+        }
+        Ok(())
+    }
+
+    /// Runs a batch and keeps what a backward pass needs. Logits come for the `rows` of the batch, which
+    /// must be ascending.
+    pub fn forward(&self, batch: &Packed, rows: Vec<u32>) -> Result<Pass<'_>, ModelError> {
+        if self.trainable().is_empty() {
+            return Err(ModelError::Frozen);
+        }
+        self.check(batch, &rows)?;
+        let context = self.context(batch);
+        let ids = batch.tokens.as_slice().into();
+        let gather = Gather {
+            ids,
+            width: self.config.hidden_size,
+        };
+        let mut x = self.embedding.tensor().apply_op1(gather)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (attention, feed_forward) = self.banks(index, layer);
+            x = apply(&layer.attention.0, &context, attention, &x)?;
+            x = apply(&layer.feed_forward.0, &context, feed_forward, &x)?;
+        }
+        let head = self.head_tensor()?;
+        let width = self.config.hidden_size;
+        let eps = self.config.rms_norm_eps as f32;
+        let normed = with_floats(&x, |x| {
+            self.norm
+                .read(|weight| normalise(&self.scratch, x, &rows, weight, eps))
+        })??;
+        let mut values = self.scratch.take(rows.len() * self.vocabulary());
+        with_floats(&head, |head| {
+            logits(&normed.values, width, head, &mut values)
+        })?;
+        Ok(Pass {
+            model: self,
+            hidden: x,
+            head,
+            rows,
+            normed,
+            logits: values,
+        })
+    }
+
+    /// Trainable tensors in a fixed order: the order of [`Gradients`].
+    pub(crate) fn trainable(&self) -> Vec<&Bank> {
+        let mut banks = vec![&self.embedding];
+        for (index, layer) in self.layers.iter().enumerate() {
+            banks.extend([&layer.attention.1, &layer.feed_forward.1]);
+            if let Some(lora) = &self.lora {
+                banks.extend(&lora.banks[index]);
+            }
+        }
+        banks.push(&self.norm);
+        if let Head::Own(head) = &self.head {
+            banks.push(head);
+        }
+        banks.retain(|bank| bank.is_trainable());
+        banks
+    }
+
+    /// All weights without adapters.
+    pub(crate) fn base_banks(&self) -> Vec<&Bank> {
+        let mut banks = vec![&self.embedding];
+        for layer in &self.layers {
+            banks.extend([&layer.attention.1, &layer.feed_forward.1]);
+        }
+        banks.push(&self.norm);
+        if let Head::Own(head) = &self.head {
+            banks.push(head);
+        }
+        banks
+    }
+
+    /// Rows of a head in the order of ids, from rank order.
+    pub(crate) fn in_id_order(&self, by_rank: &[f32]) -> Vec<f32> {
+        permuted(by_rank, &self.rank_of_id, self.config.hidden_size)
+    }
+
+    /// Rows of a head in rank order, from the order of ids.
+    pub(crate) fn in_rank_order(&self, by_id: &[f32]) -> Vec<f32> {
+        permuted(by_id, &self.id_of_rank, self.config.hidden_size)
+    }
+
+    fn trains_head(&self) -> bool {
+        match &self.head {
+            Head::Own(bank) => bank.is_trainable(),
+            Head::Tied { .. } => self.embedding.is_trainable(),
+        }
+    }
+
+    pub(crate) fn freeze(&mut self) {
+        self.embedding.freeze();
+        self.norm.freeze();
+        for layer in &mut self.layers {
+            layer.attention.1.freeze();
+            layer.feed_forward.1.freeze();
+        }
+        if let Head::Own(head) = &mut self.head {
+            head.freeze();
+        }
+    }
+
+    /// Gives a tied head rows of its own.
+    pub(crate) fn untie(&mut self) -> Result<(), ModelError> {
+        if !self.is_tied() {
+            return Ok(());
+        }
+        let values = self.embedding.read(|values| self.in_rank_order(values))?;
+        let plan = single(
+            "lm_head.weight",
+            &[self.config.vocab_size, self.config.hidden_size],
+        );
+        let head = plan.build(|_, out| {
+            out.copy_from_slice(&values);
+            Ok::<_, ModelError>(())
+        })?;
+        self.head = Head::Own(head);
+        self.config.tied = false;
+        Ok(())
+    }
+
+    pub(crate) fn order_tied_head(&mut self) -> Result<(), ModelError> {
+        if self.is_tied() && !self.embedding.is_trainable() {
+            let values = self.embedding.read(|values| self.in_rank_order(values))?;
+            let len = values.len();
+            self.head = Head::Tied {
+                ordered: Some(Tensor::from_vec(values, len, &Device::Cpu)?),
+            };
+        }
+        Ok(())
+    }
+
+    pub(crate) fn head_tensor(&self) -> Result<Tensor, ModelError> {
+        Ok(match &self.head {
+            Head::Own(bank) => bank.tensor().clone(),
+            Head::Tied {
+                ordered: Some(ordered),
+            } => ordered.clone(),
+            Head::Tied { ordered: None } => {
+                let ids = Arc::clone(&self.id_of_rank);
+                self.embedding.tensor().apply_op1(Gather {
+                    ids,
+                    width: self.config.hidden_size,
+                })?
+            }
+        })
+    }
+
+    pub(crate) fn banks<'a>(&'a self, index: usize, layer: &'a Layer) -> (Banks<'a>, Banks<'a>) {
+        let lora = |part: usize| {
+            let lora = self.lora.as_ref()?;
+            Some((
+                &lora.banks[index][part],
+                lora.config.rank,
+                lora.config.scale(),
+            ))
+        };
+        (
+            Banks {
+                base: &layer.attention.1,
+                lora: lora(0),
+            },
+            Banks {
+                base: &layer.feed_forward.1,
+                lora: lora(1),
+            },
+        )
+    }
+
+    pub(crate) fn context(&self, batch: &Packed) -> Arc<Context> {
+        let longest = batch
+            .segments
+            .iter()
+            .map(|segment| segment.len)
+            .max()
+            .unwrap_or(0);
+        // One more position, for branches that continue a whole item.
+        let rope = self.rope(longest + 1);
+        let segments = batch.segments.as_slice().into();
+        Arc::new(Context {
+            segments,
+            rope,
+            scratch: self.scratch.clone(),
+        })
+    }
+
+    fn rope(&self, positions: usize) -> Arc<RopeTable> {
+        let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.positions() < positions {
+            let positions = positions.next_power_of_two();
+            *table = Arc::new(RopeTable::new(
+                &self.config.rope,
+                self.config.head_dim,
+                positions,
+            ));
+        }
+        Arc::clone(&table)
+    }
+
+    pub(crate) fn check(&self, batch: &Packed, rows: &[u32]) -> Result<(), ModelError> {
+        let refuse = |reason: String| Err(ModelError::BadBatch { reason });
+        let vocabulary = self.vocabulary();
+        if let Some(id) = batch.tokens.iter().find(|&&id| id as usize >= vocabulary) {
+            return refuse(format!(
+                "token {id} is not below the vocabulary size {vocabulary}"
+            ));
+        }
+        let mut end = 0;
+        for segment in &batch.segments {
+            if segment.start != end || segment.len == 0 {
+                return refuse(format!(
+                    "item at row {} does not follow row {end}",
+                    segment.start
+                ));
+            }
+            if segment.len > self.config.max_positions {
+                return refuse(format!(
+                    "item of {} tokens, the model's limit is {}",
+                    segment.len, self.config.max_positions
+                ));
+            }
+            end += segment.len;
+        }
+        if end == 0 || end != batch.tokens.len() {
+            return refuse(format!(
+                "items cover {end} of {} tokens",
+                batch.tokens.len()
+            ));
+        }
+        if !rows.is_sorted_by(|a, b| a < b) || rows.last().is_none_or(|&row| row as usize >= end) {
+            return refuse(
+                "rows of logits must be ascending rows of the batch, at least one".into(),
+            );
+        }
+        Ok(())
+    }
+
+    fn set_weights(&mut self, weights: &NamedTensors) -> Result<(), ModelError> {
+        for bank in self.base_banks() {
+            bank.edit(|out| {
+                for slot in bank.slots() {
+                    out[slot.range()].copy_from_slice(&weights[&slot.name].values);
+                }
+            })?;
+        }
+        if let Head::Own(head) = &self.head {
+            let by_rank = self.in_rank_order(&weights["lm_head.weight"].values);
+            head.edit(|out| out.copy_from_slice(&by_rank))?;
+        }
+        Ok(())
+    }
+}
+
+/// A forward pass that waits for its loss.
+#[derive(Debug)]
+pub struct Pass<'m> {
+    model: &'m Model,
+    hidden: Tensor,
+    head: Tensor,
+    rows: Vec<u32>,
+    normed: Normed,
+    logits: Vec<f32>,
+}
+
+impl Pass<'_> {
+    /// Logits `[rows, vocabulary]`, columns in rank order.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Computes the loss and the gradients of all trainable tensors. `loss` gets the logits and a zeroed
+    /// buffer for their gradient.
+    pub fn backward<E: From<ModelError>>(
+        self,
+        loss: impl FnOnce(&[f32], &mut [f32]) -> Result<f64, E>,
+    ) -> Result<(f64, Gradients), E> {
+        let scratch = &self.model.scratch;
+        let mut dlogits = scratch.take(self.logits.len());
+        dlogits.fill(0.0);
+        let value = loss(&self.logits, &mut dlogits)?;
+        let gradients = self.gradients(value, dlogits)?;
+        Ok((value, gradients))
+    }
+
+    fn gradients(self, value: f64, dlogits: Vec<f32>) -> Result<Gradients, ModelError> {
+        let model = self.model;
+        model.scratch.give(self.logits);
+        let norm = model.norm.tensor();
+        let root = HeadLoss {
+            loss: value as f32,
+            rows: self.rows,
+            state: Mutex::new(Some((self.normed, dlogits))),
+            scratch: model.scratch.clone(),
+            train_norm: model.norm.is_trainable(),
+            train_head: model.trains_head(),
+        };
+        let loss = self.hidden.apply_op3(norm, &self.head, root)?;
+        let mut store = loss.backward()?;
+        let take = |bank: &&Bank| {
+            store
+                .remove(bank.tensor())
+                .ok_or_else(|| ModelError::NoGradient {
+                    name: bank
+                        .slots()
+                        .first()
+                        .map(|slot| slot.name.clone())
+                        .unwrap_or_default(),
+                })
+        };
+        let tensors = model
+            .trainable()
+            .iter()
+            .map(take)
+            .collect::<Result<_, _>>()?;
+        Ok(Gradients { tensors })
+    }
+}
+
+/// Gradients of all trainable tensors, in the order of the model's banks.
+#[derive(Debug)]
+pub struct Gradients {
+    pub(crate) tensors: Vec<Tensor>,
+}
+
+impl Gradients {
+    /// Calls `f` with the name and gradient of each trainable tensor (the head's rows by rank).
+    pub fn each(&self, model: &Model, mut f: impl FnMut(&str, &[f32])) -> Result<(), ModelError> {
+        for (bank, gradient) in model.trainable().iter().zip(&self.tensors) {
+            with_floats(gradient, |gradient| {
+                for slot in bank.slots() {
+                    f(&slot.name, &gradient[slot.range()]);
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients of another batch.
+    pub fn add(&mut self, other: &Self) -> Result<(), ModelError> {
+        for (sum, term) in self.tensors.iter().zip(&other.tensors) {
+            with_floats(term, |term| {
+                super::edit(sum, |sum| {
+                    for (sum, term) in sum.iter_mut().zip(term) {
+                        *sum += term;
+                    }
+                })
+            })??;
+        }
+        Ok(())
+    }
+}
+
+fn single(name: &str, shape: &[usize]) -> Plan {
+    let mut plan = Plan::default();
+    plan.push(name.to_owned(), shape);
+    plan
+}
+
+fn permuted(rows: &[f32], order: &[u32], width: usize) -> Vec<f32> {
+    let mut out = vec![0f32; rows.len()];
+    super::head::gather(rows, order, width, &mut out);
+    out
+}
+
+fn inverse(id_of_rank: &[u32], vocab_size: usize) -> Result<Vec<u32>, ModelError> {
+    let bad = || ModelError::BadOrder { vocab_size };
+    if id_of_rank.len() != vocab_size {
+        return Err(bad());
+    }
+    let mut rank_of_id = vec![u32::MAX; vocab_size];
+    for (rank, &id) in (0u32..).zip(id_of_rank) {
+        match rank_of_id.get_mut(id as usize) {
+            Some(place) if *place == u32::MAX => *place = rank,
+            _ => return Err(bad()),
+        }
+    }
+    Ok(rank_of_id)
+}

@@ -1,0 +1,153 @@
+//! Feed-forward block: `x + D swiglu(G, U)` of the normalised input.
+
+use super::block::{Block, Context};
+use super::config::ModelConfig;
+use super::ops::linear::{Projection, Weights};
+use super::ops::{norm, swiglu};
+use super::parameters::Plan;
+use consilium_kernels::matmul::Write;
+
+/// Shape and places of the parameters.
+#[derive(Debug)]
+pub(crate) struct FeedForwardBlock {
+    width: usize,
+    inner: usize,
+    eps: f32,
+    norm: usize,
+    pub(crate) gate_up: Projection,
+    pub(crate) down: Projection,
+}
+
+/// Activations kept for the backward pass.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    inverse: Vec<f32>,
+    normed: Vec<f32>,
+    gate_up: Vec<f32>,
+}
+
+/// Names of the layers, grouped by input.
+pub(crate) const LAYERS: [&[&str]; 2] = [&["gate_proj", "up_proj"], &["down_proj"]];
+
+impl FeedForwardBlock {
+    /// Plans the parameters of layer `layer`.
+    pub(crate) fn plan(config: &ModelConfig, layer: usize) -> (Self, Plan) {
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        let prefix = format!("model.layers.{layer}");
+        let mut plan = Plan::default();
+        let norm = plan.push(
+            format!("{prefix}.post_attention_layernorm.weight"),
+            &[width],
+        );
+        let name = |layer: &str| format!("{prefix}.mlp.{layer}.weight");
+        let weight = plan.push(name("gate_proj"), &[inner, width]);
+        plan.push(name("up_proj"), &[inner, width]);
+        let down = plan.push(name("down_proj"), &[width, inner]);
+        let gate_up = Projection {
+            inputs: width,
+            outputs: vec![inner; 2],
+            weight,
+            bias: None,
+            factors: 0,
+        };
+        let down = Projection {
+            inputs: inner,
+            outputs: vec![width],
+            weight: down,
+            bias: None,
+            factors: gate_up.factors_per_rank(),
+        };
+        (
+            Self {
+                width,
+                inner,
+                eps: config.rms_norm_eps as f32,
+                norm,
+                gate_up,
+                down,
+            },
+            plan,
+        )
+    }
+}
+
+impl Kept {
+    /// Gives all buffers back.
+    pub(crate) fn release(self, context: &Context) {
+        for buffer in [self.inverse, self.normed, self.gate_up] {
+            context.scratch.give(buffer);
+        }
+    }
+}
+
+impl Block for FeedForwardBlock {
+    type Kept = Kept;
+    const NAME: &'static str = "feed-forward block";
+
+    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> (Vec<f32>, Kept) {
+        let scratch = &context.scratch;
+        let rows = x.len() / self.width;
+        let mut inverse = scratch.take(rows);
+        let mut normed = scratch.take(x.len());
+        let weight = &weights.base[self.norm..][..self.width];
+        norm::forward(x, weight, self.eps, &mut normed, &mut inverse);
+        let mut gate_up = scratch.take(rows * 2 * self.inner);
+        self.gate_up
+            .forward(weights, scratch, &normed, &mut gate_up, Write::Replace);
+        let mut active = scratch.take(rows * self.inner);
+        swiglu::forward(&gate_up, self.inner, &mut active);
+        let mut y = x.to_vec();
+        self.down
+            .forward(weights, scratch, &active, &mut y, Write::Add);
+        scratch.give(active);
+        (
+            y,
+            Kept {
+                inverse,
+                normed,
+                gate_up,
+            },
+        )
+    }
+
+    fn backward(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+        kept: Kept,
+        dy: &[f32],
+        gradient: &mut [f32],
+    ) -> Vec<f32> {
+        let Kept {
+            inverse,
+            normed,
+            mut gate_up,
+        } = kept;
+        let scratch = &context.scratch;
+        let rows = x.len() / self.width;
+        let mut active = scratch.take(rows * self.inner);
+        self.down.input_gradient(weights, scratch, dy, &mut active);
+        swiglu::backward(&mut gate_up, self.inner, &mut active);
+        self.down
+            .weight_gradient(weights, scratch, &active, dy, gradient);
+        scratch.give(active);
+        let mut dnormed = scratch.take(normed.len());
+        self.gate_up
+            .input_gradient(weights, scratch, &gate_up, &mut dnormed);
+        self.gate_up
+            .weight_gradient(weights, scratch, &normed, &gate_up, gradient);
+        scratch.give(gate_up);
+        let mut dx = dy.to_vec();
+        let dnorm = weights
+            .lora
+            .is_none()
+            .then(|| &mut gradient[self.norm..][..self.width]);
+        let weight = &weights.base[self.norm..][..self.width];
+        norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
+        for buffer in [inverse, normed, dnormed] {
+            scratch.give(buffer);
+        }
+        dx
+    }
+}

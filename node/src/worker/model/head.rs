@@ -1,0 +1,222 @@
+//! Final norm and output head, the root of a training graph.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor, bail};
+
+use super::ops::norm;
+use super::ops::scratch::Scratch;
+use super::parameters::{floats, with_floats};
+use consilium_kernels::matmul::{View, ViewMut, Write, ab, abt, atb};
+
+/// Chosen rows of the residual stream after the final norm.
+#[derive(Debug)]
+pub(crate) struct Normed {
+    pub(crate) chosen: Vec<f32>,
+    pub(crate) values: Vec<f32>,
+    pub(crate) inverse: Vec<f32>,
+}
+
+/// Normalises the `rows` of `x`.
+pub(crate) fn normalise(
+    scratch: &Scratch,
+    x: &[f32],
+    rows: &[u32],
+    weight: &[f32],
+    eps: f32,
+) -> Normed {
+    let width = weight.len();
+    let mut chosen = scratch.take(rows.len() * width);
+    for (chosen, &row) in chosen.chunks_exact_mut(width).zip(rows) {
+        chosen.copy_from_slice(&x[row as usize * width..][..width]);
+    }
+    let mut values = scratch.take(chosen.len());
+    let mut inverse = scratch.take(rows.len());
+    norm::forward(&chosen, weight, eps, &mut values, &mut inverse);
+    Normed {
+        chosen,
+        values,
+        inverse,
+    }
+}
+
+/// `logits = normed head^T`, head `[V, width]`.
+pub(crate) fn logits(normed: &[f32], width: usize, head: &[f32], out: &mut [f32]) {
+    let (rows, vocabulary) = (normed.len() / width, head.len() / width);
+    let normed = View::new(normed, rows, width);
+    let head = View::new(head, vocabulary, width);
+    abt(
+        ViewMut::new(out, rows, vocabulary),
+        Write::Replace,
+        normed,
+        head,
+        1.0,
+    );
+}
+
+/// Root of the graph over (residual stream, norm weight, head): its value is the loss, its backward
+/// pass starts from a given gradient of the logits.
+pub(crate) struct HeadLoss {
+    pub(crate) loss: f32,
+    pub(crate) rows: Vec<u32>,
+    /// Normalised rows and the gradient of the logits; taken by the backward pass.
+    pub(crate) state: Mutex<Option<(Normed, Vec<f32>)>>,
+    pub(crate) scratch: Scratch,
+    pub(crate) train_norm: bool,
+    pub(crate) train_head: bool,
+}
+
+impl CustomOp3 for HeadLoss {
+    fn name(&self) -> &'static str {
+        "head"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _x: &CpuStorage,
+        _x_layout: &Layout,
+        _norm: &CpuStorage,
+        _norm_layout: &Layout,
+        _head: &CpuStorage,
+        _head_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![self.loss]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        norm: &Tensor,
+        head: &Tensor,
+        _loss: &Tensor,
+        _one: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let state = self
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some((normed, dlogits_buffer)) = state else {
+            bail!("head: backward twice")
+        };
+        let (count, width) = (self.rows.len(), norm.elem_count());
+        let vocabulary = head.elem_count() / width;
+        let dlogits = View::new(&dlogits_buffer, count, vocabulary);
+        let dhead = self.train_head.then(|| {
+            let mut dhead = vec![0f32; head.elem_count()];
+            let values = View::new(&normed.values, count, width);
+            atb(
+                ViewMut::new(&mut dhead, vocabulary, width),
+                Write::Replace,
+                dlogits,
+                values,
+                1.0,
+            );
+            dhead
+        });
+        let mut dnormed = self.scratch.take(count * width);
+        with_floats(head, |head| {
+            let head = View::new(head, vocabulary, width);
+            ab(
+                ViewMut::new(&mut dnormed, count, width),
+                Write::Replace,
+                dlogits,
+                head,
+                1.0,
+            );
+        })?;
+        let mut dchosen = self.scratch.take(count * width);
+        dchosen.fill(0.0);
+        let mut dnorm = self.train_norm.then(|| vec![0f32; width]);
+        with_floats(norm, |weight| {
+            let dnorm = dnorm.as_deref_mut();
+            norm::backward(
+                &normed.chosen,
+                weight,
+                &normed.inverse,
+                &dnormed,
+                &mut dchosen,
+                dnorm,
+            );
+        })?;
+        let mut dx = vec![0f32; x.elem_count()];
+        for (dchosen, &row) in dchosen.chunks_exact(width).zip(&self.rows) {
+            for (dx, d) in dx[row as usize * width..][..width].iter_mut().zip(dchosen) {
+                *dx += d;
+            }
+        }
+        for buffer in [
+            dlogits_buffer,
+            dnormed,
+            dchosen,
+            normed.chosen,
+            normed.values,
+            normed.inverse,
+        ] {
+            self.scratch.give(buffer);
+        }
+        let tensor = |values: Option<Vec<f32>>, like: &Tensor| {
+            values
+                .map(|values| Tensor::from_vec(values, like.shape(), like.device()))
+                .transpose()
+        };
+        Ok((
+            tensor(Some(dx), x)?,
+            tensor(dnorm, norm)?,
+            tensor(dhead, head)?,
+        ))
+    }
+}
+
+/// Rows of a flat table `[count, width]`: the embedding, or a tied head in rank order.
+pub(crate) struct Gather {
+    pub(crate) ids: std::sync::Arc<[u32]>,
+    pub(crate) width: usize,
+}
+
+impl CustomOp1 for Gather {
+    fn name(&self) -> &'static str {
+        "gather"
+    }
+
+    fn cpu_fwd(
+        &self,
+        table: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let mut out = vec![0f32; self.ids.len() * self.width];
+        gather(floats(table, layout)?, &self.ids, self.width, &mut out);
+        let len = out.len();
+        Ok((CpuStorage::F32(out), Shape::from(len)))
+    }
+
+    fn bwd(
+        &self,
+        table: &Tensor,
+        _out: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
+        if dout.dtype() != DType::F32 {
+            bail!("gather: gradient is not f32");
+        }
+        let mut gradient = vec![0f32; table.elem_count()];
+        with_floats(dout, |dout| {
+            for (row, &id) in dout.chunks_exact(self.width).zip(self.ids.iter()) {
+                for (sum, d) in gradient[id as usize * self.width..][..self.width]
+                    .iter_mut()
+                    .zip(row)
+                {
+                    *sum += d;
+                }
+            }
+        })?;
+        Tensor::from_vec(gradient, table.shape(), table.device()).map(Some)
+    }
+}
+
+/// Copies rows `ids` of `table` to `out`. Ids must be below the number of rows.
+pub(crate) fn gather(table: &[f32], ids: &[u32], width: usize, out: &mut [f32]) {
+    for (out, &id) in out.chunks_exact_mut(width).zip(ids) {
+        out.copy_from_slice(&table[id as usize * width..][..width]);
+    }
+}

@@ -1,0 +1,37 @@
+//! The decoder: Llama family and Qwen2, f32, with optional low-rank adapters.
+//!
+//! Rows of the output head are kept in rank order, the order of the byte-sorted vocabulary, so that
+//! logits of tokens with a common prefix are neighbours. Embeddings stay in the order of ids.
+
+mod attention;
+mod block;
+pub mod config;
+mod decoder;
+mod error;
+mod feed_forward;
+mod head;
+mod load;
+mod lora;
+mod ops;
+mod parameters;
+#[cfg(test)]
+mod reference;
+mod save;
+mod scoring;
+pub mod tensors;
+#[cfg(test)]
+mod tests;
+
+pub use config::{Family, ModelConfig};
+pub use decoder::{Gradients, Model, Packed, Pass};
+pub use error::ModelError;
+pub use load::{load_folder, random};
+pub use lora::LoraConfig;
+pub use ops::attention::Segment;
+pub use save::{save_adapter, save_folder};
+pub use scoring::{BranchToken, KeyValues, ScoringPass};
+pub use tensors::{NamedTensor, NamedTensors};
+
+pub(crate) use decoder::Head;
+pub(crate) use ops::simd::wide;
+pub(crate) use parameters::{edit, with_floats};

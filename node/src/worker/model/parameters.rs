@@ -1,0 +1,172 @@
+//! Parameters in flat buffers: one bank per block, with the Hugging Face name and place of each tensor.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor, Var, bail};
+
+/// One named tensor of a bank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) start: usize,
+}
+
+impl Slot {
+    /// Values of this tensor inside the bank.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.start..self.start + self.shape.iter().product::<usize>()
+    }
+}
+
+/// Lays tensors one after another.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    slots: Vec<Slot>,
+    len: usize,
+}
+
+impl Plan {
+    /// Appends a tensor and returns its offset.
+    pub(crate) fn push(&mut self, name: String, shape: &[usize]) -> usize {
+        let start = self.len;
+        self.slots.push(Slot {
+            name,
+            shape: shape.to_vec(),
+            start,
+        });
+        self.len += shape.iter().product::<usize>();
+        start
+    }
+
+    /// Allocates the bank and lets `fill` write each tensor.
+    pub(crate) fn build<E: From<candle_core::Error>>(
+        self,
+        mut fill: impl FnMut(&Slot, &mut [f32]) -> Result<(), E>,
+    ) -> Result<Bank, E> {
+        let mut values = vec![0f32; self.len];
+        for slot in &self.slots {
+            fill(slot, &mut values[slot.range()])?;
+        }
+        let values = Tensor::from_vec(values, self.len, &Device::Cpu)?;
+        Ok(Bank {
+            slots: self.slots,
+            values,
+        })
+    }
+}
+
+/// Tensors in one flat buffer, trained together or not at all.
+#[derive(Debug)]
+pub(crate) struct Bank {
+    slots: Vec<Slot>,
+    values: Tensor,
+}
+
+impl Bank {
+    /// Tensors in order of their place.
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Number of values.
+    pub(crate) fn len(&self) -> usize {
+        self.values.elem_count()
+    }
+
+    /// The flat tensor, a candle variable if trainable.
+    pub(crate) fn tensor(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// Whether candle tracks gradients of this bank.
+    pub(crate) fn is_trainable(&self) -> bool {
+        self.values.is_variable()
+    }
+
+    /// Makes the bank a candle variable.
+    pub(crate) fn train(&mut self) -> candle_core::Result<()> {
+        if !self.is_trainable() {
+            self.values = Var::from_tensor(&self.values)?.into_inner();
+        }
+        Ok(())
+    }
+
+    /// Stops training: the values stay.
+    pub(crate) fn freeze(&mut self) {
+        self.values = self.values.detach();
+    }
+
+    /// A copy with storage of its own.
+    pub(crate) fn duplicate(&self) -> candle_core::Result<Self> {
+        let values = with_floats(&self.values, <[f32]>::to_vec)?;
+        let len = values.len();
+        let mut copy = Self {
+            slots: self.slots.clone(),
+            values: Tensor::from_vec(values, len, &Device::Cpu)?,
+        };
+        if self.is_trainable() {
+            copy.train()?;
+        }
+        Ok(copy)
+    }
+
+    /// Reads the values.
+    pub(crate) fn read<R>(&self, f: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+        with_floats(&self.values, f)
+    }
+
+    /// Changes the values in place; tensors that share the storage see the change.
+    pub(crate) fn edit(&self, f: impl FnOnce(&mut [f32])) -> candle_core::Result<()> {
+        edit(&self.values, f)
+    }
+}
+
+/// Lends the values of a contiguous f32 tensor on the CPU.
+pub(crate) fn with_floats<R>(
+    tensor: &Tensor,
+    f: impl FnOnce(&[f32]) -> R,
+) -> candle_core::Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(f(floats(storage, layout)?)),
+        _ => bail!("the tensor is not on the CPU"),
+    }
+}
+
+/// The values of a contiguous f32 storage.
+pub(crate) fn floats<'a>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [f32]> {
+    let values = storage.as_slice::<f32>()?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&values[start..end]),
+        None => bail!("the tensor is not contiguous"),
+    }
+}
+
+/// Changes a contiguous f32 tensor in place.
+pub(crate) fn edit(tensor: &Tensor, f: impl FnOnce(&mut [f32])) -> candle_core::Result<()> {
+    tensor.inplace_op1(&Edit(RefCell::new(Some(f))))
+}
+
+struct Edit<F>(RefCell<Option<F>>);
+
+impl<F: FnOnce(&mut [f32])> InplaceOp1 for Edit<F> {
+    fn name(&self) -> &'static str {
+        "edit"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("the tensor is not contiguous")
+        };
+        match (storage, self.0.borrow_mut().take()) {
+            (CpuStorage::F32(values), Some(f)) => f(&mut values[start..end]),
+            _ => bail!("expected {:?} values, once", DType::F32),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,324 @@
+//! The decoder again, in f64 and candle's plain operations: logits and every gradient of the fused
+//! blocks must agree with it.
+
+use std::collections::BTreeMap;
+
+use candle_core::{D, DType, Device, Tensor, Var};
+
+use super::ops::rope::RopeTable;
+use super::*;
+
+type Variables = BTreeMap<String, Var>;
+
+fn f64_variables(tensors: &NamedTensors) -> Variables {
+    let variable = |(name, tensor): (&String, &NamedTensor)| {
+        let values = Tensor::from_vec(tensor.values.clone(), tensor.shape.clone(), &Device::Cpu);
+        let values = values.unwrap().to_dtype(DType::F64).unwrap();
+        (name.clone(), Var::from_tensor(&values).unwrap())
+    };
+    tensors.iter().map(variable).collect()
+}
+
+fn linear(all: &Variables, lora: Option<f64>, module: &str, x: &Tensor) -> Tensor {
+    let weight = &all[&format!("{module}.weight")];
+    let mut y = x.matmul(&weight.t().unwrap()).unwrap();
+    if let Some(bias) = all.get(&format!("{module}.bias")) {
+        y = y.broadcast_add(bias).unwrap();
+    }
+    if let Some(scale) = lora {
+        let a = &all[&format!("base_model.model.{module}.lora_A.weight")];
+        let b = &all[&format!("base_model.model.{module}.lora_B.weight")];
+        let low = x
+            .matmul(&a.t().unwrap())
+            .unwrap()
+            .matmul(&b.t().unwrap())
+            .unwrap();
+        y = (y + (low * scale).unwrap()).unwrap();
+    }
+    y
+}
+
+fn norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let mean = x.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
+    let root = (mean + eps).unwrap().sqrt().unwrap();
+    x.broadcast_div(&root)
+        .unwrap()
+        .broadcast_mul(weight)
+        .unwrap()
+}
+
+fn rope(x: &Tensor, config: &ModelConfig, positions: usize) -> Tensor {
+    let (dim, half) = (config.head_dim, config.head_dim / 2);
+    let table = RopeTable::new(&config.rope, dim, positions);
+    let unit = |pair: usize| {
+        (0..dim)
+            .map(|d| f32::from(u8::from(d == pair)))
+            .collect::<Vec<_>>()
+    };
+    let mut angles = [Vec::new(), Vec::new()];
+    for position in 0..positions {
+        for pair in 0..half {
+            let mut out = vec![0f32; dim];
+            table.rotate(&unit(pair), position, 1.0, &mut out);
+            angles[0].push(f64::from(out[pair]));
+            angles[1].push(f64::from(out[pair + half]));
+        }
+    }
+    let [cos, sin] = angles.map(|a| Tensor::from_vec(a, (positions, half), &Device::Cpu).unwrap());
+    let (a, b) = (
+        x.narrow(1, 0, half).unwrap(),
+        x.narrow(1, half, half).unwrap(),
+    );
+    let first = ((&a * &cos).unwrap() - (&b * &sin).unwrap()).unwrap();
+    let second = ((&b * &cos).unwrap() + (&a * &sin).unwrap()).unwrap();
+    Tensor::cat(&[first, second], 1).unwrap()
+}
+
+/// Logits of one item, columns by id.
+fn logits(config: &ModelConfig, all: &Variables, lora: Option<f64>, tokens: &[u32]) -> Tensor {
+    let (len, dim) = (tokens.len(), config.head_dim);
+    let ids = Tensor::new(tokens, &Device::Cpu).unwrap();
+    let embedding = &all["model.embed_tokens.weight"];
+    let mut x = embedding.index_select(&ids, 0).unwrap();
+    let hidden: Vec<f64> = (0..len * len)
+        .map(|i| if i % len > i / len { -1e30 } else { 0.0 })
+        .collect();
+    let mask = Tensor::from_vec(hidden, (len, len), &Device::Cpu).unwrap();
+    for layer in 0..config.layers {
+        let prefix = format!("model.layers.{layer}");
+        let weight = &all[&format!("{prefix}.input_layernorm.weight")];
+        let h = norm(&x, weight, config.rms_norm_eps);
+        let project = |name: &str| linear(all, lora, &format!("{prefix}.self_attn.{name}"), &h);
+        let (q, k, v) = (project("q_proj"), project("k_proj"), project("v_proj"));
+        let mut heads = Vec::new();
+        for head in 0..config.heads {
+            let group = head / (config.heads / config.kv_heads);
+            let q = rope(&q.narrow(1, head * dim, dim).unwrap(), config, len);
+            let k = rope(&k.narrow(1, group * dim, dim).unwrap(), config, len);
+            let v = v.narrow(1, group * dim, dim).unwrap().contiguous().unwrap();
+            let scores = q.matmul(&k.t().unwrap()).unwrap();
+            let scores = ((scores / (dim as f64).sqrt()).unwrap() + &mask).unwrap();
+            let peak = scores.max_keepdim(1).unwrap().detach();
+            let e = scores.broadcast_sub(&peak).unwrap().exp().unwrap();
+            let p = e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap();
+            heads.push(p.matmul(&v).unwrap());
+        }
+        let mixed = Tensor::cat(&heads, 1).unwrap();
+        x = (x + linear(all, lora, &format!("{prefix}.self_attn.o_proj"), &mixed)).unwrap();
+        let weight = &all[&format!("{prefix}.post_attention_layernorm.weight")];
+        let h = norm(&x, weight, config.rms_norm_eps);
+        let gate = linear(all, lora, &format!("{prefix}.mlp.gate_proj"), &h)
+            .silu()
+            .unwrap();
+        let active = (gate * linear(all, lora, &format!("{prefix}.mlp.up_proj"), &h)).unwrap();
+        x = (x + linear(all, lora, &format!("{prefix}.mlp.down_proj"), &active)).unwrap();
+    }
+    let h = norm(&x, &all["model.norm.weight"], config.rms_norm_eps);
+    let head = all.get("lm_head.weight").unwrap_or(embedding);
+    h.matmul(&head.t().unwrap()).unwrap()
+}
+
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    use rand::{RngExt, SeedableRng};
+    let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random::<f32>() - 0.5).collect()
+}
+
+/// Weights large enough that attention and gates are far from linear.
+fn roughened(mut model: Model) -> Model {
+    for (seed, bank) in (7..).zip(model.base_banks()) {
+        bank.edit(|values| {
+            let noise = noise(seed, values.len());
+            values
+                .iter_mut()
+                .zip(noise)
+                .for_each(|(value, noise)| *value += 0.5 * noise);
+        })
+        .unwrap();
+    }
+    model.order_tied_head().unwrap();
+    model
+}
+
+fn order(vocab: u32) -> Vec<u32> {
+    (0..vocab).map(|rank| (rank * 7 + 3) % vocab).collect()
+}
+
+fn batch(config: &ModelConfig) -> Packed {
+    let mut batch = Packed::default();
+    for (item, len) in [5usize, 1, 18, 33].into_iter().enumerate() {
+        batch.push((0..len).map(|i| ((item * 31 + i * i * 5 + i) % config.vocab_size) as u32));
+    }
+    batch
+}
+
+/// Largest difference relative to the largest reference value.
+fn assert_close(what: &str, got: &[f32], want: &[f64]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let scale = want.iter().fold(1e-6f64, |m, w| m.max(w.abs()));
+    let worst = got
+        .iter()
+        .zip(want)
+        .map(|(g, w)| (f64::from(*g) - w).abs())
+        .fold(0.0, f64::max)
+        / scale;
+    assert!(
+        worst < 2e-5,
+        "{what}: relative error {worst:e} at scale {scale:e}"
+    );
+}
+
+fn by_id(model: &Model, row: &[f32]) -> Vec<f32> {
+    model
+        .rank_of_id()
+        .iter()
+        .map(|&rank| row[rank as usize])
+        .collect()
+}
+
+/// Logits, and gradients of `sum(logits * noise)`, against the reference.
+fn compare(model: &Model, lora: Option<f64>) {
+    let config = model.config().clone();
+    let (batch, vocab) = (batch(&config), config.vocab_size);
+    let rows: Vec<u32> = (0u32..)
+        .take(batch.tokens.len())
+        .filter(|row| row % 4 != 1)
+        .collect();
+    let weights = noise(99, rows.len() * vocab);
+
+    let mut named = NamedTensors::new();
+    for bank in model
+        .base_banks()
+        .into_iter()
+        .chain(model.lora.iter().flat_map(|l| l.banks.iter().flatten()))
+    {
+        bank.read(|values| {
+            for slot in bank.slots() {
+                let mut values = values[slot.range()].to_vec();
+                if slot.name == "lm_head.weight" {
+                    values = model.in_id_order(&values);
+                }
+                named.insert(
+                    slot.name.clone(),
+                    NamedTensor {
+                        shape: slot.shape.clone(),
+                        values,
+                    },
+                );
+            }
+        })
+        .unwrap();
+    }
+    let all = f64_variables(&named);
+    let items = batch
+        .segments
+        .iter()
+        .map(|s| &batch.tokens[s.start..s.start + s.len]);
+    let items: Vec<Tensor> = items
+        .map(|tokens| logits(&config, &all, lora, tokens))
+        .collect();
+    let reference = Tensor::cat(&items, 0).unwrap();
+    let rows_tensor = Tensor::new(rows.as_slice(), &Device::Cpu).unwrap();
+    let reference = reference.index_select(&rows_tensor, 0).unwrap();
+    let weights_by_id: Vec<f64> = weights
+        .chunks(vocab)
+        .flat_map(|row| by_id(model, row))
+        .map(f64::from)
+        .collect();
+    let weights_by_id = Tensor::from_vec(weights_by_id, (rows.len(), vocab), &Device::Cpu).unwrap();
+    let store = (&reference * &weights_by_id)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+
+    let pass = model.forward(&batch, rows).unwrap();
+    let got: Vec<f32> = pass
+        .logits()
+        .chunks(vocab)
+        .flat_map(|row| by_id(model, row))
+        .collect();
+    assert_close(
+        "logits",
+        &got,
+        &reference.flatten_all().unwrap().to_vec1::<f64>().unwrap(),
+    );
+    let (_, gradients) = pass
+        .backward(|_, gradient| {
+            gradient.copy_from_slice(&weights);
+            Ok::<_, ModelError>(0.0)
+        })
+        .unwrap();
+    let mut compared = 0;
+    gradients
+        .each(model, |name, gradient| {
+            let want = store.get(&all[name]).unwrap().flatten_all().unwrap();
+            let got = match name {
+                "lm_head.weight" => model.in_id_order(gradient),
+                _ => gradient.to_vec(),
+            };
+            assert!(gradient.iter().any(|g| *g != 0.0), "{name} got no gradient");
+            assert_close(name, &got, &want.to_vec1::<f64>().unwrap());
+            compared += 1;
+        })
+        .unwrap();
+    let per_layer = if lora.is_some() { 14 } else { 9 };
+    assert!(compared >= config.layers * per_layer, "{compared} tensors");
+}
+
+fn tiny() -> ModelConfig {
+    ModelConfig::llama(29, 24, 2, 3, 20)
+}
+
+#[test]
+fn llama_equals_the_plain_f64_decoder_in_logits_and_gradients() {
+    let mut model = roughened(random(tiny(), order(29), 1).unwrap());
+    model.train_all().unwrap();
+    compare(&model, None);
+}
+
+#[test]
+fn qwen2_with_grouped_queries_bias_and_tied_head_does_too() {
+    let config = ModelConfig {
+        family: Family::Qwen2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 10,
+        tied: true,
+        qkv_bias: true,
+        ..tiny()
+    };
+    let mut model = roughened(random(config, order(29), 2).unwrap());
+    model.train_all().unwrap();
+    compare(&model, None);
+}
+
+#[test]
+fn adapters_on_all_layers_do_too_whichever_way_the_products_are_taken() {
+    // Rank 16 of width 24 takes dW first; rank 2 takes the factors; the wide layer is never merged.
+    for (rank, inner) in [(16, 20), (2, 20), (2, 4000)] {
+        let config = ModelConfig {
+            intermediate_size: inner,
+            ..tiny()
+        };
+        let mut model = roughened(random(config, order(29), 3).unwrap());
+        let lora = LoraConfig {
+            rank,
+            alpha: 2.0 * rank as f64,
+            embeddings_and_head: true,
+        };
+        model.attach_lora(lora, 4).unwrap();
+        for (seed, bank) in (70..).zip(model.lora.as_ref().unwrap().banks.iter().flatten()) {
+            let noise = noise(seed, bank.len());
+            bank.edit(|values| {
+                values
+                    .iter_mut()
+                    .zip(noise)
+                    .for_each(|(v, n)| *v += 0.3 * n)
+            })
+            .unwrap();
+        }
+        compare(&model, Some(2.0));
+    }
+}

@@ -1,0 +1,157 @@
+//! Forward passes for scoring: logits of items, then of tokens that branch off them.
+
+use std::sync::Arc;
+
+use super::ModelError;
+use super::block::{Block, Context};
+use super::decoder::{Layer, Model, Packed};
+use super::head::{gather, logits, normalise};
+use super::ops::attention::{self, Branch, Segment};
+use super::parameters::with_floats;
+
+/// Logits of a batch and what branches of it need.
+#[derive(Debug)]
+pub struct ScoringPass {
+    /// Logits `[rows, vocabulary]`, columns in rank order.
+    pub logits: Vec<f32>,
+    /// Keys and values of all layers.
+    pub kv: KeyValues,
+}
+
+/// Keys and values of a batch, for branches of its items.
+#[derive(Debug)]
+pub struct KeyValues {
+    layers: Vec<Vec<f32>>,
+    context: Arc<Context>,
+}
+
+/// A token after a prefix of an item, in place of the item's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BranchToken {
+    /// Index of the item in the batch.
+    pub item: u32,
+    /// Tokens of the item that it sees, the leading end-of-record token included.
+    pub prefix: u32,
+    /// Id of the token.
+    pub token: u32,
+}
+
+impl Model {
+    /// Logits of the given ascending rows of a batch, without a graph.
+    pub fn score(&self, batch: &Packed, rows: &[u32]) -> Result<ScoringPass, ModelError> {
+        self.check(batch, rows)?;
+        let context = self.context(batch);
+        let mut x = self.embed(&batch.tokens)?;
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (attention, feed_forward) = self.banks(index, layer);
+            let (y, kept) =
+                attention.read(|weights| layer.attention.0.forward(&context, weights, &x))?;
+            layers.push(kept.into_cache(&context));
+            let (y, kept) =
+                feed_forward.read(|weights| layer.feed_forward.0.forward(&context, weights, &y))?;
+            kept.release(&context);
+            x = y;
+        }
+        let logits = self.head_logits(&x, rows)?;
+        Ok(ScoringPass {
+            logits,
+            kv: KeyValues { layers, context },
+        })
+    }
+
+    /// Logits `[branches, vocabulary]` after each branch token, all in one pass: a branch attends to its
+    /// item's prefix and to itself. Branches must be ordered by item.
+    pub fn branch_logits(
+        &self,
+        kv: &KeyValues,
+        branches: &[BranchToken],
+    ) -> Result<Vec<f32>, ModelError> {
+        if branches.is_empty() {
+            return Ok(Vec::new());
+        }
+        let places = self.places(kv, branches)?;
+        let tokens: Vec<u32> = branches.iter().map(|branch| branch.token).collect();
+        let mut x = self.embed(&tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            x = self.branch_layer(kv, index, layer, &places, &x)?;
+        }
+        let rows: Vec<u32> = (0u32..).take(branches.len()).collect();
+        self.head_logits(&x, &rows)
+    }
+
+    fn branch_layer(
+        &self,
+        kv: &KeyValues,
+        index: usize,
+        layer: &Layer,
+        places: &[Branch],
+        x: &[f32],
+    ) -> Result<Vec<f32>, ModelError> {
+        let context = &*kv.context;
+        let (attention, feed_forward) = self.banks(index, layer);
+        let y = attention.read(|weights| {
+            let block = &layer.attention.0;
+            let (inverse, normed, qkv) = block.qkv(context, weights, x);
+            let mut mixed = context.scratch.take(places.len() * block.heads.out());
+            let cache = &kv.layers[index];
+            attention::branches(block.heads, places, &context.rope, cache, &qkv, &mut mixed);
+            let y = block.finish(context, weights, x, &mixed);
+            for buffer in [inverse, normed, qkv, mixed] {
+                context.scratch.give(buffer);
+            }
+            y
+        })?;
+        let (y, kept) =
+            feed_forward.read(|weights| layer.feed_forward.0.forward(context, weights, &y))?;
+        kept.release(context);
+        Ok(y)
+    }
+
+    fn places(&self, kv: &KeyValues, branches: &[BranchToken]) -> Result<Vec<Branch>, ModelError> {
+        let refuse = |reason: String| ModelError::BadBatch { reason };
+        if !branches.is_sorted_by_key(|branch| branch.item) {
+            return Err(refuse("branches are not ordered by item".into()));
+        }
+        let place = |branch: &BranchToken| {
+            let segments: &[Segment] = &kv.context.segments;
+            let segment = segments.get(branch.item as usize);
+            let prefix = branch.prefix as usize;
+            match segment {
+                Some(&segment)
+                    if prefix <= segment.len && (branch.token as usize) < self.vocabulary() =>
+                {
+                    Ok(Branch { segment, prefix })
+                }
+                _ => Err(refuse(format!(
+                    "{branch:?} is outside of its item or the vocabulary"
+                ))),
+            }
+        };
+        branches.iter().map(place).collect()
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let width = self.config().hidden_size;
+        let mut x = vec![0f32; tokens.len() * width];
+        self.embedding
+            .read(|table| gather(table, tokens, width, &mut x))?;
+        Ok(x)
+    }
+
+    fn head_logits(&self, x: &[f32], rows: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let width = self.config().hidden_size;
+        let eps = self.config().rms_norm_eps as f32;
+        let normed = self
+            .norm
+            .read(|weight| normalise(&self.scratch, x, rows, weight, eps))?;
+        let mut out = vec![0f32; rows.len() * self.vocabulary()];
+        with_floats(&self.head_tensor()?, |head| {
+            logits(&normed.values, width, head, &mut out)
+        })?;
+        for buffer in [normed.chosen, normed.values, normed.inverse] {
+            self.scratch.give(buffer);
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,169 @@
+//! Named f32 tensors and their safetensors form.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+
+use super::ModelError;
+
+/// A tensor with its shape, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NamedTensor {
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+    /// Values, as many as the product of the sizes.
+    pub values: Vec<f32>,
+}
+
+/// Tensors by name, in the order of the names.
+pub type NamedTensors = BTreeMap<String, NamedTensor>;
+
+/// Reads all tensors of a safetensors file, converted to f32. `origin` is for messages.
+pub fn decode(origin: &str, bytes: &[u8]) -> Result<NamedTensors, ModelError> {
+    let file = open(origin, bytes)?;
+    let mut names = file.names();
+    names.sort_unstable();
+    let mut tensors = BTreeMap::new();
+    for name in names {
+        let view = view(origin, &file, name)?;
+        let mut values = vec![0f32; view.shape().iter().product()];
+        copy_as_f32(origin, name, &view, &mut values)?;
+        tensors.insert(
+            name.to_owned(),
+            NamedTensor {
+                shape: view.shape().to_vec(),
+                values,
+            },
+        );
+    }
+    Ok(tensors)
+}
+
+/// Writes tensors as f32 with metadata `format = pt`, which Hugging Face libraries ask for.
+pub fn encode(tensors: &NamedTensors) -> Result<Vec<u8>, ModelError> {
+    encode_with(tensors, "format", "pt")
+}
+
+/// Writes tensors as f32 with one metadata entry (the format keeps entries in no stable order).
+pub(crate) fn encode_with(
+    tensors: &NamedTensors,
+    key: &str,
+    value: &str,
+) -> Result<Vec<u8>, ModelError> {
+    let metadata = HashMap::from([(key.to_owned(), value.to_owned())]);
+    safetensors::serialize(
+        tensors.iter().map(|(name, tensor)| (name, F32(tensor))),
+        Some(metadata),
+    )
+    .map_err(|source| ModelError::Encode { source })
+}
+
+struct F32<'a>(&'a NamedTensor);
+
+impl View for F32<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(
+            self.0
+                .values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+        )
+    }
+
+    fn data_len(&self) -> usize {
+        self.0.values.len() * size_of::<f32>()
+    }
+}
+
+pub(crate) fn open<'a>(origin: &str, bytes: &'a [u8]) -> Result<SafeTensors<'a>, ModelError> {
+    SafeTensors::deserialize(bytes).map_err(|source| ModelError::Decode {
+        origin: origin.to_owned(),
+        source,
+    })
+}
+
+pub(crate) fn view<'a>(
+    origin: &str,
+    file: &SafeTensors<'a>,
+    name: &str,
+) -> Result<TensorView<'a>, ModelError> {
+    file.tensor(name).map_err(|_| ModelError::MissingTensor {
+        origin: origin.to_owned(),
+        name: name.to_owned(),
+    })
+}
+
+/// Copies a tensor of f32, bf16 or f16 values.
+pub(crate) fn copy_as_f32(
+    origin: &str,
+    name: &str,
+    view: &TensorView<'_>,
+    out: &mut [f32],
+) -> Result<(), ModelError> {
+    let bytes = view.data();
+    match view.dtype() {
+        Dtype::F32 => {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *out = f32::from_le_bytes(*bytes);
+            }
+        }
+        Dtype::BF16 => {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+            }
+        }
+        Dtype::F16 => {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = half_to_f32(u16::from_le_bytes(*bytes));
+            }
+        }
+        other => {
+            return Err(ModelError::WrongType {
+                origin: origin.to_owned(),
+                name: name.to_owned(),
+                dtype: format!("{other:?}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// IEEE 754 binary16, subnormal numbers, infinities and NaN included.
+fn half_to_f32(bits: u16) -> f32 {
+    let sign = if bits & 0x8000 == 0 { 1.0 } else { -1.0 };
+    let mantissa = f32::from(bits & 0x3ff);
+    match (bits >> 10) & 0x1f {
+        0 => sign * mantissa * 2f32.powi(-24),
+        31 if mantissa > 0.0 => f32::NAN,
+        31 => sign * f32::INFINITY,
+        exponent => sign * (1.0 + mantissa / 1024.0) * 2f32.powi(i32::from(exponent) - 15),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_decode_exactly() {
+        for (bits, want) in [
+            (0x3c00, 1.0),
+            (0xc000, -2.0),
+            (0x3555, 0.333_251_95),
+            (0x0001, 5.960_464_5e-8),
+        ] {
+            assert_eq!(half_to_f32(bits), want, "{bits:#x}");
+        }
+        assert!(half_to_f32(0x7e00).is_nan());
+    }
+}

@@ -1,0 +1,209 @@
+//! Cross-entropy training on text, from a new model or from a folder.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use consilium_kernels::{Vocab, loss::cross_entropy};
+
+use super::adamw::{AdamW, AdamWConfig};
+use super::schedule::Schedule;
+use super::{TrainError, checkpoint};
+use crate::worker::data::{Batch, Batches, Item};
+use crate::worker::model::{Gradients, Model};
+
+/// A run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainConfig {
+    /// Rows of a batch.
+    pub rows: usize,
+    /// Tokens of a row.
+    pub length: usize,
+    /// Batches whose gradients are added up for one step, at least 1.
+    pub accumulate: usize,
+    /// Learning rate, and the number of steps.
+    pub schedule: Schedule,
+    /// Constants of the optimiser.
+    pub optimiser: AdamWConfig,
+    /// Seed of the data's order.
+    pub seed: u64,
+}
+
+impl TrainConfig {
+    /// Batches of 12 rows of 96 tokens, linear decay.
+    pub fn new(steps: u64, rate: f64, seed: u64) -> Self {
+        Self {
+            rows: 12,
+            length: 96,
+            accumulate: 1,
+            schedule: Schedule::linear(rate, steps),
+            optimiser: AdamWConfig::default(),
+            seed,
+        }
+    }
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// Steps taken, this one included.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Mean loss of a label, in nats.
+    pub loss: f64,
+    /// Tokens that went through the model.
+    pub tokens: usize,
+    /// Norm of the gradient before clipping.
+    pub norm: f64,
+    /// Learning rate.
+    pub rate: f64,
+}
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Trainer<'v> {
+    model: Model,
+    vocab: &'v Vocab,
+    optimiser: AdamW,
+    pub(super) batches: Batches,
+    config: TrainConfig,
+}
+
+/// Trains what is trainable in `model` (call `train_all` or `attach_lora` first) on `items` for all steps
+/// of the schedule, from the beginning.
+pub fn train_language_model(
+    model: Model,
+    vocab: &Vocab,
+    items: Arc<[Item]>,
+    end_of_record: u32,
+    config: TrainConfig,
+    mut progress: impl FnMut(&Progress),
+) -> Result<Model, TrainError> {
+    let mut trainer = Trainer::new(model, vocab, items, end_of_record, config)?;
+    while !trainer.is_done() {
+        progress(&trainer.step()?);
+    }
+    Ok(trainer.into_model())
+}
+
+impl<'v> Trainer<'v> {
+    /// Starts at step 0. `vocab` must have the model's order.
+    pub fn new(
+        model: Model,
+        vocab: &'v Vocab,
+        items: Arc<[Item]>,
+        end_of_record: u32,
+        config: TrainConfig,
+    ) -> Result<Self, TrainError> {
+        let batches = Batches::new(
+            items,
+            end_of_record,
+            config.rows,
+            config.length,
+            config.seed,
+        )?;
+        let optimiser = AdamW::new(&model, config.optimiser);
+        Ok(Self {
+            model,
+            vocab,
+            optimiser,
+            batches,
+            config,
+        })
+    }
+
+    /// Whether all steps are taken.
+    pub fn is_done(&self) -> bool {
+        self.optimiser.steps() >= self.config.schedule.steps
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Ends the run.
+    pub fn into_model(self) -> Model {
+        self.model
+    }
+
+    /// One step of the optimiser.
+    pub fn step(&mut self) -> Result<Progress, TrainError> {
+        let step = self.optimiser.steps();
+        let batches: Vec<Batch> = (0..self.config.accumulate.max(1))
+            .map(|_| self.batches.next_batch())
+            .collect();
+        let labels: usize = batches.iter().map(|batch| batch.rows.len()).sum();
+        let weight = 1.0 / labels as f32;
+        let (mut loss, mut tokens) = (0.0, 0);
+        let mut sum: Option<Gradients> = None;
+        for batch in batches {
+            tokens += batch.packed.tokens.len();
+            let (value, gradients) = self.gradients(&batch, weight)?;
+            loss += value;
+            match &mut sum {
+                None => sum = Some(gradients),
+                Some(sum) => sum.add(&gradients)?,
+            }
+        }
+        if !loss.is_finite() {
+            return Err(TrainError::NotFinite { step, what: "loss" });
+        }
+        let rate = self.config.schedule.at(step);
+        let Some(gradients) = sum else {
+            return Err(TrainError::OtherModel);
+        };
+        let norm = self.optimiser.step(&mut self.model, &gradients, rate)?;
+        let steps = self.config.schedule.steps;
+        Ok(Progress {
+            step: step + 1,
+            steps,
+            loss,
+            tokens,
+            norm,
+            rate,
+        })
+    }
+
+    /// Loss of a batch, `weight` per label, and its gradients.
+    pub fn gradients(&self, batch: &Batch, weight: f32) -> Result<(f64, Gradients), TrainError> {
+        let labels = self.labels(batch);
+        let pass = self.model.forward(&batch.packed, batch.rows.clone())?;
+        pass.backward(|logits, gradient| {
+            Ok(cross_entropy(
+                self.vocab, &labels, logits, weight, gradient,
+            )?)
+        })
+    }
+
+    /// Writes everything that [`resume`](Self::resume) needs.
+    pub fn checkpoint(&self, path: &Path) -> Result<(), TrainError> {
+        let (cursor, seed) = (self.batches.cursor(), self.config.seed);
+        checkpoint::save(path, &self.model, &self.optimiser, cursor, seed)
+    }
+
+    /// Continues from a checkpoint, bit for bit as if the run had not been interrupted.
+    pub fn resume(&mut self, path: &Path) -> Result<(), TrainError> {
+        let place = checkpoint::restore(path, &mut self.model, &mut self.optimiser)?;
+        if place.seed != self.config.seed {
+            return Err(TrainError::Checkpoint {
+                path: path.into(),
+                reason: format!("seed {}, this run has {}", place.seed, self.config.seed),
+            });
+        }
+        self.batches.seek(place.cursor);
+        Ok(())
+    }
+
+    /// Ranks to predict at the batch's rows: the target's tokens, then the end of the record.
+    fn labels(&self, batch: &Batch) -> Vec<u32> {
+        let ranks = self.model.rank_of_id();
+        let mut labels = Vec::with_capacity(batch.rows.len());
+        for packed in &batch.items {
+            let target = &self.batches.items()[packed.item].target;
+            labels.extend(target.iter().map(|&id| ranks[id as usize]));
+            labels.push(self.vocab.end_ranks().start);
+        }
+        labels
+    }
+}
