@@ -20,6 +20,7 @@ pub mod message;
 pub mod quic;
 pub mod reference;
 pub mod reject;
+pub mod round;
 pub mod shard;
 pub mod time;
 pub mod transcript;
