@@ -23,6 +23,7 @@ use super::score::score_shard;
 use super::source::LoadedModel;
 use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
+use crate::config::Config;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 
 /// What the worker reads.
@@ -36,6 +37,17 @@ pub struct Folders {
     pub source: PathBuf,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
+}
+
+impl From<&Config> for Folders {
+    fn from(config: &Config) -> Self {
+        Self {
+            spool: config.spool.clone(),
+            pivot: config.pivot.clone(),
+            source: config.source.clone(),
+            holdout: config.holdout.clone(),
+        }
+    }
 }
 
 /// A job's artefact and the numbers that go with it.
@@ -193,7 +205,8 @@ impl<'a> Worker<'a> {
         distiller.set_start(&start)?;
         let part = items_of(&job.part, job.items)?;
         let plan = distiller.plan(items, &part, job.inner)?;
-        let targets = Targets::gather(reference, &plan.visited(), job.shard_items, |index| {
+        let visited = plan.visited()?;
+        let targets = Targets::gather(reference, &visited, job.shard_items, |index| {
             let digest = usize::try_from(index)
                 .ok()
                 .and_then(|index| job.targets.get(index))

@@ -72,14 +72,24 @@ pub enum Objective<'a> {
     CrossEntropy,
 }
 
-/// The batches of one inner round.
+/// The items of one inner round and their order. Batches are drawn from it as they are needed.
 #[derive(Debug)]
 pub struct Plan {
     inner: u32,
+    steps: u64,
     /// Index of each tokenised item in the reference set.
     indices: Vec<u64>,
     tokens: Arc<[Item]>,
-    batches: Vec<Batch>,
+    order: Order,
+}
+
+/// What the batches follow from.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    end_of_record: u32,
+    rows: usize,
+    row_tokens: usize,
+    seed: u64,
 }
 
 /// A pivot with an adapter in training.
@@ -139,21 +149,39 @@ impl Settings {
 
 impl Plan {
     /// Items that the batches visit, ascending.
-    #[must_use]
-    pub fn visited(&self) -> Vec<u64> {
-        let visited: BTreeSet<u64> = self
-            .batches
-            .iter()
-            .flat_map(|batch| &batch.items)
-            .map(|packed| self.indices[packed.item])
-            .collect();
-        visited.into_iter().collect()
+    ///
+    /// # Errors
+    /// The rows have no tokens.
+    pub fn visited(&self) -> Result<Vec<u64>, WorkError> {
+        let mut batches = self.batches()?;
+        let mut visited = BTreeSet::new();
+        for _ in 0..self.steps {
+            if batches.cursor().epoch > 0 {
+                visited.extend(&self.indices);
+                break;
+            }
+            let batch = batches.next_batch();
+            visited.extend(batch.items.iter().map(|packed| self.indices[packed.item]));
+        }
+        Ok(visited.into_iter().collect())
     }
 
     /// Items of the part that fit a row.
     #[must_use]
     pub fn usable(&self) -> usize {
         self.indices.len()
+    }
+
+    fn batches(&self) -> Result<Batches, WorkError> {
+        let Order {
+            end_of_record,
+            rows,
+            row_tokens,
+            seed,
+        } = self.order;
+        let tokens = Arc::clone(&self.tokens);
+        let batches = Batches::new(tokens, end_of_record, rows, row_tokens, seed);
+        Ok(batches.map_err(TrainError::from)?)
     }
 }
 
@@ -233,24 +261,18 @@ impl Distiller {
                 "items have more tokens than a row and take no part"
             );
         }
-        let tokens: Arc<[Item]> = tokens.into();
         let seed = generator(&[self.settings.seed, u64::from(inner)]).next_u64();
-        let mut batches = Batches::new(
-            Arc::clone(&tokens),
-            self.student.tokenizer.end_of_record(),
-            self.settings.rows,
-            limit,
-            seed,
-        )
-        .map_err(TrainError::from)?;
-        let batches = (0..self.settings.local_steps)
-            .map(|_| batches.next_batch())
-            .collect();
         Ok(Plan {
             inner,
+            steps: self.settings.local_steps,
             indices,
-            tokens,
-            batches,
+            tokens: tokens.into(),
+            order: Order {
+                end_of_record: self.student.tokenizer.end_of_record(),
+                rows: self.settings.rows,
+                row_tokens: limit,
+                seed,
+            },
         })
     }
 
@@ -266,16 +288,17 @@ impl Distiller {
         objective: Objective<'_>,
         monitor: &mut dyn Monitor,
     ) -> Result<f64, WorkError> {
-        let before = u64::from(plan.inner) * self.settings.local_steps;
-        let total = plan.batches.len() as u64;
+        let before = u64::from(plan.inner) * plan.steps;
+        let mut batches = plan.batches()?;
         let mut sum = 0.0;
-        for (step, batch) in (0..).zip(&plan.batches) {
+        for step in 0..plan.steps {
             let rate = self.settings.schedule.at(before + step);
+            let batch = &batches.next_batch();
             let loss = self.step(&Step { plan, items, batch }, objective, rate)?;
             sum += loss;
-            monitor.advance(step + 1, total, Some(loss))?;
+            monitor.advance(step + 1, plan.steps, Some(loss))?;
         }
-        Ok(sum / total.max(1) as f64)
+        Ok(sum / plan.steps.max(1) as f64)
     }
 
     /// Writes what a later process needs to continue: the optimiser's state.
