@@ -22,20 +22,8 @@ use crate::worker::error::WorkError;
 use crate::worker::model::{Gradients, LoraConfig, tensors};
 use crate::worker::monitor::Monitor;
 use crate::worker::part::generator;
+use crate::worker::peft;
 use crate::worker::source::LoadedModel;
-
-/// Linear layers that carry adapters, by their PEFT names.
-const TARGET_MODULES: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-/// Modules that may be trained whole, both or neither.
-const MODULES_TO_SAVE: [&str; 2] = ["embed_tokens", "lm_head"];
 
 /// How an adapter is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -106,23 +94,12 @@ impl Settings {
     /// # Errors
     /// Modules that this version cannot train.
     pub fn of(training: &Training, seed: u64) -> Result<Self, WorkError> {
-        let same = |got: &[String], expected: &[&str]| {
-            let got: BTreeSet<&str> = got.iter().map(String::as_str).collect();
-            got == expected.iter().copied().collect()
-        };
-        if !same(&training.target_modules, &TARGET_MODULES) {
-            return Err(WorkError::Setting {
-                field: "target_modules",
-                problem: format!("expected {}", TARGET_MODULES.join(", ")),
-            });
-        }
-        let embeddings_and_head = same(&training.modules_to_save, &MODULES_TO_SAVE);
-        if !embeddings_and_head && !training.modules_to_save.is_empty() {
-            return Err(WorkError::Setting {
-                field: "modules_to_save",
-                problem: format!("expected {}, or none", MODULES_TO_SAVE.join(", ")),
-            });
-        }
+        let lora = peft::shape(
+            training.rank as usize,
+            f64::from(training.alpha),
+            &training.target_modules,
+            &training.modules_to_save,
+        )?;
         let share = |permille: u32| f64::from(permille) / 1000.0;
         Ok(Self {
             rows: training.rows as usize,
@@ -135,11 +112,7 @@ impl Settings {
                 floor: share(training.final_permille),
                 steps: u64::from(training.inner_rounds) * u64::from(training.local_steps),
             },
-            lora: LoraConfig {
-                rank: training.rank as usize,
-                alpha: f64::from(training.alpha),
-                embeddings_and_head,
-            },
+            lora,
             optimiser: AdamWConfig::default(),
             seed,
             label_unlabeled: false,
