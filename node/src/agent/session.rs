@@ -318,11 +318,7 @@ impl Session<'_> {
     }
 
     /// The only way out of the site: it takes a permit.
-    async fn send(
-        &self,
-        round: &OpenRound,
-        permit: Permit,
-    ) -> Result<Receipt, LinkError> {
+    async fn send(&self, round: &OpenRound, permit: Permit) -> Result<Receipt, LinkError> {
         let (announced, file) = permit.into_upload(self.agent.member.signing.signing_key());
         let kind = announced.statement.claim().kind;
         let stride = match kind {
@@ -345,11 +341,7 @@ impl Session<'_> {
     }
 
     /// Checks the proof that our very contribution is in the log, then notes it in the ledger.
-    async fn receipt(
-        &self,
-        statement: &Statement,
-        receipt: &Receipt,
-    ) -> Result<(), Ended> {
+    async fn receipt(&self, statement: &Statement, receipt: &Receipt) -> Result<(), Ended> {
         let Logged { entry, proof } = &receipt.accepted;
         let logged = self.agent.trust.entry(&receipt.accepted)?;
         let ours = matches!(&logged.event, Event::Accepted { institution, kind, sequence, artefact, .. }
