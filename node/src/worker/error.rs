@@ -83,6 +83,14 @@ pub enum WorkError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The operating system refuses something to the process.
     #[error("cannot {doing}")]
     Process {

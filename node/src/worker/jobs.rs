@@ -23,7 +23,11 @@ use super::score::score_shard;
 use super::source::LoadedModel;
 use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
+use crate::config::Config;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
+
+/// Begins the name of every state of an optimiser.
+const STATE: &str = "optimiser-";
 
 /// What the worker reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +40,17 @@ pub struct Folders {
     pub source: PathBuf,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
+}
+
+impl From<&Config> for Folders {
+    fn from(config: &Config) -> Self {
+        Self {
+            spool: config.spool.clone(),
+            pivot: config.pivot.clone(),
+            source: config.source.clone(),
+            holdout: config.holdout.clone(),
+        }
+    }
 }
 
 /// A job's artefact and the numbers that go with it.
@@ -193,7 +208,8 @@ impl<'a> Worker<'a> {
         distiller.set_start(&start)?;
         let part = items_of(&job.part, job.items)?;
         let plan = distiller.plan(items, &part, job.inner)?;
-        let targets = Targets::gather(reference, &plan.visited(), job.shard_items, |index| {
+        let visited = plan.visited()?;
+        let targets = Targets::gather(reference, &visited, job.shard_items, |index| {
             let digest = usize::try_from(index)
                 .ok()
                 .and_then(|index| job.targets.get(index))
@@ -241,49 +257,66 @@ impl<'a> Worker<'a> {
         })
     }
 
-    /// Writes the optimiser's state and removes those that no job can need: a job may be done again, so the state
-    /// before it stays.
+    /// Writes the optimiser's state and removes those that no job can need: other rounds', and of this round's all but
+    /// the one before, because the job may be done again.
     fn keep_state(&self, job: &DistilJob, distiller: &Distiller) -> Result<(), WorkError> {
         let name = state_name(&job.manifest, job.inner);
         distiller.save_state(&self.spool.state_path(&name))?;
-        let saved = self.saved_states(&job.manifest)?;
-        let current = saved.iter().filter(|(inner, _)| *inner <= job.inner);
-        for (_, name) in current.rev().skip(2) {
-            // Best effort: a file that stays is only space.
-            let _ = fs::remove_file(self.spool.state_path(name));
+        let needed: Vec<String> = self
+            .saved_states(&job.manifest)?
+            .into_iter()
+            .filter(|(inner, _)| *inner <= job.inner)
+            .map(|(_, name)| name)
+            .rev()
+            .take(2)
+            .collect();
+        for name in self.states()? {
+            if !needed.contains(&name) {
+                // Best effort: a file that stays is only space.
+                let _ = fs::remove_file(self.spool.state_path(&name));
+            }
         }
         Ok(())
     }
 
     /// States of a round by inner round, ascending.
     fn saved_states(&self, manifest: &Digest) -> Result<Vec<(u32, String)>, WorkError> {
+        let mut found: Vec<(u32, String)> = self
+            .states()?
+            .into_iter()
+            .filter_map(|name| {
+                let inner = name.rsplit_once('-')?.1.parse().ok()?;
+                (name == state_name(manifest, inner)).then_some((inner, name))
+            })
+            .collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Names of all states of optimisers.
+    fn states(&self) -> Result<Vec<String>, WorkError> {
         let folder = self.spool.state_path("");
         let read = |source| WorkError::Read {
             path: folder.clone(),
             source,
         };
-        let mut found = Vec::new();
+        let mut names = Vec::new();
         for entry in fs::read_dir(&folder).map_err(read)? {
             let name = entry.map_err(read)?.file_name();
-            let name = name.to_string_lossy();
-            let inner = name
-                .strip_prefix(&state_prefix(manifest))
-                .and_then(|rest| rest.parse().ok());
-            if let Some(inner) = inner
-                && name == state_name(manifest, inner)
-            {
-                found.push((inner, name.into_owned()));
-            }
+            names.extend(
+                name.into_string()
+                    .ok()
+                    .filter(|name| name.starts_with(STATE)),
+            );
         }
-        found.sort_unstable();
-        Ok(found)
+        Ok(names)
     }
 
     fn evaluate(&mut self, id: &JobId, job: &EvaluateJob) -> Result<Done, WorkError> {
         self.distiller = None;
         let items = holdout::read(&self.folders.holdout)?;
         let mut watch = Watch::new(&self.spool, self.stop, id, "texts");
-        let settings = Settings::of(&job.training, 0)?;
+        let shape = Settings::of(&job.training, 0)?.lora;
         let adapter = self.spool.read_blob(&job.candidate, limits::ARTEFACT)?;
 
         let source = match self.source.take() {
@@ -294,9 +327,9 @@ impl<'a> Worker<'a> {
         drop(source);
         let pivot = LoadedModel::load(&self.folders.pivot)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
-        let mut candidate = Distiller::new(pivot, settings)?;
-        candidate.set_start(&adapter)?;
-        let candidate_score = evaluate(candidate.student(), &items, &mut watch)?;
+        let mut candidate = pivot;
+        candidate.apply_adapter(shape, &adapter)?;
+        let candidate_score = evaluate(&candidate, &items, &mut watch)?;
 
         let evaluation = Evaluation {
             candidate: candidate_score,
@@ -366,12 +399,8 @@ impl Monitor for Watch<'_> {
     }
 }
 
-fn state_prefix(manifest: &Digest) -> String {
-    format!("optimiser-{manifest}-")
-}
-
 fn state_name(manifest: &Digest, inner: u32) -> String {
-    format!("{}{inner:04}", state_prefix(manifest))
+    format!("{STATE}{manifest}-{inner:04}")
 }
 
 fn notes<const N: usize>(numbers: [(&str, f64); N]) -> BTreeMap<String, f64> {

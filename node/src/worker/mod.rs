@@ -1,5 +1,6 @@
 //! The half of a node that has data, models and the processor, and never opens a socket.
 
+pub mod commands;
 pub mod data;
 pub mod device;
 mod error;
@@ -10,6 +11,7 @@ pub mod jobs;
 pub mod model;
 pub mod monitor;
 pub mod part;
+pub mod peft;
 pub mod progress;
 mod run;
 pub mod score;

@@ -103,16 +103,7 @@ impl AdamW {
             with_floats(gradient, |gradient| {
                 bank.edit(|weights| {
                     let Moments { mean, square } = moments;
-                    wide(
-                        (
-                            factors,
-                            weights,
-                            gradient,
-                            mean.as_mut_slice(),
-                            square.as_mut_slice(),
-                        ),
-                        update,
-                    );
+                    update(factors, weights, gradient, mean, square);
                 })
             })
             .and_then(|inner| inner)
@@ -158,45 +149,43 @@ struct Factors {
 fn gradient_norm(gradients: &Gradients) -> Result<f64, TrainError> {
     let mut sum = 0f64;
     for gradient in &gradients.tensors {
-        sum += with_floats(gradient, |gradient| wide(gradient, sum_of_squares))
-            .map_err(ModelError::from)?;
+        sum +=
+            with_floats(gradient, |gradient| sum_of_squares(gradient)).map_err(ModelError::from)?;
     }
     Ok(sum.sqrt())
 }
 
-#[inline(always)]
-fn sum_of_squares(values: &[f32]) -> f64 {
-    let mut total = 0f64;
-    for chunk in values.chunks(1024) {
-        let mut sums = [0f32; 16];
-        let (lanes, rest) = chunk.as_chunks::<16>();
-        for lane in lanes {
-            for (sum, value) in sums.iter_mut().zip(lane) {
-                *sum = value.mul_add(*value, *sum);
+wide! {
+    fn sum_of_squares<'a>(values: &'a [f32]) -> f64 {
+        let mut total = 0f64;
+        for chunk in values.chunks(1024) {
+            let mut sums = [0f32; 16];
+            let (lanes, rest) = chunk.as_chunks::<16>();
+            for lane in lanes {
+                for (sum, value) in sums.iter_mut().zip(lane) {
+                    *sum = value.mul_add(*value, *sum);
+                }
             }
+            let rest: f32 = rest.iter().map(|value| value * value).sum();
+            total += f64::from(sums.iter().sum::<f32>() + rest);
         }
-        let rest: f32 = rest.iter().map(|value| value * value).sum();
-        total += f64::from(sums.iter().sum::<f32>() + rest);
+        total
     }
-    total
-}
 
-type Update<'a> = (
-    Factors,
-    &'a mut [f32],
-    &'a [f32],
-    &'a mut [f32],
-    &'a mut [f32],
-);
-
-#[inline(always)]
-fn update((factors, weights, gradient, mean, square): Update<'_>) {
-    let values = weights.iter_mut().zip(gradient).zip(mean).zip(square);
-    for (((weight, &gradient), mean), square) in values {
-        let g = gradient * factors.clip;
-        *mean = factors.beta1 * *mean + (1.0 - factors.beta1) * g;
-        *square = factors.beta2 * *square + (1.0 - factors.beta2) * g * g;
-        let root = square.sqrt() * factors.unbias + factors.eps;
-        *weight = *weight * factors.keep - factors.rate * *mean / root;
+    fn update<'a>(
+        factors: Factors,
+        weights: &'a mut [f32],
+        gradient: &'a [f32],
+        mean: &'a mut [f32],
+        square: &'a mut [f32],
+    ) -> () {
+        let values = weights.iter_mut().zip(gradient).zip(mean).zip(square);
+        for (((weight, &gradient), mean), square) in values {
+            let g = gradient * factors.clip;
+            *mean = factors.beta1 * *mean + (1.0 - factors.beta1) * g;
+            *square = factors.beta2 * *square + (1.0 - factors.beta2) * g * g;
+            let root = square.sqrt() * factors.unbias + factors.eps;
+            *weight = *weight * factors.keep - factors.rate * *mean / root;
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use consilium_kernels::{RecordView, Records};
 use consilium_protocol::Digest;
-use consilium_protocol::reference::ReferenceSet;
+use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::shard::{Shard, Symbols};
 
 use crate::worker::error::WorkError;
@@ -119,7 +119,7 @@ fn item_in(shard: &Shard, item: u64, reference: &ReferenceSet) -> Result<Range<u
     let positions = index(item - shard.header.first).and_then(|index| shard.item(index));
     let expected = index(item)
         .and_then(|index| reference.items().get(index))
-        .map(|item| item.positions());
+        .map(Item::positions);
     match (positions, expected) {
         (Some(positions), Some(expected)) if positions.len() == expected => Ok(positions),
         (got, expected) => Err(refuse(format!(
@@ -165,7 +165,7 @@ mod tests {
         }
         let n = tail.len();
         Shard {
-            header: Header::new(reference, items.clone(), SymbolSpace::Bytes, 2),
+            header: Header::new(reference, items, SymbolSpace::Bytes, 2),
             symbols: Symbols::Bytes([b'a', b'x'].repeat(n)),
             codes: vec![9; 2 * n],
             end: vec![255; n],

@@ -69,7 +69,7 @@ pub(crate) fn forward(
     let tasks = split(segments, out, heads.out());
     let run = |buffers: &mut Buffers, (segment, out): (Segment, &mut [f32])| {
         let qkv = &qkv[segment.start * heads.row()..][..segment.len * heads.row()];
-        wide((heads, rope, qkv, out, buffers), forward_segment);
+        forward_segment(heads, rope, qkv, out, buffers);
     };
     each(tasks, run);
 }
@@ -87,7 +87,7 @@ pub(crate) fn backward(
     let run = |buffers: &mut Buffers, (segment, dqkv): (Segment, &mut [f32])| {
         let qkv = &qkv[segment.start * heads.row()..][..segment.len * heads.row()];
         let dout = &dout[segment.start * heads.out()..][..segment.len * heads.out()];
-        wide((heads, rope, qkv, dout, dqkv, buffers), backward_segment);
+        backward_segment(heads, rope, qkv, dout, dqkv, buffers);
     };
     each(tasks, run);
 }
@@ -116,7 +116,7 @@ pub(crate) fn branches(
     let run = |buffers: &mut Buffers, ((run, qkv), out): ((&[Branch], &[f32]), &mut [f32])| {
         let segment = run[0].segment;
         let cache = &cache[segment.start * heads.row()..][..segment.len * heads.row()];
-        wide((heads, run, rope, cache, qkv, out, buffers), branch_segment);
+        branch_segment(heads, run, rope, cache, qkv, out, buffers);
     };
     each(tasks, run);
 }
@@ -273,16 +273,8 @@ fn softmax(row: &mut [f32], count: usize) {
     row[count..].fill(0.0);
 }
 
-type Forward<'a> = (
-    Heads,
-    &'a RopeTable,
-    &'a [f32],
-    &'a mut [f32],
-    &'a mut Buffers,
-);
-
-#[inline(always)]
-fn forward_segment((heads, rope, qkv, out, buffers): Forward<'_>) {
+wide! {
+fn forward_segment<'a>(heads: Heads, rope: &'a RopeTable, qkv: &'a [f32], out: &'a mut [f32], buffers: &'a mut Buffers) -> () {
     let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
     let len = qkv.len() / width;
     let stride = len.next_multiple_of(LANES);
@@ -321,17 +313,7 @@ fn forward_segment((heads, rope, qkv, out, buffers): Forward<'_>) {
     }
 }
 
-type Backward<'a> = (
-    Heads,
-    &'a RopeTable,
-    &'a [f32],
-    &'a [f32],
-    &'a mut [f32],
-    &'a mut Buffers,
-);
-
-#[inline(always)]
-fn backward_segment((heads, rope, qkv, dout_rows, dqkv, buffers): Backward<'_>) {
+fn backward_segment<'a>(heads: Heads, rope: &'a RopeTable, qkv: &'a [f32], dout_rows: &'a [f32], dqkv: &'a mut [f32], buffers: &'a mut Buffers) -> () {
     let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
     let len = qkv.len() / width;
     let stride = len.next_multiple_of(LANES);
@@ -414,18 +396,7 @@ fn backward_segment((heads, rope, qkv, dout_rows, dqkv, buffers): Backward<'_>) 
     }
 }
 
-type Branches<'a> = (
-    Heads,
-    &'a [Branch],
-    &'a RopeTable,
-    &'a [f32],
-    &'a [f32],
-    &'a mut [f32],
-    &'a mut Buffers,
-);
-
-#[inline(always)]
-fn branch_segment((heads, branches, rope, cache, qkv, out, buffers): Branches<'_>) {
+fn branch_segment<'a>(heads: Heads, branches: &'a [Branch], rope: &'a RopeTable, cache: &'a [f32], qkv: &'a [f32], out: &'a mut [f32], buffers: &'a mut Buffers) -> () {
     let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
     let len = cache.len() / width;
     let stride = len.next_multiple_of(LANES);
@@ -472,4 +443,5 @@ fn branch_segment((heads, branches, rope, cache, qkv, out, buffers): Branches<'_
             }
         }
     }
+}
 }

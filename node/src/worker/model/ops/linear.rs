@@ -75,7 +75,7 @@ impl Projection {
             }
         }
         if let Some(bias) = self.bias {
-            wide((&weights.base[bias..][..width], y), add_bias);
+            add_bias(&weights.base[bias..][..width], y);
         }
     }
 
@@ -147,7 +147,7 @@ impl Projection {
             1.0,
         );
         if let Some(bias) = self.bias {
-            wide((dy, &mut gradient[bias..][..width]), sum_rows);
+            sum_rows(dy, &mut gradient[bias..][..width]);
         }
     }
 
@@ -304,21 +304,21 @@ struct Layer<'a> {
     b: View<'a>,
 }
 
-#[inline(always)]
-fn add_bias((bias, y): (&[f32], &mut [f32])) {
-    for row in y.chunks_exact_mut(bias.len()) {
-        for (y, b) in row.iter_mut().zip(bias) {
-            *y += b;
+wide! {
+    fn add_bias<'a>(bias: &'a [f32], y: &'a mut [f32]) -> () {
+        for row in y.chunks_exact_mut(bias.len()) {
+            for (y, b) in row.iter_mut().zip(bias) {
+                *y += b;
+            }
         }
     }
-}
 
-#[inline(always)]
-fn sum_rows((rows, sum): (&[f32], &mut [f32])) {
-    sum.fill(0.0);
-    for row in rows.chunks_exact(sum.len()) {
-        for (sum, value) in sum.iter_mut().zip(row) {
-            *sum += value;
+    fn sum_rows<'a>(rows: &'a [f32], sum: &'a mut [f32]) -> () {
+        sum.fill(0.0);
+        for row in rows.chunks_exact(sum.len()) {
+            for (sum, value) in sum.iter_mut().zip(row) {
+                *sum += value;
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use super::simd::{dot, dot3, wide};
 
 /// Normalises each row of `x`; `inverse` receives `1 / sqrt(mean(x^2) + eps)` of each row.
 pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], inverse: &mut [f32]) {
-    wide((x, weight, eps, y, inverse), forward_rows);
+    forward_rows(x, weight, eps, y, inverse);
 }
 
 /// Adds the gradient with respect to `x` to `dx`, and with respect to the weight to `dweight`.
@@ -18,49 +18,58 @@ pub(crate) fn backward(
     dx: &mut [f32],
     dweight: Option<&mut [f32]>,
 ) {
-    wide((x, weight, inverse, dy, dx), backward_rows);
+    backward_rows(x, weight, inverse, dy, dx);
     if let Some(dweight) = dweight {
-        wide((x, inverse, dy, dweight), backward_weight);
+        backward_weight(x, inverse, dy, dweight);
     }
 }
 
-#[inline(always)]
-fn forward_rows((x, weight, eps, y, inverse): (&[f32], &[f32], f32, &mut [f32], &mut [f32])) {
-    let d = weight.len();
-    for ((x, y), inverse) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inverse) {
-        let r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
-        *inverse = r;
-        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-            *y = x * r * w;
+wide! {
+    fn forward_rows<'a>(
+        x: &'a [f32],
+        weight: &'a [f32],
+        eps: f32,
+        y: &'a mut [f32],
+        inverse: &'a mut [f32],
+    ) -> () {
+        let d = weight.len();
+        for ((x, y), inverse) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inverse) {
+            let r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
+            *inverse = r;
+            for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                *y = x * r * w;
+            }
         }
     }
-}
 
-type Rows<'a> = (&'a [f32], &'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
-
-#[inline(always)]
-fn backward_rows((x, weight, inverse, dy, dx): Rows<'_>) {
-    let d = weight.len();
-    let rows = x
-        .chunks_exact(d)
-        .zip(dy.chunks_exact(d))
-        .zip(dx.chunks_exact_mut(d))
-        .zip(inverse);
-    for (((x, dy), dx), &r) in rows {
-        let weighted = dot3(x, dy, weight);
-        let pull = r * r * r * weighted / d as f32;
-        for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-            *dx += (dy * w).mul_add(r, -(x * pull));
+    fn backward_rows<'a>(
+        x: &'a [f32],
+        weight: &'a [f32],
+        inverse: &'a [f32],
+        dy: &'a [f32],
+        dx: &'a mut [f32],
+    ) -> () {
+        let d = weight.len();
+        let rows = x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d));
+        for (((x, dy), dx), &r) in rows.zip(inverse) {
+            let pull = r * r * r * dot3(x, dy, weight) / d as f32;
+            for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
+                *dx += (dy * w).mul_add(r, -(x * pull));
+            }
         }
     }
-}
 
-#[inline(always)]
-fn backward_weight((x, inverse, dy, dweight): (&[f32], &[f32], &[f32], &mut [f32])) {
-    let d = dweight.len();
-    for ((x, dy), &r) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(inverse) {
-        for ((dw, &x), &dy) in dweight.iter_mut().zip(x).zip(dy) {
-            *dw += dy * x * r;
+    fn backward_weight<'a>(
+        x: &'a [f32],
+        inverse: &'a [f32],
+        dy: &'a [f32],
+        dweight: &'a mut [f32],
+    ) -> () {
+        let d = dweight.len();
+        for ((x, dy), &r) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(inverse) {
+            for ((dw, &x), &dy) in dweight.iter_mut().zip(x).zip(dy) {
+                *dw += dy * x * r;
+            }
         }
     }
 }

@@ -1,26 +1,30 @@
 //! Dispatch to the widest vectors of the machine, and the few primitives that loops share.
 
-use pulp::{Arch, Simd, WithSimd};
-
 /// Lanes that an accumulator keeps: one AVX-512 register, two AVX2 registers.
 pub(crate) const LANES: usize = 16;
 
-struct Call<F, T>(F, T);
-
-impl<T, R, F: FnOnce(T) -> R> WithSimd for Call<F, T> {
-    type Output = R;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) -> R {
-        (self.0)(self.1)
-    }
+/// Defines functions whose bodies are compiled for the vectors of this machine and picked at run time.
+/// What they call must be `#[inline(always)]`: only code inlined here is compiled so.
+macro_rules! wide {
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident<$life:lifetime>(
+        $($arg:ident: $type:ty),* $(,)?
+    ) -> $out:ty $body:block)+) => {$(
+        $(#[$meta])*
+        $vis fn $name<$life>($($arg: $type),*) -> $out {
+            struct Body<$life> { $($arg: $type),* }
+            impl<$life> pulp::WithSimd for Body<$life> {
+                type Output = $out;
+                #[inline(always)]
+                fn with_simd<S: pulp::Simd>(self, _simd: S) -> $out {
+                    let Self { $($arg),* } = self;
+                    $body
+                }
+            }
+            pulp::Arch::new().dispatch(Body { $($arg),* })
+        }
+    )+};
 }
-
-/// Runs `body` compiled for the vectors of this machine. `body` must be an `#[inline(always)]`
-/// function, because only code inlined here is compiled so.
-pub(crate) fn wide<T, R>(args: T, body: impl FnOnce(T) -> R) -> R {
-    Arch::new().dispatch(Call(body, args))
-}
+pub(crate) use wide;
 
 /// `e^x` to about 1e-7 relative, clamped to the finite range, in a form that vectorises.
 ///

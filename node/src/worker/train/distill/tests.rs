@@ -4,6 +4,7 @@ use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
 
 use super::*;
+use crate::worker::peft::{MODULES_TO_SAVE, TARGET_MODULES};
 use crate::worker::score::score_shard;
 use crate::worker::testing::{model, reference};
 
@@ -110,7 +111,7 @@ fn one_hot_targets_give_the_gradient_of_cross_entropy_through_the_whole_model() 
         .unwrap();
     distiller.settings.label_unlabeled = true;
     let gradients = |objective| {
-        let batch = &plan.batches[0];
+        let batch = &plan.batches().unwrap().next_batch();
         let step = Step {
             plan: &plan,
             items,
@@ -234,11 +235,11 @@ fn tokens_that_touch_an_unlabeled_span_are_no_labels() {
     let step = Step {
         plan: &plan,
         items: reference.items(),
-        batch: &plan.batches[0],
+        batch: &plan.batches().unwrap().next_batch(),
     };
     let item = &reference.items()[0];
     let span = item.unlabeled[0].clone();
-    assert_eq!(&item.target[span.clone()], "40mg");
+    assert_eq!(item.target.get(span.clone()), Some("40mg"));
     let labels = step.labels(&distiller.student, false).unwrap();
     let all = step.labels(&distiller.student, true).unwrap();
     let mut start = 0;

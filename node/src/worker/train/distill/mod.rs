@@ -22,20 +22,8 @@ use crate::worker::error::WorkError;
 use crate::worker::model::{Gradients, LoraConfig, tensors};
 use crate::worker::monitor::Monitor;
 use crate::worker::part::generator;
+use crate::worker::peft;
 use crate::worker::source::LoadedModel;
-
-/// Linear layers that carry adapters, by their PEFT names.
-const TARGET_MODULES: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-/// Modules that may be trained whole, both or neither.
-const MODULES_TO_SAVE: [&str; 2] = ["embed_tokens", "lm_head"];
 
 /// How an adapter is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -72,14 +60,24 @@ pub enum Objective<'a> {
     CrossEntropy,
 }
 
-/// The batches of one inner round.
+/// The items of one inner round and their order. Batches are drawn from it as they are needed.
 #[derive(Debug)]
 pub struct Plan {
     inner: u32,
+    steps: u64,
     /// Index of each tokenised item in the reference set.
     indices: Vec<u64>,
     tokens: Arc<[Item]>,
-    batches: Vec<Batch>,
+    order: Order,
+}
+
+/// What the batches follow from.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    end_of_record: u32,
+    rows: usize,
+    row_tokens: usize,
+    seed: u64,
 }
 
 /// A pivot with an adapter in training.
@@ -96,23 +94,12 @@ impl Settings {
     /// # Errors
     /// Modules that this version cannot train.
     pub fn of(training: &Training, seed: u64) -> Result<Self, WorkError> {
-        let same = |got: &[String], expected: &[&str]| {
-            let got: BTreeSet<&str> = got.iter().map(String::as_str).collect();
-            got == expected.iter().copied().collect()
-        };
-        if !same(&training.target_modules, &TARGET_MODULES) {
-            return Err(WorkError::Setting {
-                field: "target_modules",
-                problem: format!("expected {}", TARGET_MODULES.join(", ")),
-            });
-        }
-        let embeddings_and_head = same(&training.modules_to_save, &MODULES_TO_SAVE);
-        if !embeddings_and_head && !training.modules_to_save.is_empty() {
-            return Err(WorkError::Setting {
-                field: "modules_to_save",
-                problem: format!("expected {}, or none", MODULES_TO_SAVE.join(", ")),
-            });
-        }
+        let lora = peft::shape(
+            training.rank as usize,
+            f64::from(training.alpha),
+            &training.target_modules,
+            &training.modules_to_save,
+        )?;
         let share = |permille: u32| f64::from(permille) / 1000.0;
         Ok(Self {
             rows: training.rows as usize,
@@ -125,11 +112,7 @@ impl Settings {
                 floor: share(training.final_permille),
                 steps: u64::from(training.inner_rounds) * u64::from(training.local_steps),
             },
-            lora: LoraConfig {
-                rank: training.rank as usize,
-                alpha: f64::from(training.alpha),
-                embeddings_and_head,
-            },
+            lora,
             optimiser: AdamWConfig::default(),
             seed,
             label_unlabeled: false,
@@ -139,21 +122,39 @@ impl Settings {
 
 impl Plan {
     /// Items that the batches visit, ascending.
-    #[must_use]
-    pub fn visited(&self) -> Vec<u64> {
-        let visited: BTreeSet<u64> = self
-            .batches
-            .iter()
-            .flat_map(|batch| &batch.items)
-            .map(|packed| self.indices[packed.item])
-            .collect();
-        visited.into_iter().collect()
+    ///
+    /// # Errors
+    /// The rows have no tokens.
+    pub fn visited(&self) -> Result<Vec<u64>, WorkError> {
+        let mut batches = self.batches()?;
+        let mut visited = BTreeSet::new();
+        for _ in 0..self.steps {
+            if batches.cursor().epoch > 0 {
+                visited.extend(&self.indices);
+                break;
+            }
+            let batch = batches.next_batch();
+            visited.extend(batch.items.iter().map(|packed| self.indices[packed.item]));
+        }
+        Ok(visited.into_iter().collect())
     }
 
     /// Items of the part that fit a row.
     #[must_use]
     pub fn usable(&self) -> usize {
         self.indices.len()
+    }
+
+    fn batches(&self) -> Result<Batches, WorkError> {
+        let Order {
+            end_of_record,
+            rows,
+            row_tokens,
+            seed,
+        } = self.order;
+        let tokens = Arc::clone(&self.tokens);
+        let batches = Batches::new(tokens, end_of_record, rows, row_tokens, seed);
+        Ok(batches.map_err(TrainError::from)?)
     }
 }
 
@@ -233,24 +234,18 @@ impl Distiller {
                 "items have more tokens than a row and take no part"
             );
         }
-        let tokens: Arc<[Item]> = tokens.into();
         let seed = generator(&[self.settings.seed, u64::from(inner)]).next_u64();
-        let mut batches = Batches::new(
-            Arc::clone(&tokens),
-            self.student.tokenizer.end_of_record(),
-            self.settings.rows,
-            limit,
-            seed,
-        )
-        .map_err(TrainError::from)?;
-        let batches = (0..self.settings.local_steps)
-            .map(|_| batches.next_batch())
-            .collect();
         Ok(Plan {
             inner,
+            steps: self.settings.local_steps,
             indices,
-            tokens,
-            batches,
+            tokens: tokens.into(),
+            order: Order {
+                end_of_record: self.student.tokenizer.end_of_record(),
+                rows: self.settings.rows,
+                row_tokens: limit,
+                seed,
+            },
         })
     }
 
@@ -266,16 +261,17 @@ impl Distiller {
         objective: Objective<'_>,
         monitor: &mut dyn Monitor,
     ) -> Result<f64, WorkError> {
-        let before = u64::from(plan.inner) * self.settings.local_steps;
-        let total = plan.batches.len() as u64;
+        let before = u64::from(plan.inner) * plan.steps;
+        let mut batches = plan.batches()?;
         let mut sum = 0.0;
-        for (step, batch) in (0..).zip(&plan.batches) {
+        for step in 0..plan.steps {
             let rate = self.settings.schedule.at(before + step);
+            let batch = &batches.next_batch();
             let loss = self.step(&Step { plan, items, batch }, objective, rate)?;
             sum += loss;
-            monitor.advance(step + 1, total, Some(loss))?;
+            monitor.advance(step + 1, plan.steps, Some(loss))?;
         }
-        Ok(sum / total.max(1) as f64)
+        Ok(sum / plan.steps.max(1) as f64)
     }
 
     /// Writes what a later process needs to continue: the optimiser's state.
