@@ -74,6 +74,8 @@ pub struct Config {
     pub reference: Option<PathBuf>,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
+    /// Relative training speed that the node declares; 0 takes part with records only. 1 by default.
+    pub capacity: u32,
     /// What may leave the site.
     pub policy: Policy,
     /// The worker.
@@ -87,10 +89,15 @@ pub struct Policy {
     pub modes: Vec<Mode>,
     /// Most symbols per position (K) that a record may hold.
     pub max_symbols: u16,
-    /// Most rounds that may receive anything, counted over the life of the ledger.
+    /// Most rounds that may receive anything, counted over the life of the ledger; 100 by default.
     pub max_rounds: u64,
-    /// Most bytes that may leave in one round.
+    /// Most bytes that may leave in one round; 4 GiB by default.
     pub max_bytes: u64,
+}
+
+impl Policy {
+    const MAX_ROUNDS: u64 = 100;
+    const MAX_BYTES: u64 = 4 << 30;
 }
 
 /// Settings of the worker.
@@ -98,8 +105,6 @@ pub struct Policy {
 pub struct WorkerConfig {
     /// Threads; all cores if absent.
     pub threads: Option<NonZeroUsize>,
-    /// Relative training speed that the node declares; 0 takes part with records only.
-    pub capacity: u32,
 }
 
 /// Host and port.
@@ -135,6 +140,7 @@ struct RawConfig {
     source: PathBuf,
     reference: Option<PathBuf>,
     holdout: PathBuf,
+    capacity: Option<u32>,
     policy: RawPolicy,
     #[serde(default)]
     worker: RawWorker,
@@ -145,15 +151,14 @@ struct RawConfig {
 struct RawPolicy {
     modes: Vec<Mode>,
     max_symbols: u16,
-    max_rounds: u64,
-    max_bytes: u64,
+    max_rounds: Option<u64>,
+    max_bytes: Option<u64>,
 }
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 struct RawWorker {
     threads: Option<usize>,
-    capacity: Option<u32>,
 }
 
 impl Config {
@@ -217,9 +222,11 @@ impl Config {
             let expected = format!("1 to {}", limits::SYMBOLS);
             return Err(wrong("policy.max_symbols", &policy.max_symbols, &expected));
         }
+        let max_rounds = policy.max_rounds.unwrap_or(Policy::MAX_ROUNDS);
+        let max_bytes = policy.max_bytes.unwrap_or(Policy::MAX_BYTES);
         for (key, value) in [
-            ("policy.max_rounds", policy.max_rounds),
-            ("policy.max_bytes", policy.max_bytes),
+            ("policy.max_rounds", max_rounds),
+            ("policy.max_bytes", max_bytes),
         ] {
             if value == 0 {
                 return Err(wrong(
@@ -250,16 +257,14 @@ impl Config {
             source: at("source", &raw.source)?,
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
+            capacity: raw.capacity.unwrap_or(1),
             policy: Policy {
                 modes: policy.modes,
                 max_symbols: policy.max_symbols,
-                max_rounds: policy.max_rounds,
-                max_bytes: policy.max_bytes,
+                max_rounds,
+                max_bytes,
             },
-            worker: WorkerConfig {
-                threads,
-                capacity: raw.worker.capacity.unwrap_or(1),
-            },
+            worker: WorkerConfig { threads },
         })
     }
 }
@@ -314,6 +319,9 @@ source = "source"
 # Private items for the evaluation; only its mean scores leave the site.
 holdout = "holdout.jsonl"
 
+# Relative training speed of this site's worker; 0 takes part with records only.
+# capacity = 1
+
 # What may leave the site. Anything that is not allowed here does not.
 [policy]
 modes = ["unified"]
@@ -327,8 +335,6 @@ max_bytes = 4_294_967_296
 [worker]
 # Threads; all cores without it.
 # threads = 8
-# Relative training speed; 0 takes part with records only.
-# capacity = 1
 "#
     )
 }
@@ -355,7 +361,7 @@ mod tests {
         assert_eq!(config.spool, Path::new("/etc/consilium/spool"));
         assert_eq!(config.server_name, "127.0.0.1");
         assert_eq!(config.aggregator.to_string(), "127.0.0.1:4433");
-        assert_eq!((config.worker.threads, config.worker.capacity), (None, 1));
+        assert_eq!((config.worker.threads, config.capacity), (None, 1));
         let absolute = sample().replace("\"pivot\"", "\"/models/pivot\"");
         assert_eq!(parse(&absolute).unwrap().pivot, Path::new("/models/pivot"));
         let v6 = sample().replace("127.0.0.1:", "[::1]:");

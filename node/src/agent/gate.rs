@@ -154,10 +154,10 @@ impl Gate {
         }
     }
 
-    /// Digest of the ledger's last line.
+    /// The ledger, to read.
     #[must_use]
-    pub const fn ledger_head(&self) -> Digest {
-        self.ledger.head()
+    pub const fn ledger(&self) -> &Ledger {
+        &self.ledger
     }
 
     /// Whether the site takes part in a round at all; asked before any work is done for it.

@@ -4,7 +4,7 @@
 //! that cutting lines off the end is noticed as well; the head also travels with every upload and stands in the log.
 //! A last line without its newline was never acted on (the process died while it was written) and is cut off.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -166,6 +166,7 @@ pub struct Ledger {
     lines: u64,
     released: BTreeMap<Slot, (Digest, u64)>,
     acknowledged: BTreeMap<Slot, Digest>,
+    refused: BTreeSet<Slot>,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -188,6 +189,7 @@ impl Ledger {
             lines: 0,
             released: BTreeMap::new(),
             acknowledged: BTreeMap::new(),
+            refused: BTreeSet::new(),
         };
         if let Some(keep) = read.torn {
             tracing::warn!(ledger = %path.display(), "the last line was not written whole: cut off");
@@ -272,6 +274,17 @@ impl Ledger {
         self.acknowledged.get(slot).copied()
     }
 
+    /// Slots of a round whose artefact was released and neither acknowledged nor refused.
+    #[must_use]
+    pub fn unacknowledged(&self, manifest: &Digest) -> Vec<Slot> {
+        self.released
+            .keys()
+            .filter(|slot| slot.manifest == *manifest)
+            .filter(|slot| !self.acknowledged.contains_key(slot) && !self.refused.contains(slot))
+            .copied()
+            .collect()
+    }
+
     /// Bytes released in a round.
     #[must_use]
     pub fn bytes_of_round(&self, manifest: &Digest) -> u64 {
@@ -284,7 +297,7 @@ impl Ledger {
     /// Rounds that received anything, one of them left out.
     #[must_use]
     pub fn rounds_besides(&self, manifest: &Digest) -> u64 {
-        let rounds: std::collections::BTreeSet<Digest> = self
+        let rounds: BTreeSet<Digest> = self
             .released
             .keys()
             .map(|slot| slot.manifest)
@@ -306,7 +319,10 @@ impl Ledger {
             Event::Acknowledged { slot, artefact, .. } => {
                 self.acknowledged.insert(*slot, *artefact);
             }
-            Event::Began { .. } | Event::Refused { .. } => {}
+            Event::Refused { slot, .. } => {
+                self.refused.insert(*slot);
+            }
+            Event::Began { .. } => {}
         }
     }
 

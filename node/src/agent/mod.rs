@@ -13,6 +13,8 @@ mod session;
 mod tasks;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 pub mod trust;
 
 use std::collections::BTreeMap;
@@ -22,18 +24,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use consilium_certs::{CertsError, Member};
-use consilium_protocol::Clock;
 use consilium_protocol::frame;
 use consilium_protocol::message::Hello;
 use consilium_protocol::quic::{
     Client, Credentials, CredentialsError, LinkError, LocalError, PeerError, Tasks,
 };
+use consilium_protocol::{Clock, Digest};
 use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::spool::{JobId, Spool, SpoolError};
 use gate::{Gate, GateError};
-use ledger::{Ledger, LedgerError, Owner};
+use ledger::{Ledger, LedgerError, Owner, Slot};
 use retry::Backoff;
 use trust::{Trust, TrustError};
 
@@ -233,14 +235,20 @@ impl Agent {
             software: concat!("consilium-node ", env!("CARGO_PKG_VERSION")).to_owned(),
             consortium: self.config.consortium.clone(),
             institution: self.config.institution.clone(),
-            capacity: self.config.worker.capacity,
+            capacity: self.config.capacity,
             log_size: self.trust.log_size(),
         }
     }
 
-    fn head(&self) -> consilium_protocol::Digest {
+    fn head(&self) -> Digest {
         let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        gate.ledger_head()
+        gate.ledger().head()
+    }
+
+    /// Slots of a round that were filled without a receipt so far.
+    fn unacknowledged(&self, manifest: &Digest) -> Vec<Slot> {
+        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        gate.ledger().unacknowledged(manifest)
     }
 
     /// Uses the gate off the runtime: it hashes files and waits for the disk.

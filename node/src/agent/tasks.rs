@@ -34,6 +34,8 @@ pub(super) struct PlannedJob {
     pub(super) id: JobId,
     pub(super) kind: Kind,
     pub(super) sequence: u32,
+    /// The aggregator may have it already; what is missing is its receipt.
+    receipt_only: bool,
 }
 
 impl Plan {
@@ -53,7 +55,8 @@ impl Plan {
         {
             return false;
         }
-        self.jobs.retain(|job| new.contains(&job.sequence));
+        self.jobs
+            .retain(|job| job.receipt_only || new.contains(&job.sequence));
         self.status = status.clone();
         true
     }
@@ -72,7 +75,7 @@ impl Session<'_> {
             None => None,
         };
         match (&status.task, round) {
-            (Task::Wait, _) => {}
+            (Task::Wait, None) => {}
             (Task::Finished { outcome }, _) => self.finished(outcome)?,
             (_, None) if status.round.is_none() => {
                 return Err(TrustError::Unexpected("there: a task without its round").into());
@@ -81,7 +84,12 @@ impl Session<'_> {
             (_, None) => {}
             (task, Some(round)) => {
                 let jobs = self.jobs_of(&round, task).await?;
-                plan.jobs = self.submit(&jobs)?;
+                let planned = self.submit(&jobs)?;
+                plan.jobs = self.without_receipt(&round, &planned)?;
+                plan.jobs.extend(planned);
+                if !jobs.is_empty() {
+                    self.withdraw_others(&plan.jobs)?;
+                }
                 plan.round = Some(round);
             }
         }
@@ -155,7 +163,7 @@ impl Session<'_> {
         }
         let (pivot, expected) = (self.agent.config.pivot.clone(), open.manifest.pivot);
         // A node of capacity 0 contributes records only and may have no pivot.
-        if self.agent.config.worker.capacity > 0 || pivot.exists() {
+        if self.agent.config.capacity > 0 || pivot.exists() {
             let checked = blocking(move || round::check_pivot(&pivot, expected)).await?;
             if checked.is_err() {
                 return Ok(checked);
@@ -224,7 +232,7 @@ impl Session<'_> {
     ) -> Result<DistilJob, Ended> {
         let manifest = &round.manifest;
         if inner >= manifest.training.inner_rounds
-            || part.from >= part.to
+            || part.from > part.to
             || part.to > manifest.items
         {
             return Err(TrustError::Unexpected("in keeping with the manifest: the task").into());
@@ -294,29 +302,59 @@ impl Session<'_> {
         }
     }
 
-    /// Submits jobs, and withdraws those that nobody waits for any more.
     fn submit(&self, jobs: &[(Job, Kind, u32)]) -> Result<Vec<PlannedJob>, SpoolError> {
-        let spool = &self.agent.spool;
-        let mut planned = Vec::with_capacity(jobs.len());
-        for (job, kind, sequence) in jobs {
-            planned.push(PlannedJob {
-                id: spool.submit(job)?,
+        let planned = jobs.iter().map(|(job, kind, sequence)| {
+            Ok(PlannedJob {
+                id: self.agent.spool.submit(job)?,
                 kind: *kind,
                 sequence: *sequence,
-            });
-        }
-        let wanted: BTreeSet<&JobId> = planned.iter().map(|job| &job.id).collect();
-        for (id, _) in spool.jobs_in_order()? {
-            if wanted.contains(&id) {
-                continue;
+                receipt_only: false,
+            })
+        });
+        planned.collect()
+    }
+
+    /// Jobs whose artefact left in this round and whose receipt was lost on the way. Sending the same bytes again is no
+    /// second contribution; it brings the receipt.
+    fn without_receipt(
+        &self,
+        round: &OpenRound,
+        planned: &[PlannedJob],
+    ) -> Result<Vec<PlannedJob>, SpoolError> {
+        let mut lost = Vec::new();
+        for slot in self.agent.unacknowledged(&round.digest) {
+            let is_slot = |job: &Job| match job {
+                Job::Score(job) => (Kind::Records, job.shard) == (slot.kind, slot.sequence),
+                Job::Distil(job) => (Kind::Adapter, job.inner) == (slot.kind, slot.sequence),
+                Job::Evaluate(_) => slot.kind == Kind::Evaluation,
+            };
+            for (id, job) in self.agent.spool.jobs_in_order()? {
+                let known = planned.iter().any(|planned| planned.id == id);
+                if job.round() == slot.round && is_slot(&job) && !known {
+                    lost.push(PlannedJob {
+                        id,
+                        kind: slot.kind,
+                        sequence: slot.sequence,
+                        receipt_only: true,
+                    });
+                }
             }
-            // Results stay until the round ends: a restarted aggregator may ask again.
-            if !matches!(spool.outcome(&id)?, Some(Outcome::Done { .. })) {
+        }
+        Ok(lost)
+    }
+
+    /// Withdraws jobs that nobody waits for any more. Results stay until the round ends: a restarted aggregator may ask
+    /// again.
+    fn withdraw_others(&self, wanted: &[PlannedJob]) -> Result<(), SpoolError> {
+        let wanted: BTreeSet<&JobId> = wanted.iter().map(|job| &job.id).collect();
+        let spool = &self.agent.spool;
+        for (id, _) in spool.jobs_in_order()? {
+            if !wanted.contains(&id) && !matches!(spool.outcome(&id)?, Some(Outcome::Done { .. })) {
                 tracing::info!(job = %id, "withdrawn");
                 spool.withdraw(&id)?;
             }
         }
-        Ok(planned)
+        Ok(())
     }
 
     /// Notes how a round ended and clears the spool of it.
