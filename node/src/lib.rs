@@ -2,4 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
+mod args;
+pub mod cli;
+pub mod config;
+pub mod error;
+mod reply;
+pub mod spool;
+mod status;
+mod supervise;
 pub mod worker;

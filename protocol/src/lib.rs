@@ -16,8 +16,11 @@ pub mod ids;
 pub mod limits;
 pub mod manifest;
 pub mod message;
+#[cfg(feature = "quic")]
+pub mod quic;
 pub mod reference;
 pub mod reject;
+pub mod round;
 pub mod shard;
 pub mod time;
 pub mod transcript;

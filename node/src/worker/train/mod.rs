@@ -2,8 +2,10 @@
 
 pub mod adamw;
 pub mod checkpoint;
+pub mod distill;
 pub mod language_model;
 pub mod schedule;
+pub mod targets;
 
 use std::path::PathBuf;
 

@@ -1,0 +1,94 @@
+//! The layout of an adapter, and whether a contribution has it.
+
+use std::collections::BTreeMap;
+
+use consilium_protocol::InstitutionId;
+use consilium_protocol::manifest::Training;
+
+use super::tensors::{A, B, Tensors, floats};
+use crate::fusion::error::{FusionError, Origin, TensorProblem};
+
+/// Matrices and whole tensors of an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterLayout {
+    /// Rank of every matrix.
+    pub rank: usize,
+    /// Linear layers by the part of their PEFT name before `.lora_A.weight`, with [out, in].
+    pub matrices: BTreeMap<String, [usize; 2]>,
+    /// Tensors that are trained whole, by their PEFT names, with their shapes.
+    pub whole: BTreeMap<String, Vec<usize>>,
+}
+
+impl AdapterLayout {
+    /// Layout of the adapter that an inner round starts from.
+    pub(super) fn of(training: &Training, start: &Tensors<'_>) -> Result<Self, FusionError> {
+        let rank = usize::try_from(training.rank).unwrap_or(usize::MAX);
+        let mut matrices = BTreeMap::new();
+        let mut whole = BTreeMap::new();
+        for name in start.names() {
+            let shape = start.shape(name).unwrap_or(&[]);
+            if let Some(layer) = name.strip_suffix(A) {
+                let b = format!("{layer}{B}");
+                start.data(name, &[rank, 0])?;
+                start.data(&b, &[0, rank])?;
+                if let (&[_, columns], Some(&[rows, _])) = (shape, start.shape(&b)) {
+                    matrices.insert(layer.to_owned(), [rows, columns]);
+                }
+            } else if let Some(layer) = name.strip_suffix(B) {
+                start.data(&format!("{layer}{A}"), &[rank, 0])?;
+            } else {
+                whole.insert(name.to_owned(), shape.to_vec());
+            }
+        }
+        Ok(Self {
+            rank,
+            matrices,
+            whole,
+        })
+    }
+
+    /// Checks names and shapes of all tensors, not their values.
+    pub(super) fn check(&self, tensors: &Tensors<'_>) -> Result<(), FusionError> {
+        for (layer, &[rows, columns]) in &self.matrices {
+            tensors.data(&format!("{layer}{A}"), &[self.rank, columns])?;
+            tensors.data(&format!("{layer}{B}"), &[rows, self.rank])?;
+        }
+        for (name, shape) in &self.whole {
+            tensors.data(name, shape)?;
+        }
+        for name in tensors.names() {
+            let layer = name.strip_suffix(A).or_else(|| name.strip_suffix(B));
+            let known = layer.is_some_and(|layer| self.matrices.contains_key(layer))
+                || self.whole.contains_key(name);
+            if !known {
+                return Err(tensors.error(name, TensorProblem::Unexpected));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a contributed adapter can be merged: same tensors as `start`, all finite. For admission, before it counts.
+///
+/// # Errors
+/// The first tensor that is missing, superfluous or malformed, in name order.
+pub fn check_adapter(
+    training: &Training,
+    start: &[u8],
+    institution: &InstitutionId,
+    adapter: &[u8],
+) -> Result<AdapterLayout, FusionError> {
+    let layout = AdapterLayout::of(training, &Tensors::parse(Origin::Start, start)?)?;
+    let tensors = Tensors::parse(Origin::Institution(institution.clone()), adapter)?;
+    layout.check(&tensors)?;
+    for name in tensors.names() {
+        let shape = tensors.shape(name).unwrap_or(&[]).to_vec();
+        let bad = floats(tensors.data(name, &shape)?)
+            .iter()
+            .position(|value| !value.is_finite());
+        if let Some(index) = bad {
+            return Err(tensors.error(name, TensorProblem::NotFinite(index)));
+        }
+    }
+    Ok(layout)
+}

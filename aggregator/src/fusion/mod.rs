@@ -1,0 +1,15 @@
+//! Fusion of contributions: values in, values out. No store, no network, no clock.
+//!
+//! Records become targets by integer arithmetic, the same bytes on every machine. Adapters are merged in `f64`, in
+//! the order of the institutions' names and on one thread per matrix: the same bytes for any order of arrival and any
+//! number of threads, but on another kind of processor the last bit may differ, because faer picks its instructions there.
+
+mod adapter;
+mod error;
+mod records;
+
+pub use adapter::check::{AdapterLayout, check_adapter};
+pub use adapter::initial::initial_adapter;
+pub use adapter::merge::{MatrixTruncation, MergeInput, Merged, Truncation, merge};
+pub use error::{FusionError, Origin, TensorProblem};
+pub use records::{FusedShard, ShardRouting, check_shard, fuse_shard};

@@ -1,0 +1,170 @@
+//! The documents of a release that people and tools read: PEFT configuration, report and model card.
+
+use std::fmt::Write as _;
+
+use consilium_protocol::manifest::Training;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::gate::{Baseline, Verdict};
+use super::publish::{Artefact, ReleaseInput};
+
+/// `adapter_config.json` as PEFT writes it for LoRA.
+pub(super) fn adapter_config(training: &Training, base_model: &str) -> Value {
+    let saved = (!training.modules_to_save.is_empty()).then_some(&training.modules_to_save);
+    json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": null,
+        "inference_mode": true,
+        "r": training.rank,
+        "lora_alpha": training.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": training.target_modules,
+        "modules_to_save": saved,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "init_lora_weights": true,
+        "use_rslora": false,
+        "use_dora": false,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": null,
+        "layers_pattern": null,
+        "auto_mapping": null,
+    })
+}
+
+/// `report.json`: what went in and every number behind the decision. Free of clocks, so that a replay of the log writes the
+/// same bytes.
+#[derive(Serialize)]
+pub(super) struct Report<'a> {
+    version: u32,
+    consortium: &'a str,
+    round: u64,
+    manifest: String,
+    charter: String,
+    pivot: String,
+    reference: String,
+    targets: Option<String>,
+    adapter: String,
+    contributions: &'a [Artefact],
+    truncation_ppm: &'a [u32],
+    gate: &'a Verdict,
+}
+
+impl<'a> Report<'a> {
+    pub(super) fn of(input: &ReleaseInput<'a>, adapter: String) -> Self {
+        let manifest = input.manifest;
+        Self {
+            version: 1,
+            consortium: manifest.consortium.as_str(),
+            round: manifest.round.0,
+            manifest: input.manifest_digest.to_string(),
+            charter: manifest.charter.to_string(),
+            pivot: manifest.pivot.to_string(),
+            reference: manifest.reference.to_string(),
+            targets: input.targets.map(|digest| digest.to_string()),
+            adapter,
+            contributions: input.contributions,
+            truncation_ppm: input.truncation_ppm,
+            gate: input.verdict,
+        }
+    }
+}
+
+/// `README.md` with the front matter that model hubs read.
+pub(super) fn card(input: &ReleaseInput<'_>) -> String {
+    let manifest = input.manifest;
+    let verdict = input.verdict;
+    let name = format!("{}-round-{}", manifest.consortium, manifest.round);
+    let mut sources: Vec<&str> = input
+        .contributions
+        .iter()
+        .map(|artefact| artefact.institution.as_str())
+        .collect();
+    sources.sort_unstable();
+    sources.dedup();
+    let baseline = match verdict.baseline {
+        Baseline::Pivot => "the pivot before the round",
+        Baseline::LastRelease => "the last release",
+    };
+    let mut text = format!(
+        "---\n\
+         license: {license}\n\
+         base_model: {base}\n\
+         library_name: peft\n\
+         pipeline_tag: text-generation\n\
+         tags:\n- lora\n- consilium\n- federated\n- distillation\n\
+         model-index:\n\
+         - name: {name}\n  results:\n\
+         \x20 - task:\n      type: text-generation\n\
+         \x20   dataset:\n      name: private holdouts of {count} institutions\n      type: private\n\
+         \x20   metrics:\n    - type: bits_per_byte\n      name: bits per byte, mean over the sites\n      value: {mean:.6}\n\
+         ---\n\n\
+         # {name}\n\n\
+         LoRA adapter that {members} made together in round {round} of the consortium {consortium}. Each trained on its own\n\
+         data at home; what left the sites were next-byte log-probabilities on public text, and adapters trained on them.\n\n\
+         ## How good it is\n\n\
+         Bits per byte on each site's private holdout, measured by the site itself; lower is better.\n\n\
+         | site | this release | pivot | own model | best of both | change | accuracy |\n\
+         |---|---|---|---|---|---|---|\n",
+        license = quoted(input.license),
+        base = quoted(input.base_model),
+        count = verdict.sites.len(),
+        mean = verdict.candidate_mean,
+        members = if sources.is_empty() {
+            "the members".to_owned()
+        } else {
+            sources.join(", ")
+        },
+        round = manifest.round,
+        consortium = manifest.consortium,
+    );
+    for site in &verdict.sites {
+        let evaluation = &site.evaluation;
+        let accuracy = evaluation
+            .candidate
+            .accuracy
+            .map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", share * 100.0));
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "| {} | {:.4} | {:.4} | {:.4} | {:.4} | {:+.1} % | {accuracy} |",
+            site.institution,
+            evaluation.candidate.bits_per_byte,
+            evaluation.pivot.bits_per_byte,
+            evaluation.source.bits_per_byte,
+            site.own_best,
+            site.change_permille / 10.0,
+        );
+    }
+    let _ = write!(
+        text,
+        "\nThe gate asked that no site fares worse than the better of its own model and the pivot by more than {bound} %, and\n\
+         that the mean, {mean:.4}, is below that of {baseline}, {before:.4}.\n\n\
+         ## How to use it\n\n\
+         ```python\n\
+         from peft import AutoPeftModelForCausalLM\n\
+         model = AutoPeftModelForCausalLM.from_pretrained(\"path/to/this/folder\")\n\
+         ```\n\n\
+         ## How to check it\n\n\
+         `model.sig` is an OpenSSF model signature over every file here but itself and `{proof}`:\n\
+         `model_signing verify key . --signature model.sig --public_key release.pub`, with the key that the consortium published.\n\
+         `{proof}` proves that the release is in the consortium's log. `report.json` lists every contribution by digest.\n\n\
+         ## Limits\n\n\
+         Log-probabilities and adapters are not private by themselves. A formal guarantee holds only for sites that trained their\n\
+         own model with differential privacy. The numbers above are the sites' own measurements; nobody else saw the holdouts.\n",
+        bound = f64::from(verdict.bound_permille) / 10.0,
+        mean = verdict.candidate_mean,
+        before = verdict.baseline_mean,
+        proof = super::publish::PROOF,
+    );
+    text
+}
+
+/// A YAML string: JSON's are.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}

@@ -1,0 +1,269 @@
+//! The program `consilium-node`: stdout is the result, stderr is talk and log.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser as _;
+use consilium_certs::leaf::{self, LeafProfile, TlsKey};
+use consilium_certs::{Overwrite, folder, pem};
+use consilium_kernels::RecordShape;
+use consilium_protocol::Clock as _;
+use consilium_protocol::quic::Tasks;
+use consilium_protocol::time::SystemClock;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::agent;
+use crate::agent::ledger::Chain;
+use crate::args::{
+    Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs, Threads,
+    TrainArgs,
+};
+use crate::config::{self, Config};
+use crate::error::NodeError;
+use crate::reply::Reply;
+use crate::spool::Spool;
+use crate::status;
+use crate::supervise::{WorkerProgram, keep_running};
+use crate::worker::commands::{self, TrainFile};
+use crate::worker::progress::Terminal;
+use crate::worker::{self, Folders, RunOptions, WorkError};
+
+/// How long agent and worker have to end after a signal.
+const GRACE: Duration = Duration::from_secs(20);
+/// Threads of the network half.
+const NETWORK_THREADS: usize = 2;
+
+/// Runs the program; `args` begins with its name.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing is left to do if the terminal is gone.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    log_to_stderr(cli.log_format);
+    let json = cli.json;
+    let reply = run(cli).unwrap_or_else(|error| Reply::failed(&error));
+    reply.print(json);
+    ExitCode::from(reply.status())
+}
+
+fn run(cli: Cli) -> Result<Reply, NodeError> {
+    match cli.command {
+        Command::Init(args) => init(&args),
+        Command::Run(args) => {
+            let config = load(&args)?;
+            let program = WorkerProgram::this(&config, cli.log_format.name())?;
+            serve(&config, Some(program))
+        }
+        Command::Agent(args) => serve(&load(&args)?, None),
+        Command::Worker { config, supervised } => work(&load(&config)?, supervised),
+        Command::Train(args) => train(&args),
+        Command::Score(args) => score(&args),
+        Command::Evaluate(args) => evaluate(&args),
+        Command::Status(args) => status::of(&load(&args)?),
+        Command::Ledger { command } => match command {
+            LedgerCommand::Show(args) => show_ledger(&load(&args)?),
+            LedgerCommand::Verify(args) => verify_ledger(&load(&args)?),
+        },
+    }
+}
+
+fn load(args: &ConfigArgs) -> Result<Config, NodeError> {
+    Ok(Config::load(&args.config)?)
+}
+
+/// The agent, and the worker beside it if there is a program for it, until a signal comes.
+fn serve(config: &Config, worker: Option<WorkerProgram>) -> Result<Reply, NodeError> {
+    let system = |doing| move |source| NodeError::System { doing, source };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(NETWORK_THREADS)
+        .enable_all()
+        .build()
+        .map_err(system("start threads"))?;
+    let ended = runtime.block_on(async {
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate()).map_err(system("watch for signals"))?,
+            signal(SignalKind::interrupt()).map_err(system("watch for signals"))?,
+        );
+        let tasks = Tasks::new();
+        let token = tasks.token().clone();
+        tasks.spawn("signals", async move {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: ending"),
+                _ = interrupt.recv() => tracing::info!("SIGINT: ending"),
+                () = token.cancelled() => {}
+            }
+            token.cancel();
+        });
+        if let Some(program) = worker {
+            let seed = SystemClock.now().0;
+            tasks.spawn("worker", keep_running(program, tasks.clone(), seed));
+        }
+        let ended = agent::run(config, Arc::new(SystemClock), &tasks).await;
+        let report = tasks.shutdown(GRACE).await;
+        if !report.is_clean() {
+            tracing::error!(?report, "did not end cleanly");
+        }
+        Ok::<_, NodeError>(ended?)
+    });
+    // A file that is still being hashed does not hold up the end.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended.map(|()| Reply::done("ended"))
+}
+
+fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
+    let folders = Folders {
+        spool: config.spool.clone(),
+        pivot: config.pivot.clone(),
+        source: config.source.clone(),
+        holdout: config.holdout.clone(),
+    };
+    let options = RunOptions {
+        threads: config.worker.threads,
+        end_with_parent: supervised,
+    };
+    worker::run(folders, options)?;
+    Ok(Reply::done("ended"))
+}
+
+fn train(args: &TrainArgs) -> Result<Reply, NodeError> {
+    let file = TrainFile::load(&args.file)?;
+    let loss = on_threads(args.threads, || {
+        commands::train(&file, &mut Terminal::new("steps"))
+    })?;
+    Ok(Reply::done(format!("wrote {}", file.output.display()))
+        .with("model", file.output.display().to_string())
+        .with("loss_nats", loss))
+}
+
+fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
+    let items = args.last.map(|last| args.first.unwrap_or(0)..last);
+    let shape = RecordShape {
+        k: usize::from(args.symbols),
+        fill_permille: args.fill_permille,
+    };
+    let stats = on_threads(args.threads, || {
+        let mut terminal = Terminal::new("items");
+        let (model, reference, out) = (&args.model, &args.reference, &args.out);
+        commands::score(model, reference, items, &shape, out, &mut terminal)
+    })?;
+    Ok(Reply::done(format!("wrote {}", args.out.display()))
+        .with("shard", args.out.display().to_string())
+        .with("positions", stats.positions)
+        .with("bits_per_byte", stats.bits_per_byte())
+        .with("branches_per_token", stats.branches_per_token()))
+}
+
+fn evaluate(args: &EvaluateArgs) -> Result<Reply, NodeError> {
+    let adapter = args.adapter.as_deref();
+    let score = on_threads(args.threads, || {
+        commands::evaluate(
+            &args.model,
+            adapter,
+            &args.data,
+            &mut Terminal::new("items"),
+        )
+    })?;
+    Ok(Reply::done(format!("measured {}", args.model.display()))
+        .with("bits_per_byte", score.bits_per_byte)
+        .with("accuracy", score.accuracy))
+}
+
+/// Runs numeric work on a pool of its own size.
+fn on_threads<T: Send>(
+    threads: Threads,
+    work: impl FnOnce() -> Result<T, WorkError> + Send,
+) -> Result<T, NodeError> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.threads.map_or(0, usize::from))
+        .build()
+        .map_err(|error| NodeError::System {
+            doing: "start threads",
+            source: std::io::Error::other(error),
+        })?;
+    Ok(pool.install(work)?)
+}
+
+fn init(args: &InitArgs) -> Result<Reply, NodeError> {
+    let path = args.out.join("node.toml");
+    let text = config::template(&args.consortium, &args.institution, &args.aggregator);
+    // Checked before anything is written: a typo must not leave keys behind.
+    let parsed = Config::parse(&text, &path)?;
+    let identity = parsed.identity.as_path();
+    let key_path = identity.join(folder::KEY);
+    for existing in [&path, &key_path] {
+        if existing.symlink_metadata().is_ok() {
+            return Err(NodeError::Exists(existing.clone()));
+        }
+    }
+    pem::create_folder(identity)?;
+    let key = TlsKey::generate()?;
+    let profile = LeafProfile::node(args.institution.clone());
+    let request = leaf::request(&args.consortium, &profile, &key)?;
+    let signing = folder::ensure_signing_key(identity)?;
+    pem::write_secret(&key_path, &key.to_pem(), Overwrite::Refuse)?;
+    let request_path = identity.join(folder::REQUEST);
+    pem::write_public(&request_path, &request, Overwrite::Refuse)?;
+    pem::write_public(&path, &text, Overwrite::Refuse)?;
+    let hint = format!(
+        "send {} and the public key to the operator; put cert.pem, ca.pem and authority.pub that come back into {}, \
+         and the signed charter at {}",
+        request_path.display(),
+        identity.display(),
+        parsed.charter.display()
+    );
+    Ok(Reply::done(format!("wrote {}", path.display()))
+        .hint(hint)
+        .with("config", path.display().to_string())
+        .with("request", request_path.display().to_string())
+        .with("public_key", signing.public_hex()))
+}
+
+fn ledger_of(config: &Config) -> Result<std::path::PathBuf, NodeError> {
+    Ok(Spool::open(&config.spool)?.state_path(agent::LEDGER))
+}
+
+fn show_ledger(config: &Config) -> Result<Reply, NodeError> {
+    let path = ledger_of(config)?;
+    let chain = Chain::read(&path)?;
+    let lines: Vec<serde_json::Value> = chain
+        .lines
+        .iter()
+        .map(|line| serde_json::to_value(line).unwrap_or_default())
+        .collect();
+    Ok(head(&path, &chain).with("line", lines))
+}
+
+fn verify_ledger(config: &Config) -> Result<Reply, NodeError> {
+    let path = ledger_of(config)?;
+    match Chain::read(&path).map_err(NodeError::from) {
+        Ok(chain) => Ok(head(&path, &chain)),
+        Err(error) if error.code() == "NODE-LEDGER-BROKEN" => Ok(Reply::no(&error)),
+        Err(error) => Err(error),
+    }
+}
+
+fn head(path: &Path, chain: &Chain) -> Reply {
+    Reply::done(format!("the chain of {} holds", path.display()))
+        .with("lines", chain.lines.len())
+        .with("head", chain.head.to_string())
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    // Fails only if a program that acts as several has set one already.
+    let _ = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+}

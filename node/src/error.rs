@@ -1,0 +1,135 @@
+//! What can end a command, with the code and the exit status that scripts see.
+
+use std::path::PathBuf;
+
+use consilium_certs::CertsError;
+use consilium_protocol::quic::LinkError;
+
+use crate::agent::AgentError;
+use crate::agent::gate::GateError;
+use crate::agent::ledger::LedgerError;
+use crate::config::ConfigError;
+use crate::spool::SpoolError;
+use crate::worker::WorkError;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The ledger.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// The spool.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    /// The worker.
+    #[error(transparent)]
+    Work(#[from] WorkError),
+    /// Keys and certificates.
+    #[error(transparent)]
+    Certs(#[from] CertsError),
+    /// A file that is not to be replaced.
+    #[error("{} exists and stays as it is; choose another folder with --out, or edit it", .0.display())]
+    Exists(PathBuf),
+    /// The machine gives no threads, signals or processes.
+    #[error("cannot {doing}")]
+    System {
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl NodeError {
+    /// Stable code for scripts.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Config(_) => "NODE-CONFIG",
+            Self::Agent(error) => agent_code(error),
+            Self::Ledger(LedgerError::Broken { .. }) => "NODE-LEDGER-BROKEN",
+            Self::Ledger(_) => "NODE-LEDGER",
+            Self::Spool(_) => "NODE-SPOOL",
+            Self::Work(_) => "NODE-WORK",
+            Self::Certs(error) => error.code(),
+            Self::Exists(_) => "NODE-EXISTS",
+            Self::System { .. } => "NODE-SYSTEM",
+        }
+    }
+
+    /// Exit status: 2 for usage and files, 3 for the network, 4 for refused identities and signatures, 5 for policy, 70
+    /// for a fault of ours.
+    #[must_use]
+    pub const fn exit_status(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Work(_) | Self::Spool(_) | Self::Exists(_) => 2,
+            Self::Agent(error) => agent_status(error),
+            Self::Ledger(error) => ledger_status(error),
+            Self::Certs(error) => error.exit_status(),
+            Self::System { .. } => 70,
+        }
+    }
+}
+
+const fn agent_code(error: &AgentError) -> &'static str {
+    match error {
+        AgentError::Locked(_) | AgentError::Lock { .. } => "NODE-LOCKED",
+        AgentError::Identity(_) | AgentError::OtherIdentity { .. } | AgentError::Credentials(_) => {
+            "NODE-IDENTITY"
+        }
+        AgentError::Link {
+            source: LinkError::Network(_),
+            ..
+        } => "NET-UNREACHABLE",
+        AgentError::Link {
+            source: LinkError::Local(_),
+            ..
+        } => "NET-LOCAL",
+        AgentError::Link { .. } => "NET-REFUSED",
+        AgentError::Trust(_) => "NODE-TRUST",
+        AgentError::Gate(_) => "NODE-GATE",
+        AgentError::Ledger(LedgerError::Broken { .. }) => "NODE-LEDGER-BROKEN",
+        AgentError::Ledger(_) => "NODE-LEDGER",
+        AgentError::Spool(_) => "NODE-SPOOL",
+        AgentError::Stopped => "NODE-INTERNAL",
+    }
+}
+
+const fn agent_status(error: &AgentError) -> u8 {
+    match error {
+        AgentError::Locked(_) | AgentError::Lock { .. } | AgentError::Spool(_) => 2,
+        AgentError::Link {
+            source: LinkError::Network(_),
+            ..
+        } => 3,
+        AgentError::Link {
+            source: LinkError::Local(_),
+            ..
+        } => 2,
+        AgentError::Link { .. }
+        | AgentError::Identity(_)
+        | AgentError::OtherIdentity { .. }
+        | AgentError::Credentials(_)
+        | AgentError::Trust(_) => 4,
+        AgentError::Gate(GateError::Ledger(error)) | AgentError::Ledger(error) => {
+            ledger_status(error)
+        }
+        AgentError::Gate(_) => 5,
+        AgentError::Stopped => 70,
+    }
+}
+
+/// Nothing may leave on a broken ledger, which is policy; a file that cannot be written is not.
+const fn ledger_status(error: &LedgerError) -> u8 {
+    match error {
+        LedgerError::Broken { .. } => 5,
+        LedgerError::Io { .. } | LedgerError::Owner { .. } => 2,
+    }
+}

@@ -1,0 +1,424 @@
+//! The jobs of the spool, one at a time.
+
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use consilium_kernels::RecordShape;
+use consilium_protocol::evaluation::Evaluation;
+use consilium_protocol::reference::ReferenceSet;
+use consilium_protocol::time::SystemClock;
+use consilium_protocol::{Clock as _, Digest, limits};
+
+use super::error::WorkError;
+use super::evaluate::evaluate;
+use super::holdout;
+use super::monitor::Monitor;
+use super::part::items_of;
+use super::progress::Terminal;
+use super::score::score_shard;
+use super::source::LoadedModel;
+use super::train::distill::{Distiller, Objective, Settings};
+use super::train::targets::Targets;
+use crate::config::Config;
+use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
+
+/// Begins the name of every state of an optimiser.
+const STATE: &str = "optimiser-";
+
+/// What the worker reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folders {
+    /// The spool that agent and worker share.
+    pub spool: PathBuf,
+    /// Folder of the pivot.
+    pub pivot: PathBuf,
+    /// Folder of the institution's own model.
+    pub source: PathBuf,
+    /// Private items for the evaluation, JSON lines.
+    pub holdout: PathBuf,
+}
+
+impl From<&Config> for Folders {
+    fn from(config: &Config) -> Self {
+        Self {
+            spool: config.spool.clone(),
+            pivot: config.pivot.clone(),
+            source: config.source.clone(),
+            holdout: config.holdout.clone(),
+        }
+    }
+}
+
+/// A job's artefact and the numbers that go with it.
+type Done = (Digest, BTreeMap<String, f64>);
+
+/// Does jobs and keeps what the next one is likely to need: one model, and the optimiser of the running round.
+pub struct Worker<'a> {
+    folders: Folders,
+    spool: Spool,
+    stop: &'a dyn Fn() -> bool,
+    reference: Option<Arc<ReferenceSet>>,
+    source: Option<LoadedModel>,
+    distiller: Option<Running>,
+}
+
+/// A distiller and where it is.
+#[derive(Debug)]
+struct Running {
+    distiller: Distiller,
+    manifest: Digest,
+    /// Last inner round that it has seen the end of.
+    after: Option<u32>,
+}
+
+impl<'a> Worker<'a> {
+    /// A worker without a model yet. It ends after the current step once `stop` says so.
+    ///
+    /// # Errors
+    /// The spool cannot be opened.
+    pub fn new(folders: Folders, stop: &'a dyn Fn() -> bool) -> Result<Self, WorkError> {
+        Ok(Self {
+            spool: Spool::open(&folders.spool)?,
+            folders,
+            stop,
+            reference: None,
+            source: None,
+            distiller: None,
+        })
+    }
+
+    /// The spool.
+    #[must_use]
+    pub fn spool(&self) -> &Spool {
+        &self.spool
+    }
+
+    /// Does the next pending job, if there is one, and says whether there was. A job that cannot be done gets a result
+    /// that says so; one that was stopped or withdrawn gets none.
+    ///
+    /// # Errors
+    /// The spool cannot be read or written.
+    pub fn work(&mut self) -> Result<bool, WorkError> {
+        let Some((id, job)) = self.spool.next_job()? else {
+            return Ok(false);
+        };
+        let started = SystemClock.now();
+        tracing::info!(job = %id, "begins");
+        let result = self.execute(&id, &job);
+        let seconds = SystemClock.now().since(started).as_secs_f64();
+        let outcome = match result {
+            Ok((artefact, notes)) => {
+                tracing::info!(job = %id, seconds, %artefact, "done");
+                Outcome::Done {
+                    artefact,
+                    seconds,
+                    notes,
+                }
+            }
+            Err(WorkError::Stopped) => {
+                tracing::info!(job = %id, "stopped");
+                return Ok(true);
+            }
+            Err(error) => {
+                let problem = with_causes(&error);
+                tracing::warn!(job = %id, problem, "failed");
+                Outcome::Failed { problem }
+            }
+        };
+        if self.spool.is_wanted(&id) {
+            self.spool.finish(&id, &outcome)?;
+        }
+        Ok(true)
+    }
+
+    fn execute(&mut self, id: &JobId, job: &Job) -> Result<Done, WorkError> {
+        match job {
+            Job::Score(job) => self.score(id, job),
+            Job::Distil(job) => self.distil(id, job),
+            Job::Evaluate(job) => self.evaluate(id, job),
+        }
+    }
+
+    fn score(&mut self, id: &JobId, job: &ScoreJob) -> Result<Done, WorkError> {
+        let reference = self.reference(&job.reference)?;
+        self.distiller = None;
+        let source = match self.source.take() {
+            Some(source) => source,
+            None => LoadedModel::load(&self.folders.source)?,
+        };
+        let source = &*self.source.insert(source);
+        let width = source.model.config().hidden_size;
+        if usize::from(job.symbols) * 8 > width {
+            return Err(WorkError::Setting {
+                field: "symbols",
+                problem: format!(
+                    "{} per position is more than an eighth of the source's hidden size {width}, which would let others \
+                     rebuild its head",
+                    job.symbols
+                ),
+            });
+        }
+        let shape = RecordShape {
+            k: job.symbols.into(),
+            fill_permille: job.fill_permille.into(),
+        };
+        let mut watch = Watch::new(&self.spool, self.stop, id, "items");
+        let scored = score_shard(source, &reference, job.items.clone(), &shape, &mut watch)?;
+        let artefact = self.spool.put_blob(&scored.shard.to_bytes()?)?;
+        let notes = notes([
+            ("bits_per_byte", scored.stats.bits_per_byte()),
+            ("tokens", scored.stats.tokens as f64),
+            ("branches_per_token", scored.stats.branches_per_token()),
+        ]);
+        Ok((artefact, notes))
+    }
+
+    fn distil(&mut self, id: &JobId, job: &DistilJob) -> Result<Done, WorkError> {
+        self.source = None;
+        let reference = self.reference(&job.reference)?;
+        let mut running = self.resume(job)?;
+        let result = self.inner_round(id, job, &reference, &mut running.distiller);
+        // After an error the optimiser is somewhere inside of the round; the next job reads it back from disk.
+        if result.is_ok() {
+            running.after = Some(job.inner);
+            self.distiller = Some(running);
+        }
+        result
+    }
+
+    fn inner_round(
+        &self,
+        id: &JobId,
+        job: &DistilJob,
+        reference: &ReferenceSet,
+        distiller: &mut Distiller,
+    ) -> Result<Done, WorkError> {
+        let items = reference.items();
+        if items.len() as u64 != job.items {
+            return Err(WorkError::Setting {
+                field: "items",
+                problem: format!("{}, but the reference set has {}", job.items, items.len()),
+            });
+        }
+        let start = self.spool.read_blob(&job.start, limits::ARTEFACT)?;
+        distiller.set_start(&start)?;
+        let part = items_of(&job.part, job.items)?;
+        let plan = distiller.plan(items, &part, job.inner)?;
+        let visited = plan.visited()?;
+        let targets = Targets::gather(reference, &visited, job.shard_items, |index| {
+            let digest = usize::try_from(index)
+                .ok()
+                .and_then(|index| job.targets.get(index))
+                .ok_or_else(|| WorkError::Targets(format!("the job names no shard {index}")))?;
+            Ok(self.spool.read_blob(digest, limits::SHARD)?)
+        })?;
+        let objective = Objective::Trie {
+            targets: &targets,
+            cross_entropy: job.training.cross_entropy_permille as f32 / 1000.0,
+        };
+        let mut watch = Watch::new(&self.spool, self.stop, id, "steps");
+        let loss = distiller.run(&plan, items, objective, &mut watch)?;
+        let artefact = self.spool.put_blob(&distiller.adapter_bytes()?)?;
+        self.keep_state(job, distiller)?;
+        let notes = notes([("loss", loss), ("usable_items", plan.usable() as f64)]);
+        Ok((artefact, notes))
+    }
+
+    /// The distiller as it was when the inner round before this job's ended, or a new one.
+    fn resume(&mut self, job: &DistilJob) -> Result<Running, WorkError> {
+        let settings = Settings::of(&job.training, job.seed)?;
+        let saved = self.saved_states(&job.manifest)?;
+        let before = saved.iter().rev().find(|(inner, _)| *inner < job.inner);
+        let after = before.map(|(inner, _)| *inner);
+        if let Some(running) = self.distiller.take()
+            && running.manifest == job.manifest
+            && running.after == after
+            && *running.distiller.settings() == settings
+        {
+            return Ok(running);
+        }
+        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let mut distiller = Distiller::new(pivot, settings)?;
+        if let Some((inner, name)) = before {
+            distiller.restore_state(&self.spool.state_path(name))?;
+            tracing::info!(
+                inner,
+                "continues with the optimiser of an earlier inner round"
+            );
+        }
+        Ok(Running {
+            distiller,
+            manifest: job.manifest,
+            after,
+        })
+    }
+
+    /// Writes the optimiser's state and removes those that no job can need: other rounds', and of this round's all but
+    /// the one before, because the job may be done again.
+    fn keep_state(&self, job: &DistilJob, distiller: &Distiller) -> Result<(), WorkError> {
+        let name = state_name(&job.manifest, job.inner);
+        distiller.save_state(&self.spool.state_path(&name))?;
+        let needed: Vec<String> = self
+            .saved_states(&job.manifest)?
+            .into_iter()
+            .filter(|(inner, _)| *inner <= job.inner)
+            .map(|(_, name)| name)
+            .rev()
+            .take(2)
+            .collect();
+        for name in self.states()? {
+            if !needed.contains(&name) {
+                // Best effort: a file that stays is only space.
+                let _ = fs::remove_file(self.spool.state_path(&name));
+            }
+        }
+        Ok(())
+    }
+
+    /// States of a round by inner round, ascending.
+    fn saved_states(&self, manifest: &Digest) -> Result<Vec<(u32, String)>, WorkError> {
+        let mut found: Vec<(u32, String)> = self
+            .states()?
+            .into_iter()
+            .filter_map(|name| {
+                let inner = name.rsplit_once('-')?.1.parse().ok()?;
+                (name == state_name(manifest, inner)).then_some((inner, name))
+            })
+            .collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Names of all states of optimisers.
+    fn states(&self) -> Result<Vec<String>, WorkError> {
+        let folder = self.spool.state_path("");
+        let read = |source| WorkError::Read {
+            path: folder.clone(),
+            source,
+        };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&folder).map_err(read)? {
+            let name = entry.map_err(read)?.file_name();
+            names.extend(
+                name.into_string()
+                    .ok()
+                    .filter(|name| name.starts_with(STATE)),
+            );
+        }
+        Ok(names)
+    }
+
+    fn evaluate(&mut self, id: &JobId, job: &EvaluateJob) -> Result<Done, WorkError> {
+        self.distiller = None;
+        let items = holdout::read(&self.folders.holdout)?;
+        let mut watch = Watch::new(&self.spool, self.stop, id, "texts");
+        let shape = Settings::of(&job.training, 0)?.lora;
+        let adapter = self.spool.read_blob(&job.candidate, limits::ARTEFACT)?;
+
+        let source = match self.source.take() {
+            Some(source) => source,
+            None => LoadedModel::load(&self.folders.source)?,
+        };
+        let source_score = evaluate(&source, &items, &mut watch)?;
+        drop(source);
+        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let pivot_score = evaluate(&pivot, &items, &mut watch)?;
+        let mut candidate = pivot;
+        candidate.apply_adapter(shape, &adapter)?;
+        let candidate_score = evaluate(&candidate, &items, &mut watch)?;
+
+        let evaluation = Evaluation {
+            candidate: candidate_score,
+            pivot: pivot_score,
+            source: source_score,
+        };
+        let artefact = self.spool.put_blob(&evaluation.to_bytes()?)?;
+        let notes = notes([
+            ("candidate_bits_per_byte", candidate_score.bits_per_byte),
+            ("pivot_bits_per_byte", pivot_score.bits_per_byte),
+            ("source_bits_per_byte", source_score.bits_per_byte),
+        ]);
+        Ok((artefact, notes))
+    }
+
+    fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {
+        if let Some(reference) = &self.reference
+            && reference.digest() == *digest
+        {
+            return Ok(Arc::clone(reference));
+        }
+        let bytes = self.spool.read_blob(digest, limits::ARTEFACT)?;
+        let reference = Arc::new(ReferenceSet::parse(&bytes)?);
+        self.reference = Some(Arc::clone(&reference));
+        Ok(reference)
+    }
+}
+
+impl fmt::Debug for Worker<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker")
+            .field("folders", &self.folders)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Shows a job and ends it where the process is to stop or the job was withdrawn.
+struct Watch<'a> {
+    spool: &'a Spool,
+    stop: &'a dyn Fn() -> bool,
+    id: &'a JobId,
+    terminal: Terminal,
+}
+
+impl<'a> Watch<'a> {
+    fn new(
+        spool: &'a Spool,
+        stop: &'a dyn Fn() -> bool,
+        id: &'a JobId,
+        what: &'static str,
+    ) -> Self {
+        Self {
+            spool,
+            stop,
+            id,
+            terminal: Terminal::new(what),
+        }
+    }
+}
+
+impl Monitor for Watch<'_> {
+    fn advance(&mut self, done: u64, total: u64, value: Option<f64>) -> Result<(), WorkError> {
+        if (self.stop)() || !self.spool.is_wanted(self.id) {
+            return Err(WorkError::Stopped);
+        }
+        self.terminal.advance(done, total, value)
+    }
+}
+
+fn state_name(manifest: &Digest, inner: u32) -> String {
+    format!("{STATE}{manifest}-{inner:04}")
+}
+
+fn notes<const N: usize>(numbers: [(&str, f64); N]) -> BTreeMap<String, f64> {
+    numbers
+        .into_iter()
+        .map(|(name, number)| (name.to_owned(), number))
+        .collect()
+}
+
+fn with_causes(error: &WorkError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,65 @@
+//! The worker process.
+
+use std::num::NonZeroUsize;
+use std::os::unix::process::parent_id;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::error::WorkError;
+use super::jobs::{Folders, Worker};
+
+/// Longest time until an idle worker notices a signal.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// How the process runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Threads of the computations; all cores if absent.
+    pub threads: Option<NonZeroUsize>,
+    /// End when the process that started this one is gone, as a child of the agent should.
+    pub end_with_parent: bool,
+}
+
+/// Does the jobs of the spool until SIGTERM or SIGINT, which end the process after the current step: the job keeps its
+/// place and is done again by the next worker.
+///
+/// # Errors
+/// The spool cannot be used. A job that fails is no such error; its result says so.
+pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
+    let signal = Arc::new(AtomicBool::new(false));
+    for number in [SIGTERM, SIGINT] {
+        // Only sets the flag. An asynchronous runtime would want a socket pair for it.
+        signal_hook::flag::register(number, Arc::clone(&signal)).map_err(|source| {
+            WorkError::Process {
+                doing: "watch for signals",
+                source,
+            }
+        })?;
+    }
+    let threads = options.threads.map_or(0, NonZeroUsize::get);
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .map_err(|error| WorkError::Process {
+            doing: "start threads",
+            source: std::io::Error::other(error),
+        })?;
+    let parent = parent_id();
+    let stop =
+        || signal.load(Ordering::Relaxed) || (options.end_with_parent && parent_id() != parent);
+    pool.install(|| {
+        let mut worker = Worker::new(folders, &stop)?;
+        let threads = rayon::current_num_threads();
+        tracing::info!(spool = %worker.spool().dir().display(), threads, "worker waits for jobs");
+        while !stop() {
+            if !worker.work()? {
+                worker.spool().wait_for_change(PATIENCE)?;
+            }
+        }
+        tracing::info!("worker ends");
+        Ok(())
+    })
+}

@@ -1,0 +1,72 @@
+//! Tiny models for the tests of this half.
+
+use std::sync::Arc;
+
+use consilium_protocol::reference::ReferenceSet;
+use rand::Rng as _;
+
+use super::model::ModelConfig;
+use super::part::generator;
+use super::source::LoadedModel;
+use super::tokenizer::{Tokenizer, train_bpe};
+
+pub(crate) const LINES: [&str; 8] = [
+    "ref kavo -> use dolin 40mg.",
+    "ref tamu -> use merak 20mg.",
+    "ref sirel -> use dolin 20ug.",
+    "for pale moss -> give 40ml.",
+    "for dark moss -> give 20ml.",
+    "the pale river carries dark sand to the old mill.",
+    "the old mill stands on pale sand.",
+    "use merak for the pale river.",
+];
+
+pub(crate) fn tokenizer() -> Arc<Tokenizer> {
+    let texts = LINES.iter().copied().cycle().take(80);
+    Arc::new(train_bpe(texts, 320).unwrap())
+}
+
+/// A random model whose predictions are far from uniform and differ by seed.
+pub(crate) fn model(seed: u64) -> LoadedModel {
+    let config = ModelConfig::llama(328, 32, 2, 2, 48);
+    let loaded = LoadedModel::random(tokenizer(), config, seed).unwrap();
+    let mut random = generator(&[seed, 1]);
+    for bank in loaded.model.base_banks() {
+        bank.edit(|values| {
+            for value in values {
+                let unit = (random.next_u64() >> 40) as f32 / (1_u32 << 24) as f32;
+                *value += 0.8 * (unit - 0.5);
+            }
+        })
+        .unwrap();
+    }
+    loaded
+}
+
+/// The lines as items: cut after the first word as a context for every third, an answer unlabeled in every second.
+pub(crate) fn reference() -> ReferenceSet {
+    let mut text = String::new();
+    for (index, line) in LINES.iter().enumerate() {
+        let cut = if index % 3 == 0 {
+            line.find(' ').unwrap()
+        } else {
+            0
+        };
+        let (context, target) = line.split_at(cut);
+        let unlabeled = match target.rfind(' ') {
+            Some(last) if index % 2 == 0 => format!("[[{},{}]]", last + 1, target.len() - 1),
+            _ => "[]".to_owned(),
+        };
+        text.push_str(&format!(
+            "{{\"context\":\"{context}\",\"target\":\"{target}\",\"unlabeled\":{unlabeled}}}\n"
+        ));
+    }
+    ReferenceSet::parse(text.as_bytes()).unwrap()
+}
+
+/// Natural logarithms of the softmax over the columns that carry mass.
+pub(crate) fn log_softmax(row: &[f32], live: usize) -> Vec<f64> {
+    let row: Vec<f64> = row[..live].iter().map(|&v| f64::from(v)).collect();
+    let sum: f64 = row.iter().map(|v| v.exp()).sum();
+    row.iter().map(|v| v - sum.ln()).collect()
+}

@@ -1,0 +1,358 @@
+//! The worker does the jobs of a spool folder without a network, takes orders to stop, and goes on where it was.
+
+#![cfg(test)]
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use consilium_node::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
+use consilium_node::worker::model::ModelConfig;
+use consilium_node::worker::tokenizer::train_bpe;
+use consilium_node::worker::{Folders, LoadedModel, RunOptions, Worker, run};
+use consilium_protocol::evaluation::Evaluation;
+use consilium_protocol::manifest::Training;
+use consilium_protocol::message::Part;
+use consilium_protocol::shard::Shard;
+use consilium_protocol::{Digest, RoundId};
+
+const ITEMS: u64 = 40;
+const SHARD_ITEMS: u32 = 25;
+const FOLDER: &str = "CONSILIUM_TEST_WORKER_FOLDER";
+
+fn lines() -> Vec<String> {
+    let words = ["dolin", "merak", "tamu", "sirel", "kavo"];
+    (0..40)
+        .map(|i| {
+            format!(
+                "ref {}-{i} -> use {} {}0mg.",
+                words[i % 5],
+                words[i / 5 % 5],
+                i % 4
+            )
+        })
+        .collect()
+}
+
+fn folders(folder: &Path) -> Folders {
+    Folders {
+        spool: folder.join("spool"),
+        pivot: folder.join("pivot"),
+        source: folder.join("source"),
+        holdout: folder.join("holdout.jsonl"),
+    }
+}
+
+/// Model folders, a holdout and a spool that holds the reference set, whose digest is returned.
+fn site(folder: &Path) -> Digest {
+    let folders = folders(folder);
+    let lines = lines();
+    for (seed, path, size) in [(1, &folders.pivot, 300), (2, &folders.source, 340)] {
+        let tokenizer = train_bpe(lines.iter().map(String::as_str), size).unwrap();
+        let config = ModelConfig::llama(tokenizer.size(), 64, 1, 2, 48);
+        let model = LoadedModel::random(Arc::new(tokenizer), config, seed).unwrap();
+        model.save(path).unwrap();
+    }
+    let holdout: String = lines[..6]
+        .iter()
+        .map(|line| {
+            let (context, target) = line.split_at(line.find(" use").unwrap());
+            format!(
+                "{{\"context\":\"{context}\",\"target\":\"{target}\",\"choices\":[\"{target}\",\" none\"]}}\n"
+            )
+        })
+        .collect();
+    fs::write(&folders.holdout, holdout).unwrap();
+    let reference: String = lines
+        .iter()
+        .map(|line| format!("{{\"target\":\"{line}\",\"unlabeled\":[[4,8]]}}\n"))
+        .collect();
+    let spool = Spool::open(&folders.spool).unwrap();
+    spool.put_blob(reference.as_bytes()).unwrap()
+}
+
+fn training(local_steps: u32) -> Training {
+    let modules = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ];
+    Training {
+        inner_rounds: 2,
+        local_steps,
+        rows: 2,
+        row_tokens: 64,
+        learning_rate_micros: 5_000,
+        warmup_permille: 50,
+        final_permille: 20,
+        cross_entropy_permille: 100,
+        rank: 4,
+        alpha: 8,
+        target_modules: modules.map(str::to_owned).to_vec(),
+        modules_to_save: ["embed_tokens", "lm_head"].map(str::to_owned).to_vec(),
+        outer_rate_permille: 700,
+        outer_momentum_permille: 700,
+    }
+}
+
+fn score(reference: Digest, shard: u32, symbols: u16) -> Job {
+    let first = u64::from(shard * SHARD_ITEMS);
+    Job::Score(ScoreJob {
+        round: RoundId(1),
+        shard,
+        items: first..ITEMS.min(first + u64::from(SHARD_ITEMS)).max(first),
+        reference,
+        symbols,
+        fill_permille: 995,
+    })
+}
+
+fn distil(reference: Digest, inner: u32, start: Digest, targets: &[Digest], steps: u32) -> Job {
+    Job::Distil(DistilJob {
+        round: RoundId(1),
+        manifest: Digest::of(b"manifest"),
+        inner,
+        start,
+        targets: targets.to_vec(),
+        reference,
+        part: Part {
+            seed: 77 + u64::from(inner),
+            from: 5,
+            to: 33,
+        },
+        training: training(steps),
+        seed: 4,
+        shard_items: SHARD_ITEMS,
+        items: ITEMS,
+    })
+}
+
+/// A fresh adapter, as the aggregator would make one.
+fn first_adapter(folder: &Path, spool: &Spool) -> Digest {
+    use consilium_node::worker::train::distill::{Distiller, Settings};
+    let pivot = LoadedModel::load(&folders(folder).pivot).unwrap();
+    let settings = Settings::of(&training(1), 99).unwrap();
+    let fresh = Distiller::new(pivot, settings).unwrap();
+    spool.put_blob(&fresh.adapter_bytes().unwrap()).unwrap()
+}
+
+fn artefact(outcome: Option<Outcome>) -> Digest {
+    match outcome {
+        Some(Outcome::Done { artefact, .. }) => artefact,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn problem(outcome: Option<Outcome>) -> String {
+    match outcome {
+        Some(Outcome::Failed { problem }) => problem,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A worker process in a network namespace of its own, where that is allowed.
+struct Process {
+    child: Child,
+    isolated: bool,
+}
+
+impl Process {
+    fn start(folder: &Path) -> Self {
+        let isolated = Command::new("unshare")
+            .args(["-rn", "true"])
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success());
+        let exe = std::env::current_exe().unwrap();
+        let mut command = if isolated {
+            let mut command = Command::new("unshare");
+            command.arg("-rn").arg(exe);
+            command
+        } else {
+            Command::new(exe)
+        };
+        let child = command
+            .args([
+                "--exact",
+                "a_process_of_its_own",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env(FOLDER, folder)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { child, isolated }
+    }
+
+    fn wait_for(&mut self, spool: &Spool, id: &JobId) -> Option<Outcome> {
+        for _ in 0..1200 {
+            if let Some(outcome) = spool.outcome(id).unwrap() {
+                return Some(outcome);
+            }
+            assert_eq!(self.child.try_wait().unwrap(), None, "the worker is gone");
+            spool.wait_for_change(Duration::from_millis(100)).unwrap();
+        }
+        panic!("no result of {id} in two minutes");
+    }
+
+    fn sockets(&self) -> Vec<String> {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+            .unwrap()
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .map(|target| target.to_string_lossy().into_owned())
+            .filter(|target| target.starts_with("socket:"))
+            .collect()
+    }
+
+    /// Interfaces that the process sees.
+    fn interfaces(&self) -> Vec<String> {
+        let table = fs::read_to_string(format!("/proc/{}/net/dev", self.child.id())).unwrap();
+        let names = table.lines().skip(2);
+        names
+            .filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()))
+            .collect()
+    }
+
+    fn terminate(mut self) {
+        let pid = self.child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert!(
+            self.child.wait().unwrap().success(),
+            "SIGTERM is no failure"
+        );
+    }
+}
+
+#[test]
+#[ignore = "the worker process of the other tests"]
+fn a_process_of_its_own() {
+    let Some(folder) = std::env::var_os(FOLDER) else {
+        return;
+    };
+    let options = RunOptions {
+        threads: NonZeroUsize::new(1),
+        end_with_parent: true,
+    };
+    run(folders(Path::new(&folder)), options).unwrap();
+}
+
+#[test]
+fn a_whole_round_is_done_without_a_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let reference = site(folder.path());
+    let spool = Spool::open(&folders(folder.path()).spool).unwrap();
+    let mut worker = Process::start(folder.path());
+
+    let shards = [0, 1].map(|shard| spool.submit(&score(reference, shard, 8)).unwrap());
+    let too_wide = spool.submit(&score(reference, 0, 9)).unwrap();
+    let outside = spool.submit(&score(reference, 2, 8)).unwrap();
+    let shards = shards.map(|id| artefact(worker.wait_for(&spool, &id)));
+    for (index, (digest, items)) in shards.iter().zip([0..25, 25..40]).enumerate() {
+        let shard = Shard::parse(&spool.read_blob(digest, 1 << 20).unwrap()).unwrap();
+        assert_eq!(shard.header.items(), items, "shard {index}");
+        assert_eq!(shard.header.reference, reference);
+    }
+    let problem_of = |outcome| problem(outcome);
+    let text = problem_of(worker.wait_for(&spool, &too_wide));
+    assert!(text.contains("hidden size 64"), "{text}");
+    let text = problem_of(worker.wait_for(&spool, &outside));
+    assert!(text.contains("reference set's 40"), "{text}");
+
+    let start = first_adapter(folder.path(), &spool);
+    let endless = distil(reference, 0, start, &shards, 900_000);
+    let endless = spool.submit(&endless).unwrap();
+    spool.wait_for_change(Duration::from_secs(1)).unwrap();
+    spool.withdraw(&endless).unwrap();
+
+    let first = spool
+        .submit(&distil(reference, 0, start, &shards, 3))
+        .unwrap();
+    let first = artefact(worker.wait_for(&spool, &first));
+    assert_ne!(first, start);
+    let evaluate = Job::Evaluate(EvaluateJob {
+        round: RoundId(1),
+        candidate: first,
+        training: training(3),
+    });
+    let evaluate = spool.submit(&evaluate).unwrap();
+    let evaluation = artefact(worker.wait_for(&spool, &evaluate));
+    let evaluation = Evaluation::parse(&spool.read_blob(&evaluation, 1 << 16).unwrap()).unwrap();
+    assert!(evaluation.candidate.bits_per_byte < evaluation.pivot.bits_per_byte);
+    assert!(evaluation.candidate.accuracy.is_some());
+    assert!(!spool.is_wanted(&endless));
+    assert_eq!(
+        spool.outcome(&endless).unwrap(),
+        None,
+        "withdrawn jobs have no result"
+    );
+
+    assert_eq!(worker.sockets(), Vec::<String>::new());
+    if worker.isolated {
+        assert_eq!(worker.interfaces(), ["lo"]);
+    }
+    worker.terminate();
+}
+
+#[test]
+fn a_signal_ends_the_process_inside_of_a_job_which_stays_to_be_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let reference = site(folder.path());
+    let spool = Spool::open(&folders(folder.path()).spool).unwrap();
+    let start = first_adapter(folder.path(), &spool);
+    let mut worker = Process::start(folder.path());
+    let shards = [0, 1].map(|shard| spool.submit(&score(reference, shard, 8)).unwrap());
+    let shards = shards.map(|id| artefact(worker.wait_for(&spool, &id)));
+    let endless = distil(reference, 0, start, &shards, 900_000);
+    let id = spool.submit(&endless).unwrap();
+    spool.wait_for_change(Duration::from_secs(1)).unwrap();
+    worker.terminate();
+    assert_eq!(spool.next_job().unwrap().map(|(id, _)| id), Some(id));
+}
+
+#[test]
+fn a_worker_that_restarts_or_repeats_gives_the_same_adapters() {
+    let never = || false;
+    let adapters = |restarts: bool| {
+        let folder = tempfile::tempdir().unwrap();
+        let reference = site(folder.path());
+        let folders = folders(folder.path());
+        let spool = Spool::open(&folders.spool).unwrap();
+        let start = first_adapter(folder.path(), &spool);
+        let mut worker = Worker::new(folders.clone(), &never).unwrap();
+        let mut done = |job: &Job| {
+            if restarts {
+                worker = Worker::new(folders.clone(), &never).unwrap();
+            }
+            let id = spool.submit(job).unwrap();
+            spool.reset(&id).unwrap();
+            assert!(worker.work().unwrap());
+            artefact(spool.outcome(&id).unwrap())
+        };
+        let shards = [0, 1].map(|shard| done(&score(reference, shard, 8)));
+        let jobs = [0, 1, 2].map(|inner| distil(reference, inner, start, &shards, 4));
+        let adapters = jobs.each_ref().map(|job| {
+            let adapter = done(job);
+            assert_eq!(done(job), adapter, "repeated");
+            adapter
+        });
+        assert!(!worker.work().unwrap(), "nothing is left to do");
+        adapters
+    };
+    let uninterrupted = adapters(false);
+    assert_ne!(uninterrupted[0], uninterrupted[1]);
+    assert_eq!(adapters(true), uninterrupted);
+}

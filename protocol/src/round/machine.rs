@@ -1,0 +1,537 @@
+//! The state of a round and the rules that move it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::effect::{Admission, Effect, RoundError, RoundPhase, RoundTask, Work};
+use super::parts::{part_seed, parts};
+use crate::artefact::Kind;
+use crate::contribution::Statement;
+use crate::event::{Event, Phase, Reason};
+use crate::ids::{Digest, InstitutionId};
+use crate::manifest::Manifest;
+use crate::message::Part;
+use crate::reject::RejectCode;
+use crate::time::UnixMillis;
+
+/// Artefacts of one member and one kind by sequence.
+type Slots = BTreeMap<u32, Digest>;
+
+/// One round, as far as its logged events tell.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Round {
+    manifest: Manifest,
+    digest: Digest,
+    phase: RoundPhase,
+    /// When the current collecting phase began.
+    since: UnixMillis,
+    /// The newest adapter; the candidate in the end.
+    adapter: Option<Digest>,
+    momentum: Option<Digest>,
+    targets: Option<Digest>,
+    slots: BTreeMap<(Kind, InstitutionId), Slots>,
+    /// Latest capacity of everybody who joined.
+    capacities: BTreeMap<InstitutionId, u32>,
+    /// Missed the close of an inner round and did not join again since.
+    dropped: BTreeSet<InstitutionId>,
+    /// Whom the current collecting phase waits for.
+    expected: BTreeSet<InstitutionId>,
+    /// Parts of the current inner round, of exactly those expected.
+    parts: BTreeMap<InstitutionId, Part>,
+    /// Members of the latest `Closed`.
+    closed: Vec<InstitutionId>,
+}
+
+impl Round {
+    /// A round whose `Opened` event was not applied yet; `digest` is that of the signed manifest.
+    #[must_use]
+    pub const fn open(manifest: Manifest, digest: Digest) -> Self {
+        Self {
+            manifest,
+            digest,
+            phase: RoundPhase::Opening,
+            since: UnixMillis(0),
+            adapter: None,
+            momentum: None,
+            targets: None,
+            slots: BTreeMap::new(),
+            capacities: BTreeMap::new(),
+            dropped: BTreeSet::new(),
+            expected: BTreeSet::new(),
+            parts: BTreeMap::new(),
+            closed: Vec::new(),
+        }
+    }
+
+    /// Applies one logged event and says what to do next. Reads no clock and draws no randomness.
+    ///
+    /// # Errors
+    /// The event does not follow from the state, which stays as it was.
+    pub fn step(&mut self, at: UnixMillis, event: &Event) -> Result<Vec<Effect>, RoundError> {
+        match (event, self.phase) {
+            (Event::Opened { manifest, start }, RoundPhase::Opening) => {
+                if *manifest != self.digest {
+                    return Err(RoundError::Manifest {
+                        got: *manifest,
+                        expected: self.digest,
+                    });
+                }
+                self.adapter = Some(*start);
+                Ok(self.begin(RoundPhase::Contribute, at))
+            }
+            (_, RoundPhase::Opening) => Err(self.unexpected(event)),
+            (_, phase) if phase.is_finished() => Err(self.unexpected(event)),
+            (
+                Event::Joined {
+                    institution,
+                    capacity,
+                },
+                _,
+            ) => self.join(institution, *capacity),
+            (
+                Event::Accepted {
+                    institution,
+                    kind,
+                    sequence,
+                    artefact,
+                    ..
+                },
+                _,
+            ) => self.accept(institution, *kind, *sequence, *artefact),
+            (Event::Refused { .. }, _) => Ok(Vec::new()),
+            (Event::Closed { phase, members }, now) if now.collecting() == Some(*phase) => {
+                self.close(*phase, at, members)
+            }
+            (Event::Fused { targets, .. }, RoundPhase::Fusing) => {
+                self.targets = Some(*targets);
+                Ok(self.begin(RoundPhase::Distil { inner: 0 }, at))
+            }
+            (
+                Event::Merged {
+                    inner,
+                    adapter,
+                    momentum,
+                    ..
+                },
+                RoundPhase::Merging { inner: current },
+            ) if *inner == current => {
+                self.adapter = Some(*adapter);
+                self.momentum = Some(*momentum);
+                let next = current.saturating_add(1);
+                Ok(self.begin(
+                    if next < self.manifest.training.inner_rounds {
+                        RoundPhase::Distil { inner: next }
+                    } else {
+                        RoundPhase::Evaluate
+                    },
+                    at,
+                ))
+            }
+            (Event::Released { release, report }, RoundPhase::Judging) => {
+                Ok(self.finish(RoundPhase::Released {
+                    release: *release,
+                    report: *report,
+                }))
+            }
+            (Event::Rejected { reason }, _) => self.reject(*reason, at, event),
+            _ => Err(self.unexpected(event)),
+        }
+    }
+
+    /// What must be logged now by completeness or by time, if anything: the close of the phase, or the end of the round
+    /// for lack of quorum.
+    #[must_use]
+    pub fn due(&self, now: UnixMillis) -> Option<Event> {
+        let phase = self.phase.collecting()?;
+        let members = self.complete();
+        let late = self.next_deadline().is_some_and(|deadline| now >= deadline);
+        if self.is_complete(&members) || (late && members.len() >= self.quorum()) {
+            Some(Event::Closed { phase, members })
+        } else {
+            late.then_some(Event::Rejected {
+                reason: Reason::Quorum,
+            })
+        }
+    }
+
+    /// When the current phase stops waiting for the missing; none while the aggregator works.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<UnixMillis> {
+        let deadlines = &self.manifest.deadlines;
+        let seconds = match self.phase.collecting()? {
+            Phase::Contribute => deadlines.contribute_seconds,
+            Phase::Distil { .. } => deadlines.distil_seconds,
+            Phase::Evaluate => deadlines.evaluate_seconds,
+        };
+        Some(self.since.after(Duration::from_secs(seconds.into())))
+    }
+
+    /// Work of the aggregator that is outstanding, to be taken up again after a replay.
+    #[must_use]
+    pub fn work(&self) -> Option<Work> {
+        match self.phase {
+            RoundPhase::Fusing => Some(Work::Fuse {
+                members: self.closed.clone(),
+            }),
+            RoundPhase::Merging { inner } => Some(Work::Merge {
+                inner,
+                start: self.adapter?,
+                momentum: self.momentum,
+                adapters: self
+                    .closed
+                    .iter()
+                    .filter_map(|who| {
+                        let part = self.parts.get(who)?;
+                        let weight = u32::try_from(part.to - part.from).unwrap_or(u32::MAX);
+                        Some((who.clone(), self.slot(who, Kind::Adapter, inner)?, weight))
+                    })
+                    .collect(),
+            }),
+            RoundPhase::Judging => Some(Work::Judge {
+                candidate: self.adapter?,
+                evaluations: self
+                    .closed
+                    .iter()
+                    .filter_map(|who| Some((who.clone(), self.slot(who, Kind::Evaluation, 0)?)))
+                    .collect(),
+            }),
+            RoundPhase::Opening
+            | RoundPhase::Contribute
+            | RoundPhase::Distil { .. }
+            | RoundPhase::Evaluate
+            | RoundPhase::Released { .. }
+            | RoundPhase::Rejected { .. } => None,
+        }
+    }
+
+    /// What this member should do now.
+    #[must_use]
+    pub fn task(&self, who: &InstitutionId) -> RoundTask {
+        if self.phase.is_finished() {
+            return RoundTask::Finished;
+        }
+        if !self.is_member(who) {
+            return RoundTask::Wait;
+        }
+        let task = match self.phase.collecting() {
+            Some(Phase::Contribute) => {
+                let held = self.slots.get(&(Kind::Records, who.clone()));
+                let shards: Vec<u32> = (0..self.manifest.shards())
+                    .filter(|shard| held.is_none_or(|held| !held.contains_key(shard)))
+                    .take(RoundTask::SHARDS)
+                    .collect();
+                (!shards.is_empty()).then_some(RoundTask::Score { shards })
+            }
+            Some(Phase::Distil { inner }) if self.slot(who, Kind::Adapter, inner).is_none() => {
+                self.adapter.zip(self.targets).zip(self.parts.get(who)).map(
+                    |((start, targets), part)| RoundTask::Distil {
+                        inner,
+                        start,
+                        targets,
+                        part: *part,
+                    },
+                )
+            }
+            Some(Phase::Evaluate) if self.slot(who, Kind::Evaluation, 0).is_none() => self
+                .adapter
+                .map(|candidate| RoundTask::Evaluate { candidate }),
+            _ => None,
+        };
+        task.unwrap_or(RoundTask::Wait)
+    }
+
+    /// Whether a verified contribution may come in. A repeat of what was accepted is welcome in every later phase.
+    ///
+    /// # Errors
+    /// What the sender is told.
+    pub fn admit(&self, statement: &Statement) -> Result<Admission, RejectCode> {
+        self.admission(
+            &statement.institution,
+            statement.kind,
+            statement.sequence,
+            statement.artefact,
+        )
+    }
+
+    /// The round's manifest.
+    #[must_use]
+    pub const fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Digest of the signed manifest.
+    #[must_use]
+    pub const fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Where the round stands.
+    #[must_use]
+    pub const fn phase(&self) -> RoundPhase {
+        self.phase
+    }
+
+    /// Everything of one kind that was accepted, by institution and sequence.
+    #[must_use]
+    pub fn contributions(&self, kind: Kind) -> Vec<(InstitutionId, u32, Digest)> {
+        self.slots
+            .iter()
+            .filter(|((slot_kind, _), _)| *slot_kind == kind)
+            .flat_map(|((_, who), slots)| {
+                slots
+                    .iter()
+                    .map(|(sequence, digest)| (who.clone(), *sequence, *digest))
+            })
+            .collect()
+    }
+
+    /// Latest capacity of a member that joined.
+    #[must_use]
+    pub fn capacity(&self, who: &InstitutionId) -> Option<u32> {
+        self.capacities.get(who).copied()
+    }
+
+    fn begin(&mut self, phase: RoundPhase, at: UnixMillis) -> Vec<Effect> {
+        self.phase = phase;
+        self.since = at;
+        self.parts.clear();
+        match phase {
+            RoundPhase::Distil { inner } => {
+                let able: Vec<(InstitutionId, u32)> = self
+                    .capacities
+                    .iter()
+                    .filter(|(who, _)| !self.dropped.contains(*who))
+                    .map(|(who, capacity)| (who.clone(), *capacity))
+                    .collect();
+                self.share(inner, &able);
+            }
+            // The dropped too: a site too slow to train still has a say on whether it fares worse.
+            RoundPhase::Evaluate => self.expected = self.capacities.keys().cloned().collect(),
+            _ => self.expected = self.manifest.members.iter().cloned().collect(),
+        }
+        let wake = self.next_deadline().map(Effect::WakeAt);
+        wake.into_iter().chain([Effect::Publish]).collect()
+    }
+
+    /// Members whose part would be empty are not expected: they would merge with weight 0.
+    fn share(&mut self, inner: u32, able: &[(InstitutionId, u32)]) {
+        let seed = part_seed(&self.digest, inner);
+        self.parts = parts(seed, self.manifest.items, able)
+            .into_iter()
+            .filter(|(_, part)| !part.range().is_empty())
+            .collect();
+        self.expected = self.parts.keys().cloned().collect();
+    }
+
+    fn join(&mut self, who: &InstitutionId, capacity: u32) -> Result<Vec<Effect>, RoundError> {
+        if !self.is_member(who) {
+            return Err(RoundError::NotMember(who.clone()));
+        }
+        self.capacities.insert(who.clone(), capacity);
+        self.dropped.remove(who);
+        if let RoundPhase::Distil { inner } = self.phase
+            && self.expected.is_empty()
+        {
+            self.share(inner, &[(who.clone(), capacity)]);
+        }
+        Ok(vec![Effect::Publish])
+    }
+
+    fn accept(
+        &mut self,
+        who: &InstitutionId,
+        kind: Kind,
+        sequence: u32,
+        artefact: Digest,
+    ) -> Result<Vec<Effect>, RoundError> {
+        let institution = who.clone();
+        match self.admission(who, kind, sequence, artefact) {
+            Ok(Admission::New) => {
+                let slots = self.slots.entry((kind, institution)).or_default();
+                slots.insert(sequence, artefact);
+                Ok(vec![Effect::Publish])
+            }
+            Ok(Admission::Repeat) => Err(RoundError::Repeated {
+                institution,
+                kind,
+                sequence,
+            }),
+            Err(code) => Err(RoundError::Slot {
+                institution,
+                kind,
+                sequence,
+                code,
+            }),
+        }
+    }
+
+    fn admission(
+        &self,
+        who: &InstitutionId,
+        kind: Kind,
+        sequence: u32,
+        artefact: Digest,
+    ) -> Result<Admission, RejectCode> {
+        if !self.is_member(who) {
+            return Err(RejectCode::NotMember);
+        }
+        let slots = match kind {
+            Kind::Records => self.manifest.shards(),
+            Kind::Adapter => self.manifest.training.inner_rounds,
+            Kind::Evaluation => 1,
+        };
+        if sequence >= slots {
+            return Err(RejectCode::Content);
+        }
+        match self.slot(who, kind, sequence) {
+            Some(held) if held == artefact => return Ok(Admission::Repeat),
+            Some(_) => return Err(RejectCode::Equivocation),
+            None => {}
+        }
+        let open = match (kind, self.phase) {
+            (Kind::Records, RoundPhase::Contribute) | (Kind::Evaluation, RoundPhase::Evaluate) => {
+                true
+            }
+            (Kind::Adapter, RoundPhase::Distil { inner }) => {
+                inner == sequence && self.expected.contains(who)
+            }
+            _ => false,
+        };
+        if open {
+            Ok(Admission::New)
+        } else {
+            Err(RejectCode::WrongPhase)
+        }
+    }
+
+    fn close(
+        &mut self,
+        phase: Phase,
+        at: UnixMillis,
+        members: &[InstitutionId],
+    ) -> Result<Vec<Effect>, RoundError> {
+        let complete = self.complete();
+        let ascending = members.is_sorted_by(|a, b| a < b);
+        if !ascending || members.iter().any(|m| complete.binary_search(m).is_err()) {
+            return Err(RoundError::Members { phase });
+        }
+        if members.len() < self.quorum() {
+            return Err(RoundError::Quorum {
+                phase,
+                got: members.len(),
+                quorum: self.quorum(),
+            });
+        }
+        if !self.is_complete(&complete) {
+            self.check_late(phase, at)?;
+        }
+        self.phase = match phase {
+            Phase::Contribute => RoundPhase::Fusing,
+            Phase::Distil { inner } => {
+                let missing = self.expected.iter().filter(|m| !complete.contains(m));
+                self.dropped.extend(missing.cloned());
+                RoundPhase::Merging { inner }
+            }
+            Phase::Evaluate => RoundPhase::Judging,
+        };
+        self.closed = members.to_vec();
+        self.expected.clear();
+        let run = self.work().map(Effect::Run);
+        Ok(run.into_iter().chain([Effect::Publish]).collect())
+    }
+
+    fn reject(
+        &mut self,
+        reason: Reason,
+        at: UnixMillis,
+        event: &Event,
+    ) -> Result<Vec<Effect>, RoundError> {
+        match (reason, self.phase) {
+            (Reason::Operator, _) | (Reason::Gate | Reason::NoGain, RoundPhase::Judging) => {}
+            (Reason::Quorum, now) => {
+                let phase = now.collecting().ok_or_else(|| self.unexpected(event))?;
+                self.check_late(phase, at)?;
+                let (got, quorum) = (self.complete().len(), self.quorum());
+                if got >= quorum {
+                    return Err(RoundError::Quorum { phase, got, quorum });
+                }
+            }
+            (Reason::Gate | Reason::NoGain, _) => return Err(self.unexpected(event)),
+        }
+        Ok(self.finish(RoundPhase::Rejected { reason }))
+    }
+
+    fn finish(&mut self, phase: RoundPhase) -> Vec<Effect> {
+        self.phase = phase;
+        vec![Effect::Publish, Effect::Finished]
+    }
+
+    fn check_late(&self, phase: Phase, at: UnixMillis) -> Result<(), RoundError> {
+        match self.next_deadline() {
+            Some(deadline) if at < deadline => Err(RoundError::Early {
+                phase,
+                at,
+                deadline,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Members whose contributions to the current phase are all here, ascending; in `Evaluate` also those that joined
+    /// after it began.
+    fn complete(&self) -> Vec<InstitutionId> {
+        let is_complete = |who: &InstitutionId| match self.phase {
+            RoundPhase::Contribute => {
+                let slots = self.slots.get(&(Kind::Records, who.clone()));
+                slots.map_or(0, BTreeMap::len)
+                    >= usize::try_from(self.manifest.shards()).unwrap_or(usize::MAX)
+            }
+            RoundPhase::Distil { inner } => self.slot(who, Kind::Adapter, inner).is_some(),
+            RoundPhase::Evaluate => self.slot(who, Kind::Evaluation, 0).is_some(),
+            _ => false,
+        };
+        let members = self.manifest.members.iter();
+        members.filter(|who| is_complete(who)).cloned().collect()
+    }
+
+    fn is_complete(&self, complete: &[InstitutionId]) -> bool {
+        complete.len() >= self.quorum()
+            && self
+                .expected
+                .iter()
+                .all(|who| complete.binary_search(who).is_ok())
+    }
+
+    fn quorum(&self) -> usize {
+        usize::try_from(self.manifest.quorum)
+            .unwrap_or(usize::MAX)
+            .min(self.expected.len())
+            .max(1)
+    }
+
+    fn slot(&self, who: &InstitutionId, kind: Kind, sequence: u32) -> Option<Digest> {
+        let slots = self.slots.get(&(kind, who.clone()))?;
+        slots.get(&sequence).copied()
+    }
+
+    fn is_member(&self, who: &InstitutionId) -> bool {
+        self.manifest.members.binary_search(who).is_ok()
+    }
+
+    const fn unexpected(&self, event: &Event) -> RoundError {
+        RoundError::Unexpected {
+            event: match event {
+                Event::Opened { .. } => "opened",
+                Event::Joined { .. } => "joined",
+                Event::Accepted { .. } => "accepted",
+                Event::Refused { .. } => "refused",
+                Event::Closed { .. } => "closed",
+                Event::Fused { .. } => "fused",
+                Event::Merged { .. } => "merged",
+                Event::Released { .. } => "released",
+                Event::Rejected { .. } => "rejected",
+            },
+            phase: self.phase,
+        }
+    }
+}
