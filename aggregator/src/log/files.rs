@@ -8,7 +8,7 @@ use consilium_protocol::transcript::tile::{self, TILE_WIDTH, Tile, TileKind};
 use consilium_protocol::transcript::tree::Tree;
 
 use super::LogError;
-use crate::store::durable::{self, TEMPORARY};
+use crate::store::durable::{self, TEMPORARY, Temporary};
 
 /// Longest checkpoint file that is read in bytes.
 const MAX_CHECKPOINT: u64 = 1 << 20;
@@ -67,11 +67,19 @@ impl Folder {
         }
     }
 
-    /// Replaces the checkpoint. After an error either the old or the new one is there.
-    pub(super) fn write_checkpoint(&self, note: &str) -> Result<(), LogError> {
+    /// Makes a new checkpoint durable under a temporary name.
+    pub(super) fn stage_checkpoint(&self, note: &str) -> Result<Temporary, LogError> {
+        Temporary::new(&self.path)
+            .and_then(|mut temporary| temporary.write(note.as_bytes()).map(|()| temporary))
+            .map_err(|error| LogError::io(&self.checkpoint_path(), "write this file", error))
+    }
+
+    /// Replaces the checkpoint by a staged one. After an error either of them is there.
+    pub(super) fn publish_checkpoint(&self, staged: Temporary) -> Result<(), LogError> {
         let path = self.checkpoint_path();
-        durable::write_file(&path, note.as_bytes())
-            .map_err(|error| LogError::io(&path, "write this file", error))
+        staged
+            .publish(&path)
+            .map_err(|error| LogError::io(&path, "replace this file", error))
     }
 
     /// Entries of a log of `size` entries, in order.

@@ -108,7 +108,7 @@ pub enum LogError {
     )]
     Sign(#[source] CheckpointError),
     /// An earlier checkpoint may or may not have reached the disk, so another one must not be signed.
-    #[error("the log stopped after a failed write of its checkpoint; restart this program")]
+    #[error("the log stopped after it could not put its checkpoint in place; restart this program")]
     Stopped,
     /// There is no such entry.
     #[error("there is no entry {index} in a log of {size}")]
@@ -184,7 +184,8 @@ impl Log {
             }
             None => {
                 let first = sign(&Tree::new(), &signer)?;
-                folder.write_checkpoint(&first.note().to_string())?;
+                let staged = folder.stage_checkpoint(&first.note().to_string())?;
+                folder.publish_checkpoint(staged)?;
                 first
             }
         };
@@ -221,7 +222,7 @@ impl Log {
     /// Appends an entry and returns its index once it and the checkpoint over it are durable.
     ///
     /// # Errors
-    /// Nothing is logged. After a failed write of the checkpoint every later append fails too,
+    /// Nothing is logged. After a failed rename of the checkpoint every later append fails too,
     /// until the log is opened again: two checkpoints of one size must never be signed.
     pub fn append(&mut self, entry: &Entry) -> Result<u64, LogError> {
         if self.stopped {
@@ -303,7 +304,8 @@ impl Log {
         let entries = |index: usize| kept.get(index).map(|kept| kept.bytes.as_slice());
         self.folder.write_growth(old, &self.tree, entries)?;
         let note = checkpoint.note().to_string();
-        if let Err(error) = self.folder.write_checkpoint(&note) {
+        let staged = self.folder.stage_checkpoint(&note)?;
+        if let Err(error) = self.folder.publish_checkpoint(staged) {
             // The file may have got its name before the failure.
             self.stopped = true;
             return Err(error);

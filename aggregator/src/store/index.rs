@@ -328,3 +328,128 @@ fn index_error(path: &Path, source: sled::Error) -> StoreError {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use consilium_protocol::UnixMillis;
+
+    use super::*;
+
+    fn accepted(institution: &str, sequence: u32, artefact: Digest) -> Entry {
+        Entry {
+            version: 1,
+            consortium: "fed".parse().unwrap(),
+            round: RoundId(7),
+            at: UnixMillis(1),
+            event: Event::Accepted {
+                institution: institution.parse().unwrap(),
+                kind: Kind::Records,
+                sequence,
+                artefact,
+                signature: String::new(),
+                ledger: artefact,
+            },
+        }
+    }
+
+    fn slot(institution: &str, sequence: u32) -> Slot {
+        Slot {
+            round: RoundId(7),
+            institution: institution.parse().unwrap(),
+            kind: Kind::Records,
+            sequence,
+        }
+    }
+
+    /// A data folder with three contributions, the entries about them and an index made by inserts.
+    fn filled(data: &Path) -> Vec<(u64, Entry)> {
+        let blobs = Blobs::open(data).unwrap();
+        let index = Index::open(&data.join("index"), Vec::new()).unwrap();
+        let mut entries = Vec::new();
+        for (entry, (who, sequence)) in (5..).zip([("north", 0), ("north", 1), ("south", 0)]) {
+            let bytes = format!("{who} {sequence} {}", "x".repeat(sequence as usize));
+            let digest = blobs.put_bytes(bytes.as_bytes()).unwrap();
+            let length = bytes.len() as u64;
+            let filled = IndexedSlot {
+                digest,
+                entry,
+                length,
+            };
+            index.insert(&slot(who, sequence), &filled).unwrap();
+            entries.push((entry, accepted(who, sequence, digest)));
+        }
+        entries
+    }
+
+    fn rows_of(index: &Index) -> (Rows, Rows) {
+        let read = |tree| contents(tree).unwrap();
+        (read(&index.slots), read(&index.artefacts))
+    }
+
+    #[test]
+    fn an_index_made_again_after_its_removal_equals_the_first() {
+        let data = tempfile::tempdir().unwrap();
+        let folder = data.path().join("index");
+        let entries = filled(data.path());
+        let before = rows_of(&Index::open(&folder, entries.clone()).unwrap());
+        assert_eq!((before.0.len(), before.1.len()), (3, 3));
+        fs::remove_dir_all(&folder).unwrap();
+
+        let index = Index::open(&folder, entries.clone()).unwrap();
+        assert_eq!(rows_of(&index), before);
+        index.rebuild(entries).unwrap();
+        assert_eq!(rows_of(&index), before);
+        assert_eq!(index.slots().unwrap(), 3);
+        let south = index.slot(&slot("south", 0)).unwrap().unwrap();
+        assert_eq!((south.entry, south.length), (7, 8));
+        let artefact = index.artefact(&south.digest).unwrap().unwrap();
+        assert_eq!(
+            artefact,
+            IndexedArtefact {
+                kind: Kind::Records,
+                length: 8
+            }
+        );
+        assert_eq!(index.slot(&slot("south", 1)).unwrap(), None);
+    }
+
+    #[test]
+    fn what_the_log_does_not_say_is_gone_after_a_restart() {
+        let data = tempfile::tempdir().unwrap();
+        let folder = data.path().join("index");
+        let mut entries = filled(data.path());
+        entries.pop();
+        let index = Index::open(&folder, entries).unwrap();
+        assert_eq!(index.slots().unwrap(), 2);
+        assert_eq!(index.slot(&slot("south", 0)).unwrap(), None);
+        assert!(index.slot(&slot("north", 1)).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_corrupt_index_is_made_again() {
+        for file in ["conf", "db"] {
+            let data = tempfile::tempdir().unwrap();
+            let folder = data.path().join("index");
+            let entries = filled(data.path());
+            let before = rows_of(&Index::open(&folder, entries.clone()).unwrap());
+            let path = folder.join(file);
+            let mut bytes = fs::read(&path).unwrap();
+            for byte in &mut bytes {
+                *byte ^= 0x5a;
+            }
+            fs::write(&path, bytes).unwrap();
+            let index = Index::open(&folder, entries).unwrap();
+            assert_eq!(rows_of(&index), before, "{file}");
+        }
+    }
+
+    #[test]
+    fn an_index_in_use_is_refused_and_left_alone() {
+        let data = tempfile::tempdir().unwrap();
+        let folder = data.path().join("index");
+        let entries = filled(data.path());
+        let index = Index::open(&folder, entries.clone()).unwrap();
+        assert!(Index::open(&folder, entries).is_err());
+        assert_eq!(index.slots().unwrap(), 3);
+    }
+}
