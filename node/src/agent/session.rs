@@ -289,7 +289,7 @@ impl Session<'_> {
 
     /// A permit, or none if the gate does not let it pass.
     async fn release(
-        &mut self,
+        &self,
         round: &Arc<OpenRound>,
         job: &JobId,
         statement: &Statement,
