@@ -2,5 +2,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod app;
+pub mod cli;
+pub mod config;
 pub mod fusion;
+pub mod log;
 pub mod release;
+pub mod rounds;
+pub mod server;
+pub mod store;

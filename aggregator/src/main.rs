@@ -1,3 +1,7 @@
-//! The program of the operator: rounds, fusion, store, log, releases.
+//! `consilium-aggregator`: the program of the operator.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    consilium_aggregator::cli::main(std::env::args_os())
+}

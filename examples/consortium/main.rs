@@ -1,3 +1,109 @@
-//! The main job, end to end.
+//! The main job, end to end, on one machine: three institutions with three tokenizers fuse what they know.
+//!
+//! ```sh
+//! cargo run --release --example consortium
+//! cargo run --release --example consortium -- --seeds 1,2,3
+//! ```
+//!
+//! The program starts itself as `consilium-aggregator` and `consilium-node`: real processes, real certificates, real QUIC
+//! on loopback. What it prints is measured on test sets that no training saw.
 
-fn main() {}
+mod arms;
+mod clock;
+mod measure;
+mod models;
+mod parallel;
+mod run;
+mod transcript;
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use consilium_examples::report::Report;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Folders with this file are ours to replace.
+const MARK: &str = ".consilium-consortium";
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "consortium",
+    about = "Three institutions fuse what they know; see the table at the end"
+)]
+struct Arguments {
+    /// Seeds of data, models and order; one run each.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    seeds: Vec<u64>,
+    /// Folder that the run leaves behind; an earlier run's is replaced.
+    #[arg(long, default_value = "consortium-run")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let program = std::env::args_os().next().unwrap_or_default();
+    match Path::new(&program).file_name().and_then(OsStr::to_str) {
+        Some("consilium-aggregator") => consilium_aggregator::cli::main(std::env::args_os()),
+        Some("consilium-node") => consilium_node::cli::main(std::env::args_os()),
+        _ => match consortium(&Arguments::parse()) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => {
+                clock::say(&format!("error: {error:#}"));
+                ExitCode::from(2)
+            }
+        },
+    }
+}
+
+/// Runs every seed and prints the report. True if every bar holds.
+fn consortium(arguments: &Arguments) -> Result<bool> {
+    claim(&arguments.out)?;
+    let mut report = Report {
+        command: command(arguments),
+        seeds: Vec::new(),
+    };
+    for &seed in &arguments.seeds {
+        let folder = arguments.out.join(format!("seed-{seed}"));
+        report
+            .seeds
+            .push(run::seed(seed, &folder).with_context(|| format!("seed {seed}"))?);
+        report.write_files(&arguments.out)?;
+    }
+    clock::result(&report.text(std::io::IsTerminal::is_terminal(&std::io::stdout())));
+    clock::say(&format!(
+        "report: {}",
+        arguments.out.join("report.html").display()
+    ));
+    Ok(report.passed())
+}
+
+fn command(arguments: &Arguments) -> String {
+    let seeds: Vec<String> = arguments.seeds.iter().map(u64::to_string).collect();
+    format!(
+        "cargo run --release --example consortium -- --seeds {}",
+        seeds.join(",")
+    )
+}
+
+/// Makes the output folder, replacing one that an earlier run made.
+fn claim(out: &Path) -> Result<()> {
+    if out.join(MARK).exists() {
+        std::fs::remove_dir_all(out).with_context(|| out.display().to_string())?;
+    } else if out.exists() && out.read_dir()?.next().is_some() {
+        bail!(
+            "{} is not empty and no earlier run made it; choose another --out",
+            out.display()
+        );
+    }
+    std::fs::create_dir_all(out)?;
+    std::fs::write(
+        out.join(MARK),
+        "made by the consortium example; may be replaced\n",
+    )?;
+    Ok(())
+}

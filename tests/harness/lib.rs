@@ -1,3 +1,179 @@
-//! Cluster harness for the end-to-end tests.
+//! A consortium of real processes with models that fit a test: random, two layers, a few hundred tokens.
 
 #![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use consilium_examples::cluster::{Cluster, Process, Program, Site, Spec, wait_until};
+use consilium_examples::world::{Domain, Sizes, World};
+use consilium_node::worker::LoadedModel;
+use consilium_node::worker::model::ModelConfig;
+use consilium_node::worker::tokenizer::train_bpe;
+use consilium_protocol::{ConsortiumId, InstitutionId};
+use serde_json::Value;
+
+/// Longest wait for anything in a test.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Settings of a round that takes seconds: the manifest's defaults, smaller.
+pub const SMALL: [&str; 7] = [
+    "symbols=4",
+    "shard_items=24",
+    "training.inner_rounds=2",
+    "training.local_steps=2",
+    "training.rows=2",
+    "training.rank=4",
+    "training.alpha=8",
+];
+
+/// A consortium of three on disk, its folder removed at the end.
+#[derive(Debug)]
+pub struct Consortium {
+    /// Its files and programs.
+    pub cluster: Cluster,
+    /// Its members.
+    pub names: [InstitutionId; 3],
+    _folder: tempfile::TempDir,
+}
+
+impl Consortium {
+    /// Makes text, models, certificates and configuration from a seed.
+    ///
+    /// # Errors
+    /// A file cannot be written, or a program cannot be built.
+    pub fn new(seed: u64) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let root = folder.path();
+        let sizes = Sizes {
+            private_lines: 120,
+            public_items: 60,
+            holdout_items: 12,
+            test_lines: 10,
+            rule_questions: 1,
+        };
+        let world = World::generate(seed, &sizes);
+        let files = world.write_files(&root.join("text"))?;
+        let public: Vec<&str> =
+            world.public.iter().map(|public| public.item.target.as_str()).collect();
+        let pivot = root.join("pivot");
+        model(&public, 280, seed, &pivot)?;
+        let mut sites = Vec::new();
+        for (at, domain) in Domain::ALL.into_iter().enumerate() {
+            let institution = world.institutions.get(at).context("three institutions")?;
+            let private: Vec<&str> = institution.private.iter().map(String::as_str).collect();
+            let source = root.join("sources").join(domain.name());
+            model(&private, 270 + 10 * at, seed + 1 + at as u64, &source)?;
+            let holdout = files.holdout.get(at).context("three holdouts")?.clone();
+            sites.push(Site { name: InstitutionId::new(domain.name())?, source, holdout, capacity: 1 });
+        }
+        let names = Domain::ALL.map(Domain::name).map(InstitutionId::new);
+        let [Ok(clinic), Ok(bank), Ok(insurer)] = names else { bail!("a domain is no identifier") };
+        let spec = Spec {
+            consortium: ConsortiumId::new("demo")?,
+            quorum: 2,
+            // Random models say nothing about quality; these tests are about the round.
+            gate_bound_permille: 100_000,
+            pivot,
+            reference: files.public,
+            sites,
+            threads: 1,
+        };
+        let programs = binaries()?;
+        let aggregator = Program::new(programs.join("consilium-aggregator"), "consilium-aggregator");
+        let node = Program::new(programs.join("consilium-node"), "consilium-node");
+        let cluster = Cluster::prepare(&root.join("consortium"), spec, aggregator, node)?;
+        Ok(Self { cluster, names: [clinic, bank, insurer], _folder: folder })
+    }
+
+    /// Opens a small round with more settings of its own.
+    ///
+    /// # Errors
+    /// The aggregator refuses.
+    pub fn open_round(&self, settings: &[&str]) -> Result<()> {
+        let mut arguments = vec!["round", "open"];
+        for setting in SMALL.iter().chain(settings) {
+            arguments.extend(["--set", *setting]);
+        }
+        self.cluster.operator(&arguments).map(|_| ())
+    }
+
+    /// The newest round as `status --json` shows it.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn round(&self) -> Result<Value> {
+        Ok(self.cluster.status()?["round"].take())
+    }
+
+    /// Waits until the round is as wanted; every process must stay alive meanwhile.
+    ///
+    /// # Errors
+    /// It does not become so in time, or a process ends.
+    pub fn wait_for(
+        &self,
+        what: &str,
+        processes: &mut [&mut Process],
+        mut wanted: impl FnMut(&Value) -> bool,
+    ) -> Result<Value> {
+        let mut found = Value::Null;
+        wait_until(what, PATIENCE, || {
+            for process in &mut *processes {
+                process.ensure_running()?;
+            }
+            found = self.round()?;
+            Ok(wanted(&found))
+        })
+        .with_context(|| format!("the round was last seen as {found:#}\n{}", self.logs()))?;
+        Ok(found)
+    }
+
+    /// The ends of all logs, for a failed test's message.
+    #[must_use]
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for entry in self.cluster.root().join("logs").read_dir().into_iter().flatten().flatten() {
+            let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            let tail = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default();
+            text += &format!("== {}\n{}\n", entry.path().display(), tail.join("\n"));
+        }
+        text
+    }
+}
+
+/// Whether a round has been released.
+#[must_use]
+pub fn is_released(round: &Value) -> bool {
+    round["release"].is_string()
+}
+
+fn model(texts: &[&str], tokens: usize, seed: u64, folder: &Path) -> Result<()> {
+    let tokenizer = Arc::new(train_bpe(texts.iter().copied(), tokens)?);
+    let config = ModelConfig::llama(tokenizer.size(), 32, 2, 2, 64);
+    std::fs::create_dir_all(folder)?;
+    LoadedModel::random(tokenizer, config, seed)?.save(folder)?;
+    Ok(())
+}
+
+/// The folder of the programs, built once per test process with the profile of the test.
+fn binaries() -> Result<PathBuf> {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(folder) = FOLDER.get() {
+        return Ok(folder.clone());
+    }
+    let test = std::env::current_exe()?;
+    let folder = test.ancestors().nth(2).context("a test runs from target/<profile>/deps")?;
+    let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    build.args(["build", "--quiet", "--workspace", "--bins"]);
+    if folder.ends_with("release") {
+        build.arg("--release");
+    }
+    build.current_dir(env!("CARGO_MANIFEST_DIR"));
+    let status = build.status().context("cannot run cargo to build the programs under test")?;
+    ensure!(status.success(), "the programs under test cannot be built: {status}");
+    Ok(FOLDER.get_or_init(|| folder.to_path_buf()).clone())
+}

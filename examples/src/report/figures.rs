@@ -148,7 +148,6 @@ fn traffic(report: &Report) -> Chart {
         ("records", |node| node.records),
         ("adapters", |node| node.adapters),
         ("evaluation", |node| node.evaluation),
-        ("control", |node| node.control),
         ("all sent", Traffic::sent),
         ("dense logits, not sent", |node| node.dense),
     ];

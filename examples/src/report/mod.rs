@@ -144,7 +144,7 @@ impl ArmResult {
     }
 }
 
-/// Bytes that one node put on the wire, by kind, and what dense logits would have cost.
+/// Content that one node put on the wire, packed as it was sent, by kind, and what dense logits would have cost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Traffic {
     /// Whose node.
@@ -155,8 +155,6 @@ pub struct Traffic {
     pub adapters: u64,
     /// Evaluations of the candidate.
     pub evaluation: u64,
-    /// Everything else: hellos, status, acknowledgements.
-    pub control: u64,
     /// f16 logits over the source's whole vocabulary at the same token positions; not sent.
     pub dense: u64,
 }
@@ -164,7 +162,7 @@ pub struct Traffic {
 impl Traffic {
     /// Everything sent.
     pub fn sent(&self) -> u64 {
-        self.records + self.adapters + self.evaluation + self.control
+        self.records + self.adapters + self.evaluation
     }
 }
 

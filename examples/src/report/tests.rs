@@ -79,7 +79,6 @@ fn seed(seed: u64, worse: f64) -> SeedReport {
             records: 802_413,
             adapters: 9_420_160,
             evaluation: 1_812,
-            control: 14_330,
             dense,
         })
         .collect();

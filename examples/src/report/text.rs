@@ -108,21 +108,20 @@ impl Page {
     fn traffic(&mut self, traffic: &[Traffic]) {
         self.heading("Bytes sent");
         self.line(&format!(
-            "{:LABEL$}{:>11}{:>11}{:>12}{:>10}{:>11}{:>20}",
-            "node", "records", "adapters", "evaluation", "control", "all", "dense f16 logits"
+            "{:LABEL$}{:>11}{:>11}{:>12}{:>11}{:>20}",
+            "node", "records", "adapters", "evaluation", "all", "dense f16 logits"
         ));
         for node in traffic {
-            let [records, adapters, evaluation, control, sent, dense] = [
+            let [records, adapters, evaluation, sent, dense] = [
                 node.records,
                 node.adapters,
                 node.evaluation,
-                node.control,
                 node.sent(),
                 node.dense,
             ]
             .map(|count| bytes(count as f64));
             self.line(&format!(
-                "{:LABEL$}{records:>11}{adapters:>11}{evaluation:>12}{control:>10}{sent:>11}{dense:>20}",
+                "{:LABEL$}{records:>11}{adapters:>11}{evaluation:>12}{sent:>11}{dense:>20}",
                 node.node.name()
             ));
         }

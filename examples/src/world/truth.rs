@@ -29,6 +29,11 @@ pub enum RuleSet {
 impl RuleSet {
     /// Every set, in order.
     pub const ALL: [Self; 3] = [Self::A, Self::B, Self::C];
+
+    /// Position in [`RuleSet::ALL`].
+    pub fn index(self) -> usize {
+        self as usize
+    }
 }
 
 /// A key, its answer and its number.

@@ -17,10 +17,12 @@ use super::error::{LinkError, LocalError, NetworkError, PeerError, alert};
 use super::frame::Stream;
 use super::identity::{IdentityError, PeerIdentity, Role};
 use super::tasks::Tasks;
-use super::tls::{CertificateFault, Credentials, CredentialsError, FaultSlot};
+use super::tls::{Credentials, CredentialsError};
+use super::verify::{CertificateFault, FaultSlot, check};
 use crate::reject::RejectCode;
 
-/// Streams that a node may have open at once: control, and seven transfers.
+/// Streams that a node may have open at once: control, and transfers. Room is announced again when two have ended, so
+/// at least seven can be open.
 pub const MAX_BIDI_STREAMS: u32 = 8;
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -301,9 +303,7 @@ impl Handshake {
         let connecting = incoming.accept_with(Arc::new(config))?;
         let inner = handshake(connecting, address, &fault).await?;
         let checked = peer_of(&inner).and_then(|peer| {
-            server
-                .credentials
-                .check(&peer, Role::Node)
+            check(&peer, Role::Node, server.credentials.identity())
                 .map_err(PeerError::Certificate)?;
             Ok(peer)
         });

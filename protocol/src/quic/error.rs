@@ -8,7 +8,8 @@ use std::time::Duration;
 use quinn::{ConnectionError, ReadError, ReadExactError, TransportErrorCode, VarInt, WriteError};
 
 use super::chunk::ChunkError;
-use super::tls::{CertificateFault, CredentialsError};
+use super::tls::CredentialsError;
+use super::verify::CertificateFault;
 use crate::codec::CodecError;
 use crate::frame::FrameError;
 use crate::ids::Digest;

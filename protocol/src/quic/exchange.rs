@@ -84,21 +84,14 @@ pub async fn download(
 ) -> Result<u64, LinkError> {
     let path = partial_path(into);
     let mut file = open_partial(&path, limit).await?;
-    let (mut stream, length) = loop {
-        let offset = file.length();
-        let mut stream = connection.open().await?;
-        stream.send(&Download { digest, offset }).await?;
-        let Content { length } = stream.expect(Wait::Within(pace.answer)).await?;
-        if length > limit {
-            let error = LinkError::from(PeerError::Length { length, limit });
-            stream.abandon(error.code());
+    let (mut stream, length) = match ask(connection, digest, limit, &mut file, pace).await {
+        Ok(asked) => asked,
+        Err(error) => {
+            if file.length() == 0 {
+                file.discard()?;
+            }
             return Err(error);
         }
-        if offset <= length {
-            break (stream, length);
-        }
-        // What lies here is no beginning of this artefact.
-        file = blocking(move || file.restart().map(|()| file)).await??;
     };
     let offset = file.length();
     let file = receive_content(&mut stream, file, offset..length, pace, progress)
@@ -139,6 +132,32 @@ pub async fn serve_download(
         stream.abandon(error.code());
     }
     served
+}
+
+/// Opens the stream on which the rest of an artefact comes; gives the length of the whole.
+async fn ask(
+    connection: &Connection,
+    digest: Digest,
+    limit: u64,
+    file: &mut Partial,
+    pace: &Pace,
+) -> Result<(Stream, u64), LinkError> {
+    loop {
+        let offset = file.length();
+        let mut stream = connection.open().await?;
+        stream.send(&Download { digest, offset }).await?;
+        let Content { length } = stream.expect(Wait::Within(pace.answer)).await?;
+        if length > limit {
+            let error = LinkError::from(PeerError::Length { length, limit });
+            stream.abandon(error.code());
+            return Err(error);
+        }
+        if offset <= length {
+            return Ok((stream, length));
+        }
+        // What lies here is no beginning of this artefact.
+        file.restart()?;
+    }
 }
 
 /// Where a download of `into` keeps what it has.

@@ -13,6 +13,7 @@ mod partial;
 mod tasks;
 mod tls;
 mod transfer;
+mod verify;
 
 pub use endpoint::{
     Client, Connection, Connections, Handshake, MAX_BIDI_STREAMS, Server, ServerLimits,
@@ -23,8 +24,9 @@ pub use frame::{DEADLINE, Request, Stream, Wait};
 pub use identity::{IdentityError, PeerIdentity, Role};
 pub use partial::{Complete, Partial};
 pub use tasks::{Shutdown, Tasks};
-pub use tls::{CertificateFault, Credentials, CredentialsError, Pem};
+pub use tls::{Credentials, CredentialsError, Pem};
 pub use transfer::{Pace, Progress, receive_content, send_content};
+pub use verify::CertificateFault;
 
 #[cfg(test)]
 mod tests;

@@ -76,7 +76,7 @@ impl Partial {
     pub fn complete(self, expected: Digest) -> Result<Complete, LinkError> {
         let got = Digest::from_bytes(self.hash.clone().finalize().into());
         if got != expected {
-            std::fs::remove_file(&self.path).map_err(LocalError::file(&self.path))?;
+            self.discard()?;
             return Err(PeerError::Digest { got, expected }.into());
         }
         self.file.sync_all().map_err(LocalError::file(&self.path))?;
@@ -84,6 +84,14 @@ impl Partial {
             partial: self,
             digest: got,
         })
+    }
+
+    /// Removes the file.
+    ///
+    /// # Errors
+    /// The file system's reason.
+    pub fn discard(self) -> Result<(), LocalError> {
+        std::fs::remove_file(&self.path).map_err(LocalError::file(&self.path))
     }
 
     fn read(&mut self, total: u64) -> io::Result<()> {
@@ -175,7 +183,7 @@ impl Complete {
     /// # Errors
     /// The file system's reason.
     pub fn discard(self) -> Result<(), LocalError> {
-        std::fs::remove_file(&self.partial.path).map_err(LocalError::file(&self.partial.path))
+        self.partial.discard()
     }
 }
 

@@ -1,27 +1,24 @@
 //! TLS of both sides: version 1.3 only, certificates both ways, hybrid post-quantum key exchange first, no resumption.
 //!
 //! A resumed session would reuse a certificate chain that was verified in the past, so there are no tickets, no session
-//! store and no early data. Every handshake gets a verifier of its own that keeps its reason, because
-//! QUIC reports a failed handshake as a number and a sentence.
+//! store and no early data. Every handshake gets a verifier of its own, which keeps its reason.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::{Error as PemError, PemObject as _};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore};
-use rustls::{ClientConfig, ServerConfig, SignatureScheme};
-use x509_parser::time::ASN1Time;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use zeroize::Zeroizing;
 
-use super::identity::{IdentityError, PeerIdentity, Role};
+use super::identity::{IdentityError, PeerIdentity};
+use super::verify::{ClientVerifier, FaultSlot, ServerVerifier};
 use crate::frame::ALPN;
 
 /// Why our own certificate, key or authority cannot be used.
@@ -72,58 +69,6 @@ pub enum CredentialsError {
         /// The library's reason.
         source: rustls::client::VerifierBuilderError,
     },
-}
-
-/// Why a peer's certificate does not pass.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CertificateFault {
-    /// It showed none.
-    #[error("the peer showed no certificate")]
-    Missing,
-    /// Past its end.
-    #[error("the peer's certificate expired on {0}; the peer must renew it")]
-    Expired(String),
-    /// Before its start.
-    #[error("the peer's certificate is not valid before {0}; check the clocks of both machines")]
-    NotYetValid(String),
-    /// Of another authority.
-    #[error(
-        "the peer's certificate is not from the authority in our ca.pem; both must be of the same consortium"
-    )]
-    UnknownAuthority,
-    /// For other host names.
-    #[error("the aggregator's certificate is for {presented:?}, not for {expected:?}")]
-    WrongName {
-        /// Name that was dialled.
-        expected: String,
-        /// Names in the certificate.
-        presented: Vec<String>,
-    },
-    /// Extended key usage of the other side.
-    #[error("the peer's certificate is for another purpose (extended key usage)")]
-    WrongPurpose,
-    /// It names nobody.
-    #[error("the peer's certificate does not say who it is")]
-    Identity(#[from] IdentityError),
-    /// A node where an aggregator should be, or the other way round.
-    #[error("the peer's certificate is of {identity}, expected the role {expected}")]
-    WrongRole {
-        /// Identity in the certificate.
-        identity: String,
-        /// Role that may be there.
-        expected: Role,
-    },
-    /// Of another consortium.
-    #[error("the peer's certificate is of {identity}, expected the consortium {expected}")]
-    WrongConsortium {
-        /// Identity in the certificate.
-        identity: String,
-        /// Our consortium.
-        expected: String,
-    },
-    /// Anything else.
-    #[error("the peer's certificate does not pass: {0}")]
-    Other(String),
 }
 
 /// A PEM text and the file that errors name.
@@ -253,10 +198,10 @@ impl Credentials {
     }
 
     /// Configuration for one handshake with the aggregator of our consortium.
-    pub(crate) fn client(&self, fault: &FaultSlot) -> Result<ClientConfig, CredentialsError> {
+    pub(super) fn client(&self, fault: &FaultSlot) -> Result<ClientConfig, CredentialsError> {
         let verifier = ServerVerifier {
             inner: Arc::clone(&self.servers),
-            expected: self.identity.clone(),
+            ours: self.identity.clone(),
             fault: fault.clone(),
         };
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
@@ -271,7 +216,7 @@ impl Credentials {
     }
 
     /// Configuration for one handshake with whoever has a certificate of our authority.
-    pub(crate) fn server(&self, fault: &FaultSlot) -> Result<ServerConfig, CredentialsError> {
+    pub(super) fn server(&self, fault: &FaultSlot) -> Result<ServerConfig, CredentialsError> {
         let verifier = ClientVerifier {
             inner: Arc::clone(&self.clients),
             fault: fault.clone(),
@@ -285,27 +230,6 @@ impl Credentials {
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
         Ok(config)
-    }
-
-    /// Checks that a peer has `role` in our consortium.
-    pub(crate) fn check(&self, peer: &PeerIdentity, role: Role) -> Result<(), CertificateFault> {
-        check(peer, role, &self.identity)
-    }
-}
-
-/// Where a verifier leaves its reason.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct FaultSlot(Arc<OnceLock<CertificateFault>>);
-
-impl FaultSlot {
-    /// The reason, if the verifier refused.
-    pub(crate) fn take(&self) -> Option<CertificateFault> {
-        self.0.get().cloned()
-    }
-
-    fn fill(&self, fault: CertificateFault) {
-        // The first reason is the one that ended the handshake.
-        let _ = self.0.set(fault);
     }
 }
 
@@ -345,159 +269,5 @@ fn describe(error: &PemError) -> String {
         PemError::IllegalSectionStart { .. } => "a damaged BEGIN line".to_owned(),
         PemError::Base64Decode(_) => "damaged base64".to_owned(),
         other => other.to_string(),
-    }
-}
-
-fn check(peer: &PeerIdentity, role: Role, ours: &PeerIdentity) -> Result<(), CertificateFault> {
-    if peer.consortium != ours.consortium {
-        return Err(CertificateFault::WrongConsortium {
-            identity: peer.to_string(),
-            expected: ours.consortium.to_string(),
-        });
-    }
-    if peer.role != role {
-        return Err(CertificateFault::WrongRole {
-            identity: peer.to_string(),
-            expected: role,
-        });
-    }
-    Ok(())
-}
-
-fn fault(error: &rustls::Error) -> CertificateFault {
-    let rustls::Error::InvalidCertificate(reason) = error else {
-        return CertificateFault::Other(error.to_string());
-    };
-    match reason {
-        CertificateError::ExpiredContext { not_after, .. } => {
-            CertificateFault::Expired(date(*not_after))
-        }
-        CertificateError::NotValidYetContext { not_before, .. } => {
-            CertificateFault::NotYetValid(date(*not_before))
-        }
-        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
-            CertificateFault::UnknownAuthority
-        }
-        CertificateError::NotValidForNameContext {
-            expected,
-            presented,
-        } => CertificateFault::WrongName {
-            expected: expected.to_str().into_owned(),
-            presented: presented.clone(),
-        },
-        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            CertificateFault::WrongPurpose
-        }
-        _ => CertificateFault::Other(error.to_string()),
-    }
-}
-
-fn date(time: UnixTime) -> String {
-    i64::try_from(time.as_secs())
-        .ok()
-        .and_then(|seconds| ASN1Time::from_timestamp(seconds).ok())
-        .map_or_else(
-            || format!("second {}", time.as_secs()),
-            |time| time.to_string(),
-        )
-}
-
-/// Chain and name as webpki checks them, then role and consortium.
-#[derive(Debug)]
-struct ServerVerifier {
-    inner: Arc<WebPkiServerVerifier>,
-    expected: PeerIdentity,
-    fault: FaultSlot,
-}
-
-impl ServerCertVerifier for ServerVerifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let verified = self
-            .inner
-            .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-            .inspect_err(|error| self.fault.fill(fault(error)))?;
-        PeerIdentity::from_der(end_entity)
-            .map_err(CertificateFault::from)
-            .and_then(|peer| check(&peer, Role::Aggregator, &self.expected))
-            .map_err(|fault| {
-                self.fault.fill(fault);
-                rustls::Error::from(CertificateError::ApplicationVerificationFailure)
-            })?;
-        Ok(verified)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.inner.supported_verify_schemes()
-    }
-}
-
-/// Chain as webpki checks it. Role and consortium are checked after the handshake, where a reject code can be sent.
-#[derive(Debug)]
-struct ClientVerifier {
-    inner: Arc<dyn ClientCertVerifier>,
-    fault: FaultSlot,
-}
-
-impl ClientCertVerifier for ClientVerifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.inner.root_hint_subjects()
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        self.inner
-            .verify_client_cert(end_entity, intermediates, now)
-            .inspect_err(|error| self.fault.fill(fault(error)))
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.inner.supported_verify_schemes()
     }
 }

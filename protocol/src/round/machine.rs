@@ -305,6 +305,7 @@ impl Round {
                     .collect();
                 self.share(inner, &able);
             }
+            // The dropped too: a site too slow to train still has a say on whether it fares worse.
             RoundPhase::Evaluate => self.expected = self.capacities.keys().cloned().collect(),
             _ => self.expected = self.manifest.members.iter().cloned().collect(),
         }

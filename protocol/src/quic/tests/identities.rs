@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rcgen::ExtendedKeyUsagePurpose;
 use rustls::pki_types::pem::PemObject as _;
@@ -10,12 +11,15 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::quic::{ClientConnection, ServerConnection, Version};
 use rustls::{NamedGroup, ProtocolVersion, RootCertStore};
 
+use tokio::time::timeout;
+
 use super::{Authority, GRACE, LIMITS, Leaf, Pair, server};
 use crate::RejectCode;
 use crate::frame::ALPN;
-use crate::quic::tls::FaultSlot;
+use crate::quic::verify::FaultSlot;
 use crate::quic::{
-    Alert, CertificateFault, Client, Credentials, LinkError, PeerError, Role, ServerLimits, Tasks,
+    Alert, CertificateFault, Client, Credentials, LinkError, MAX_BIDI_STREAMS, PeerError, Role,
+    ServerLimits, Tasks,
 };
 
 #[test]
@@ -239,6 +243,35 @@ async fn a_server_that_is_not_the_aggregator_is_refused_before_anything_is_sent(
     let node = authority.credentials(&Leaf::new("node", "st-anna"));
     let (_, told) = refusals(aggregator, node).await;
     assert_eq!(certificate(&told), &CertificateFault::UnknownAuthority);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_does_not_answer_is_given_up_after_ten_seconds() {
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let node = Authority::new().credentials(&Leaf::new("node", "st-anna"));
+    let client = Client::bind(node).unwrap();
+    let begun = tokio::time::Instant::now();
+    let error = client.connect(&address, "localhost").await.unwrap_err();
+    assert!(error.to_string().contains(&address), "{error}");
+    assert!(matches!(error, LinkError::Network(_)) && error.is_retryable());
+    assert_eq!(begun.elapsed().as_secs(), 10);
+}
+
+#[tokio::test]
+async fn a_node_opens_eight_streams_and_the_aggregator_none() {
+    let pair = Pair::new().await;
+    let mut streams = Vec::new();
+    for _ in 0..MAX_BIDI_STREAMS {
+        streams.push(pair.stream(b"!").await);
+    }
+    let (mut ninth, mut reverse) = (Box::pin(pair.near.open()), Box::pin(pair.far.open()));
+    assert!(timeout(Duration::ZERO, &mut ninth).await.is_err());
+    assert!(timeout(Duration::ZERO, &mut reverse).await.is_err());
+    // QUIC announces room by the pair.
+    streams.truncate(6);
+    ninth.await.unwrap();
+    assert!(timeout(Duration::ZERO, &mut reverse).await.is_err());
 }
 
 #[tokio::test]

@@ -1,7 +1,9 @@
 //! Real sockets on the loopback interface, with certificates made on the spot.
 
+mod chunks;
 mod frames;
 mod identities;
+mod throughput;
 mod transfers;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -15,9 +17,12 @@ use rcgen::{
 };
 
 use super::*;
+use crate::limits;
 
 pub(super) const GRACE: Duration = Duration::from_secs(5);
 pub(super) const LIMITS: ServerLimits = ServerLimits { connections: 16 };
+
+pub(super) const CHUNK: u64 = limits::CHUNK as u64;
 
 pub(super) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
@@ -148,4 +153,28 @@ async fn join(server: &Server, address: &str, client: &Client) -> (Connection, C
         server.next().await.unwrap().finish().await
     });
     (near.unwrap(), far.unwrap())
+}
+
+/// Bytes that do not compress, the same for the same length.
+pub(super) fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..length)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[3]
+        })
+        .collect()
+}
+
+pub(super) fn quiet(_: u64) {}
+
+pub(super) fn impatient() -> Pace {
+    Pace {
+        header: Duration::from_millis(30),
+        window: Duration::from_millis(60),
+        floor: 1 << 30,
+        answer: Duration::from_millis(30),
+    }
 }

@@ -179,6 +179,12 @@ impl Distiller {
         &self.student
     }
 
+    /// Ends the training and keeps the pivot with its adapter.
+    #[must_use]
+    pub fn into_student(self) -> LoadedModel {
+        self.student
+    }
+
     /// How it trains.
     #[must_use]
     pub fn settings(&self) -> &Settings {

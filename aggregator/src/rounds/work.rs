@@ -1,0 +1,214 @@
+//! What a round asks of the aggregator between phases: artefacts in, artefacts and one event out. Blocking and pure but
+//! for the blob store, so that a restarted aggregator does the same again.
+
+use std::path::PathBuf;
+
+use consilium_protocol::artefact::Kind;
+use consilium_protocol::charter::Charter;
+use consilium_protocol::evaluation::Evaluation;
+use consilium_protocol::event::{Event, TargetIndex};
+use consilium_protocol::limits;
+use consilium_protocol::manifest::Manifest;
+use consilium_protocol::reference::ReferenceSet;
+use consilium_protocol::round::{Round, Work};
+use consilium_protocol::shard::Shard;
+use consilium_protocol::{Digest, InstitutionId};
+
+use crate::config::ReleaseConfig;
+use crate::fusion::{self, MergeInput, ShardRouting};
+use crate::release::{self, Artefact, ReleaseInput, ReleaseKey, Verdict};
+use crate::store::Blobs;
+
+/// Everything that work needs and that does not change during a round.
+#[derive(Debug)]
+pub struct Bench {
+    /// The blob store.
+    pub blobs: Blobs,
+    /// The charter.
+    pub charter: Charter,
+    /// The reference set.
+    pub reference: ReferenceSet,
+    /// Folder of all releases.
+    pub releases: PathBuf,
+    /// What releases say about themselves.
+    pub release: ReleaseConfig,
+    /// The key that signs them.
+    pub release_key: ReleaseKey,
+}
+
+/// What the log says of the round beside its state.
+#[derive(Debug, Clone, Default)]
+pub struct SoFar {
+    /// Index of the fused targets.
+    pub targets: Option<Digest>,
+    /// Truncation error of each merge, in millionths.
+    pub truncation_ppm: Vec<u32>,
+}
+
+/// What failed, in words for the operator's log.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}: {source}")]
+pub struct WorkError {
+    step: &'static str,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+fn failed<E>(step: &'static str) -> impl FnOnce(E) -> WorkError
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    move |source| WorkError {
+        step,
+        source: source.into(),
+    }
+}
+
+impl Bench {
+    /// Does one piece of work of `round` and says what happened.
+    ///
+    /// # Errors
+    /// An artefact is missing or damaged, or the disk fails. The work may be tried again.
+    pub fn perform(&self, round: &Round, work: &Work, so_far: &SoFar) -> Result<Event, WorkError> {
+        match work {
+            Work::Fuse { members } => self.fuse(round, members),
+            Work::Merge {
+                inner,
+                start,
+                momentum,
+                adapters,
+            } => self.merge(round.manifest(), *inner, *start, *momentum, adapters),
+            Work::Judge {
+                candidate,
+                evaluations,
+            } => self.judge(round, *candidate, evaluations, so_far),
+        }
+    }
+
+    fn fuse(&self, round: &Round, members: &[InstitutionId]) -> Result<Event, WorkError> {
+        let manifest = round.manifest();
+        let records = round.contributions(Kind::Records);
+        let mut shards = Vec::new();
+        let mut routing: Vec<ShardRouting> = Vec::new();
+        for index in 0..manifest.shards() {
+            let sources = records
+                .iter()
+                .filter(|(who, sequence, _)| *sequence == index && members.contains(who))
+                .map(|(who, _, digest)| Ok((who.clone(), self.shard(*digest)?)))
+                .collect::<Result<Vec<_>, WorkError>>()?;
+            let fused = fusion::fuse_shard(manifest, &self.reference, index, &sources)
+                .map_err(failed("fusing records"))?;
+            let bytes = fused
+                .targets
+                .to_bytes()
+                .map_err(failed("writing targets"))?;
+            shards.push(self.put(&bytes)?);
+            routing.push(fused.routing);
+        }
+        let json = |value: serde_json::Result<Vec<u8>>| value.map_err(failed("writing JSON"));
+        let targets = self.put(&json(serde_json::to_vec(&TargetIndex { shards }))?)?;
+        let routing = self.put(&json(serde_json::to_vec(&routing))?)?;
+        Ok(Event::Fused { targets, routing })
+    }
+
+    fn merge(
+        &self,
+        manifest: &Manifest,
+        inner: u32,
+        start: Digest,
+        momentum: Option<Digest>,
+        adapters: &[(InstitutionId, Digest, u32)],
+    ) -> Result<Event, WorkError> {
+        let start = self.read(start)?;
+        let momentum = momentum.map(|digest| self.read(digest)).transpose()?;
+        let contents = adapters
+            .iter()
+            .map(|(who, digest, weight)| Ok((who.clone(), self.read(*digest)?, *weight)))
+            .collect::<Result<Vec<_>, WorkError>>()?;
+        let adapters: Vec<_> = contents
+            .iter()
+            .map(|(who, bytes, weight)| (who.clone(), bytes.as_slice(), *weight))
+            .collect();
+        let merged = fusion::merge(MergeInput {
+            training: &manifest.training,
+            start: &start,
+            momentum: momentum.as_deref(),
+            adapters: &adapters,
+        })
+        .map_err(failed("merging adapters"))?;
+        Ok(Event::Merged {
+            inner,
+            adapter: self.put(&merged.adapter)?,
+            momentum: self.put(&merged.momentum)?,
+            truncation_ppm: merged.truncation.ppm(),
+        })
+    }
+
+    fn judge(
+        &self,
+        round: &Round,
+        candidate: Digest,
+        evaluations: &[(InstitutionId, Digest)],
+        so_far: &SoFar,
+    ) -> Result<Event, WorkError> {
+        let evaluations = evaluations
+            .iter()
+            .map(|(who, digest)| {
+                let bytes = self.read(*digest)?;
+                let parsed = Evaluation::parse(&bytes).map_err(failed("reading an evaluation"))?;
+                Ok((who.clone(), parsed))
+            })
+            .collect::<Result<Vec<_>, WorkError>>()?;
+        let verdict: Verdict = release::judge(&self.charter, &evaluations, None);
+        if let Some(reason) = verdict.rejected {
+            return Ok(Event::Rejected { reason });
+        }
+        let contributions: Vec<_> = [Kind::Records, Kind::Adapter, Kind::Evaluation]
+            .into_iter()
+            .flat_map(|kind| {
+                round.contributions(kind).into_iter().map(
+                    move |(institution, sequence, artefact)| Artefact {
+                        institution,
+                        kind,
+                        sequence,
+                        artefact,
+                    },
+                )
+            })
+            .collect();
+        let adapter = self.read(candidate)?;
+        let published = release::publish(ReleaseInput {
+            releases: &self.releases,
+            manifest: round.manifest(),
+            manifest_digest: round.digest(),
+            targets: so_far.targets,
+            contributions: &contributions,
+            truncation_ppm: &so_far.truncation_ppm,
+            verdict: &verdict,
+            adapter: &adapter,
+            base_model: &self.release.base_model,
+            license: &self.release.license,
+            key: &self.release_key,
+        })
+        .map_err(failed("publishing the release"))?;
+        Ok(Event::Released {
+            release: published.digest,
+            report: published.report,
+        })
+    }
+
+    fn shard(&self, digest: Digest) -> Result<Shard, WorkError> {
+        Shard::parse(&self.read(digest)?).map_err(failed("reading a shard"))
+    }
+
+    fn read(&self, digest: Digest) -> Result<Vec<u8>, WorkError> {
+        self.blobs
+            .read(&digest, limits::ARTEFACT)
+            .map_err(failed("reading an artefact"))
+    }
+
+    fn put(&self, bytes: &[u8]) -> Result<Digest, WorkError> {
+        self.blobs
+            .put_bytes(bytes)
+            .map_err(failed("storing an artefact"))
+    }
+}

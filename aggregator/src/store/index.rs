@@ -1,0 +1,330 @@
+//! What the log says about slots and artefacts, by key.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use consilium_protocol::artefact::Kind;
+use consilium_protocol::contribution::Statement;
+use consilium_protocol::event::{Entry, Event};
+use consilium_protocol::{Digest, InstitutionId, RoundId};
+
+use super::{Blobs, StoreError};
+
+/// Memory for pages of the index in bytes.
+const CACHE: u64 = 16 << 20;
+
+/// Place of one contribution.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Slot {
+    /// The round.
+    pub round: RoundId,
+    /// Whose contribution.
+    pub institution: InstitutionId,
+    /// What it is.
+    pub kind: Kind,
+    /// Which of that kind.
+    pub sequence: u32,
+}
+
+impl Slot {
+    /// Slot that a statement claims.
+    #[must_use]
+    pub fn of(statement: &Statement) -> Self {
+        Self {
+            round: statement.round,
+            institution: statement.institution.clone(),
+            kind: statement.kind,
+            sequence: statement.sequence,
+        }
+    }
+
+    /// Unique: identifiers and names hold no zero byte.
+    fn key(&self) -> Vec<u8> {
+        let mut key = self.round.0.to_be_bytes().to_vec();
+        for text in [self.institution.as_str(), self.kind.name()] {
+            key.extend_from_slice(text.as_bytes());
+            key.push(0);
+        }
+        key.extend_from_slice(&self.sequence.to_be_bytes());
+        key
+    }
+}
+
+/// What fills a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexedSlot {
+    /// The artefact.
+    pub digest: Digest,
+    /// Index of its `Accepted` entry in the log.
+    pub entry: u64,
+    /// Bytes of the artefact; 0 if its blob was gone when the index was made from the log.
+    pub length: u64,
+}
+
+impl IndexedSlot {
+    fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = self.digest.as_bytes().to_vec();
+        bytes.extend_from_slice(&self.entry.to_be_bytes());
+        bytes.extend_from_slice(&self.length.to_be_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (digest, rest) = bytes.split_first_chunk::<32>()?;
+        let (entry, rest) = rest.split_first_chunk::<8>()?;
+        Some(Self {
+            digest: Digest::from_bytes(*digest),
+            entry: u64::from_be_bytes(*entry),
+            length: u64::from_be_bytes(rest.try_into().ok()?),
+        })
+    }
+}
+
+/// What is known about an artefact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexedArtefact {
+    /// What it is.
+    pub kind: Kind,
+    /// Its bytes.
+    pub length: u64,
+}
+
+impl IndexedArtefact {
+    fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = self.length.to_be_bytes().to_vec();
+        bytes.extend_from_slice(self.kind.name().as_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (length, kind) = bytes.split_first_chunk::<8>()?;
+        Some(Self {
+            kind: Kind::from_name(str::from_utf8(kind).ok()?)?,
+            length: u64::from_be_bytes(*length),
+        })
+    }
+}
+
+/// Slots and artefacts of accepted contributions.
+#[derive(Debug)]
+pub struct Index {
+    path: PathBuf,
+    db: sled::Db,
+    slots: sled::Tree,
+    artefacts: sled::Tree,
+}
+
+type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+
+impl Index {
+    /// Opens the index `index/` of a data folder and holds it against the log's entries: one that
+    /// is missing, corrupt or says something else is made again. Lengths come from the blobs in
+    /// the same data folder.
+    ///
+    /// # Errors
+    /// Another process holds the index, or the file system's reason.
+    pub fn open(
+        folder: &Path,
+        entries: impl IntoIterator<Item = (u64, Entry)>,
+    ) -> Result<Self, StoreError> {
+        let blobs = Blobs::beside(folder.parent().unwrap_or(Path::new("")));
+        let (slots, artefacts) = rows(entries, &blobs);
+        let current = Self::load(folder).and_then(|index| {
+            let same = contents(&index.slots)? == slots && contents(&index.artefacts)? == artefacts;
+            Ok((index, same))
+        });
+        match current {
+            Ok((index, true)) => Ok(index),
+            Ok((index, false)) => {
+                tracing::warn!(index = %folder.display(), slots = slots.len(),
+                    "the index differs from the log and is made again");
+                index.replace(&slots, &artefacts)?;
+                Ok(index)
+            }
+            Err(error) if is_corrupt(&error) => {
+                tracing::warn!(index = %folder.display(), %error,
+                    "the index is corrupt and is made again from the log");
+                fs::remove_dir_all(folder)
+                    .map_err(|error| StoreError::io(folder, "remove this folder", error))?;
+                let index = Self::load(folder).map_err(|source| index_error(folder, source))?;
+                index.replace(&slots, &artefacts)?;
+                Ok(index)
+            }
+            Err(error) => Err(index_error(folder, error)),
+        }
+    }
+
+    /// Makes the index again from the log's entries.
+    ///
+    /// # Errors
+    /// The index cannot be written.
+    pub fn rebuild(
+        &self,
+        entries: impl IntoIterator<Item = (u64, Entry)>,
+    ) -> Result<(), StoreError> {
+        let blobs = Blobs::beside(self.path.parent().unwrap_or(Path::new("")));
+        let (slots, artefacts) = rows(entries, &blobs);
+        self.replace(&slots, &artefacts)
+    }
+
+    /// Notes what fills a slot; durable on return. The entry may be the one that is logged next.
+    ///
+    /// # Errors
+    /// The index cannot be written.
+    pub fn insert(&self, slot: &Slot, filled: &IndexedSlot) -> Result<(), StoreError> {
+        let artefact = IndexedArtefact {
+            kind: slot.kind,
+            length: filled.length,
+        };
+        self.slots
+            .insert(slot.key(), filled.to_bytes())
+            .and_then(|_| {
+                let digest = filled.digest.as_bytes();
+                self.artefacts.insert(digest, artefact.to_bytes())
+            })
+            .and_then(|_| self.db.flush())
+            .map(drop)
+            .map_err(|source| index_error(&self.path, source))
+    }
+
+    /// What fills a slot.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn slot(&self, slot: &Slot) -> Result<Option<IndexedSlot>, StoreError> {
+        let found = self.slots.get(slot.key());
+        self.decode(found, IndexedSlot::from_bytes)
+    }
+
+    /// What is known about an artefact.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn artefact(&self, digest: &Digest) -> Result<Option<IndexedArtefact>, StoreError> {
+        let found = self.artefacts.get(digest.as_bytes());
+        self.decode(found, IndexedArtefact::from_bytes)
+    }
+
+    /// Number of slots that are filled.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn slots(&self) -> Result<u64, StoreError> {
+        let slots = contents(&self.slots).map_err(|source| index_error(&self.path, source))?;
+        Ok(slots.len() as u64)
+    }
+
+    fn load(folder: &Path) -> sled::Result<Self> {
+        let db = sled::Config::new()
+            .path(folder)
+            .cache_capacity(CACHE)
+            .open()?;
+        Ok(Self {
+            path: folder.to_owned(),
+            slots: db.open_tree("slots")?,
+            artefacts: db.open_tree("artefacts")?,
+            db,
+        })
+    }
+
+    fn replace(&self, slots: &Rows, artefacts: &Rows) -> Result<(), StoreError> {
+        let write = || {
+            for (tree, rows) in [(&self.slots, slots), (&self.artefacts, artefacts)] {
+                tree.clear()?;
+                for (key, value) in rows {
+                    tree.insert(key, value.as_slice())?;
+                }
+            }
+            self.db.flush()
+        };
+        write()
+            .map(drop)
+            .map_err(|source| index_error(&self.path, source))
+    }
+
+    fn decode<T>(
+        &self,
+        found: sled::Result<Option<sled::IVec>>,
+        parse: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
+        let malformed = || sled::Error::Corruption { at: None, bt: () };
+        found
+            .and_then(|bytes| {
+                bytes
+                    .map(|bytes| parse(&bytes).ok_or_else(malformed))
+                    .transpose()
+            })
+            .map_err(|source| index_error(&self.path, source))
+    }
+}
+
+/// Rows that the log calls for. The first entry of a slot counts, as in the round.
+fn rows(entries: impl IntoIterator<Item = (u64, Entry)>, blobs: &Blobs) -> (Rows, Rows) {
+    let (mut slots, mut artefacts) = (Rows::new(), Rows::new());
+    for (entry, logged) in entries {
+        let Event::Accepted {
+            institution,
+            kind,
+            sequence,
+            artefact,
+            ..
+        } = logged.event
+        else {
+            continue;
+        };
+        let length = blobs.length(&artefact).unwrap_or_else(|| {
+            tracing::warn!(%artefact, entry, "an accepted artefact is not in the store");
+            0
+        });
+        let slot = Slot {
+            round: logged.round,
+            institution,
+            kind,
+            sequence,
+        };
+        let filled = IndexedSlot {
+            digest: artefact,
+            entry,
+            length,
+        };
+        let known = IndexedArtefact { kind, length };
+        slots.entry(slot.key()).or_insert_with(|| filled.to_bytes());
+        artefacts
+            .entry(artefact.as_bytes().to_vec())
+            .or_insert_with(|| known.to_bytes());
+    }
+    (slots, artefacts)
+}
+
+fn contents(tree: &sled::Tree) -> sled::Result<Rows> {
+    tree.iter()
+        .map(|row| row.map(|(key, value)| (key.to_vec(), value.to_vec())))
+        .collect()
+}
+
+fn is_corrupt(error: &sled::Error) -> bool {
+    match error {
+        sled::Error::Io(error) => matches!(
+            error.kind(),
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+        ),
+        sled::Error::Corruption { .. }
+        | sled::Error::ReportableBug(_)
+        | sled::Error::Unsupported(_) => true,
+        sled::Error::CollectionNotFound(_) => false,
+    }
+}
+
+fn index_error(path: &Path, source: sled::Error) -> StoreError {
+    match source {
+        sled::Error::Io(error) if super::is_full(&error) => StoreError::Full {
+            path: path.to_owned(),
+        },
+        source => StoreError::Index {
+            path: path.to_owned(),
+            source,
+        },
+    }
+}

@@ -1,0 +1,97 @@
+//! The models of the example: one source per institution on its own text, and the pivot on public text.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use consilium_examples::world::{Institution, World};
+use consilium_node::worker::LoadedModel;
+use consilium_node::worker::data::{Item, Record, tokenize};
+use consilium_node::worker::model::ModelConfig;
+use consilium_node::worker::tokenizer::train_bpe;
+use consilium_node::worker::train::{TrainConfig, train_language_model};
+
+/// Width of the residual stream; the egress gate allows an eighth of it as symbols per position.
+const WIDTH: usize = 128;
+const HEADS: usize = 4;
+const FEED_FORWARD: usize = 344;
+const RATE: f64 = 3e-3;
+
+/// Tokens of each source's vocabulary, in the order of the institutions: no two alike.
+const SOURCE_TOKENS: [usize; 3] = [384, 448, 512];
+const SOURCE_LAYERS: usize = 2;
+const PIVOT_TOKENS: usize = 400;
+const PIVOT_LAYERS: usize = 3;
+
+/// A source: a little public text, so that it is not absurd abroad, then its own.
+pub(crate) fn train_source(world: &World, at: usize, folder: &Path) -> Result<()> {
+    let institution: &Institution = world.institutions.get(at).context("no such institution")?;
+    let private: Vec<&str> = institution.private.iter().map(String::as_str).collect();
+    let stages = [(public_text(world), 80), (private.clone(), 250)];
+    let seed = world.seed * 10 + at as u64;
+    train(
+        &private,
+        SOURCE_TOKENS[at],
+        SOURCE_LAYERS,
+        &stages,
+        seed,
+        folder,
+    )
+}
+
+/// The pivot: a tokenizer of its own, hardly trained.
+pub(crate) fn train_pivot(world: &World, folder: &Path) -> Result<()> {
+    let public = public_text(world);
+    let stages = [(public.clone(), 120)];
+    train(
+        &public,
+        PIVOT_TOKENS,
+        PIVOT_LAYERS,
+        &stages,
+        world.seed * 10 + 9,
+        folder,
+    )
+}
+
+fn public_text(world: &World) -> Vec<&str> {
+    world
+        .public
+        .iter()
+        .map(|public| public.item.target.as_str())
+        .collect()
+}
+
+fn train(
+    vocabulary: &[&str],
+    tokens: usize,
+    layers: usize,
+    stages: &[(Vec<&str>, u64)],
+    seed: u64,
+    folder: &Path,
+) -> Result<()> {
+    let tokenizer = Arc::new(train_bpe(vocabulary.iter().copied(), tokens)?);
+    let config = ModelConfig::llama(tokenizer.size(), WIDTH, layers, HEADS, FEED_FORWARD);
+    let mut loaded = LoadedModel::random(Arc::clone(&tokenizer), config, seed)?;
+    for (stage, (texts, steps)) in (0_u64..).zip(stages) {
+        let records: Vec<Record> = texts
+            .iter()
+            .map(|text| Record {
+                context: String::new(),
+                target: (*text).to_owned(),
+            })
+            .collect();
+        let items: Arc<[Item]> = tokenize(&tokenizer, &records)?.into();
+        loaded.model.train_all()?;
+        loaded.model = train_language_model(
+            loaded.model,
+            &loaded.vocab,
+            items,
+            tokenizer.end_of_record(),
+            TrainConfig::new(*steps, RATE, seed + 1000 * stage),
+            |_| {},
+        )?;
+    }
+    std::fs::create_dir_all(folder)?;
+    loaded.save(folder)?;
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! One seed: models at home, a round over QUIC, the arms it is compared with, and what all of them know.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use consilium_aggregator::rounds::request::OpenRequest;
+use consilium_examples::cluster::{Cluster, Process, Program, Site, Spec, wait_until};
+use consilium_examples::report::{Arm, ArmResult, SeedReport};
+use consilium_examples::world::{Domain, Files, Sizes, World};
+use consilium_node::worker::LoadedModel;
+use consilium_node::worker::train::targets::Targets;
+use consilium_protocol::reference::ReferenceSet;
+use consilium_protocol::{ConsortiumId, InstitutionId};
+
+use crate::arms::{Trainer, permuted_targets, union_of_private_text};
+use crate::clock::{Clock, say};
+use crate::parallel::{Job, in_parallel};
+use crate::measure::measure;
+use crate::models::{train_pivot, train_source};
+use crate::transcript::Transcript;
+
+/// Longest wait for a round; nothing here takes a tenth of it.
+const PATIENCE: Duration = Duration::from_secs(1800);
+
+/// One trainer takes as many steps of the same batch as the nodes take together in this many inner rounds' share: the
+/// most that helped supervised training and the bound when their steps were varied.
+const ARM_STEPS: u64 = 360;
+/// Best of the rates tried for each arm under the round's adapters.
+const SFT_RATE: f64 = 1e-2;
+const CENTRALISED_RATE: f64 = 1e-2;
+
+/// Candidates may be this much worse than a site's own model on that site's own text, in thousandths: one small pivot
+/// learns three domains.
+const GATE_BOUND_PERMILLE: u32 = 500;
+
+/// Everything on disk that a run has made before the round.
+struct Prepared {
+    world: World,
+    files: Files,
+    pivot: PathBuf,
+    sources: [PathBuf; 3],
+}
+
+/// Runs one seed below `folder`.
+pub(crate) fn seed(seed: u64, folder: &Path) -> Result<SeedReport> {
+    let mut clock = Clock::start();
+    say(&format!("seed {seed}"));
+    let prepared = prepare(seed, folder, &mut clock)?;
+    let (cluster, transcript) = round(&prepared, folder, &mut clock)?;
+    let arms = arms(&prepared, &transcript, &cluster, &mut clock)?;
+    let traffic = transcript.traffic(&prepared.sources, &reference(&prepared)?)?;
+    let routing = transcript.routing(&prepared.world)?;
+    let truncation = transcript.truncation();
+    for (name, seconds) in transcript.phases() {
+        clock.note(&name, seconds);
+    }
+    let (phases, seconds) = clock.finish();
+    Ok(SeedReport { seed, arms, traffic, routing, truncation, phases, seconds })
+}
+
+fn reference(prepared: &Prepared) -> Result<ReferenceSet> {
+    Ok(ReferenceSet::parse(&std::fs::read(&prepared.files.public)?)?)
+}
+
+fn prepare(seed: u64, folder: &Path, clock: &mut Clock) -> Result<Prepared> {
+    clock.begin("generating private and public text");
+    let world = World::generate(seed, &Sizes::default());
+    let files = world.write_files(&folder.join("text"))?;
+    let pivot = folder.join("models/pivot");
+    let sources = Domain::ALL.map(|domain| folder.join("models").join(domain.name()));
+    clock.begin("training three sources at home, and the pivot on public text");
+    let mut jobs: Vec<Job<'_, ()>> = Vec::new();
+    for (at, folder) in sources.iter().enumerate() {
+        let world = &world;
+        jobs.push(Box::new(move || train_source(world, at, folder)));
+    }
+    jobs.push(Box::new(|| train_pivot(&world, &pivot)));
+    in_parallel(jobs)?;
+    clock.end("sources and pivot");
+    Ok(Prepared { world, files, pivot, sources })
+}
+
+/// The round itself: four programs on loopback, from opening to release.
+fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Cluster, Transcript)> {
+    clock.begin("starting an aggregator and three nodes");
+    let me = std::env::current_exe()?;
+    let sites = Domain::ALL
+        .into_iter()
+        .map(|domain| {
+            let source = prepared.sources.get(domain.index()).cloned().unwrap_or_default();
+            let holdout = prepared.files.holdout.get(domain.index()).cloned().unwrap_or_default();
+            Ok(Site { name: InstitutionId::new(domain.name())?, source, holdout, capacity: 1 })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let spec = Spec {
+        consortium: ConsortiumId::new("demo")?,
+        quorum: 2,
+        gate_bound_permille: GATE_BOUND_PERMILLE,
+        pivot: prepared.pivot.clone(),
+        reference: prepared.files.public.clone(),
+        sites: sites.clone(),
+        threads: 1,
+    };
+    let cluster = Cluster::prepare(
+        &folder.join("consortium"),
+        spec,
+        Program::new(me.clone(), "consilium-aggregator"),
+        Program::new(me, "consilium-node"),
+    )?;
+    let mut aggregator = cluster.start_aggregator()?;
+    let mut nodes = sites
+        .iter()
+        .map(|site| cluster.start_node(&site.name))
+        .collect::<Result<Vec<_>>>()?;
+    clock.begin("round: score, fuse, distil, merge, evaluate");
+    cluster.operator(&["round", "open", "--set", &format!("seed={}", prepared.world.seed)])?;
+    follow(&cluster, &mut aggregator, &mut nodes)?;
+    clock.end("round, over QUIC");
+    for node in &mut nodes {
+        ensure!(node.terminate()?.success(), "a node did not end cleanly: {}", node.log().display());
+    }
+    ensure!(aggregator.terminate()?.success(), "the aggregator did not end cleanly");
+    let transcript = Transcript::read(&cluster)?;
+    Ok((cluster, transcript))
+}
+
+/// Waits for the release and says what goes on.
+fn follow(cluster: &Cluster, aggregator: &mut Process, nodes: &mut [Process]) -> Result<()> {
+    let mut last = String::new();
+    wait_until("the round is released", PATIENCE, || {
+        aggregator.ensure_running()?;
+        for node in &mut *nodes {
+            node.ensure_running()?;
+        }
+        let path = cluster.data_dir().join("status.json");
+        let status: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
+        let round = &status["round"];
+        let phase = round["phase"].as_str().unwrap_or_default().to_owned();
+        if phase != last {
+            say(&format!("           {phase}"));
+            last = phase;
+        }
+        ensure!(round["rejected"].is_null(), "the round was rejected: {}", round["rejected"]);
+        Ok(round["release"].is_string())
+    })
+}
+
+fn arms(
+    prepared: &Prepared,
+    transcript: &Transcript,
+    cluster: &Cluster,
+    clock: &mut Clock,
+) -> Result<Vec<ArmResult>> {
+    clock.begin("training the arms that the round is compared with");
+    let world = &prepared.world;
+    let manifest = transcript.manifest();
+    let reference = reference(prepared)?;
+    let permuted = permuted_targets(manifest, &reference, &transcript.records()?, world.seed)?;
+    let all: Vec<u64> = (0..manifest.items).collect();
+    let permuted = Targets::gather(&reference, &all, manifest.shard_items, |index| {
+        let shard = permuted.get(index as usize).map(consilium_protocol::shard::Shard::to_bytes);
+        Ok(shard.transpose().ok().flatten().unwrap_or_default())
+    })?;
+    let training = OpenRequest::default().training;
+    let trainer = |rate| Trainer {
+        pivot: &prepared.pivot,
+        training: &training,
+        steps: ARM_STEPS,
+        rate,
+        seed: world.seed,
+    };
+    let fused_rate = f64::from(training.learning_rate_micros) / 1e6;
+    let private = union_of_private_text(world);
+    let mut jobs: Vec<Job<'_, ArmResult>> = vec![
+        Box::new(|| {
+            let model = trainer(SFT_RATE).on_labels(reference.items())?;
+            measure(Arm::Sft, &model, world)
+        }),
+        Box::new(|| {
+            let model = trainer(CENTRALISED_RATE).on_labels(&private)?;
+            measure(Arm::Centralised, &model, world)
+        }),
+        Box::new(|| {
+            let model = trainer(fused_rate).on_targets(reference.items(), &permuted)?;
+            measure(Arm::Permuted, &model, world)
+        }),
+        Box::new(|| measure(Arm::Fused, &released(prepared, cluster, transcript)?, world)),
+        Box::new(|| measure(Arm::PivotBefore, &LoadedModel::load(&prepared.pivot)?, world)),
+    ];
+    for domain in Domain::ALL {
+        let folder = prepared.sources.get(domain.index()).context("a source for each domain")?;
+        jobs.push(Box::new(move || {
+            measure(Arm::Source(domain), &LoadedModel::load(folder)?, world)
+        }));
+    }
+    let results = in_parallel(jobs)?;
+    clock.end("arms and measurements");
+    Ok(results)
+}
+
+/// The pivot with the adapter that was released, read from the release folder.
+fn released(
+    prepared: &Prepared,
+    cluster: &Cluster,
+    transcript: &Transcript,
+) -> Result<LoadedModel> {
+    use consilium_node::worker::train::distill::{Distiller, Settings};
+    let manifest = transcript.manifest();
+    let folder = cluster.data_dir().join(format!("releases/round-{}", manifest.round));
+    let adapter = std::fs::read(folder.join("adapter_model.safetensors"))
+        .with_context(|| folder.display().to_string())?;
+    let pivot = LoadedModel::load(&prepared.pivot)?;
+    let mut student = Distiller::new(pivot, Settings::of(&manifest.training, manifest.seed)?)?;
+    student.set_start(&adapter)?;
+    Ok(student.into_student())
+}

@@ -1,0 +1,613 @@
+//! The rules of a round, driven through its public interface only.
+
+#![cfg(test)]
+
+use consilium_protocol::artefact::Kind;
+use consilium_protocol::contribution::Statement;
+use consilium_protocol::event::{Event, Phase, Reason};
+use consilium_protocol::manifest::{Deadlines, FusionRule, Manifest, Mode, SymbolSpace, Training};
+use consilium_protocol::round::{
+    Admission, Effect, Round, RoundError, RoundPhase, RoundTask, Work,
+};
+use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RejectCode, RoundId, UnixMillis};
+use proptest::prelude::*;
+
+const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
+const SHARDS: u32 = 2;
+
+fn id(name: &str) -> InstitutionId {
+    InstitutionId::new(name).unwrap()
+}
+
+fn ids(names: &[&str]) -> Vec<InstitutionId> {
+    names.iter().map(|name| id(name)).collect()
+}
+
+fn digest(text: &str) -> Digest {
+    Digest::of(text.as_bytes())
+}
+
+fn manifest() -> Manifest {
+    let manifest = Manifest {
+        consortium: ConsortiumId::new("demo").unwrap(),
+        round: RoundId(1),
+        mode: Mode::Unified,
+        charter: digest("charter"),
+        pivot: digest("pivot"),
+        reference: digest("reference"),
+        items: 10,
+        symbol_space: SymbolSpace::Bytes,
+        symbols: 8,
+        fill_permille: 995,
+        shard_items: 6,
+        fusion: FusionRule::Softmax { sharpness: 20 },
+        training: Training {
+            inner_rounds: 2,
+            local_steps: 10,
+            rows: 4,
+            row_tokens: 64,
+            learning_rate_micros: 300,
+            warmup_permille: 100,
+            final_permille: 100,
+            cross_entropy_permille: 100,
+            rank: 8,
+            alpha: 16,
+            target_modules: vec!["q_proj".to_owned()],
+            modules_to_save: Vec::new(),
+            outer_rate_permille: 700,
+            outer_momentum_permille: 900,
+        },
+        members: ids(&NAMES),
+        quorum: 2,
+        deadlines: Deadlines {
+            contribute_seconds: 100,
+            distil_seconds: 50,
+            evaluate_seconds: 20,
+        },
+        seed: 1,
+        previous_release: None,
+    };
+    manifest.to_text().unwrap();
+    manifest
+}
+
+fn opened() -> Event {
+    Event::Opened {
+        manifest: digest("manifest"),
+        start: digest("start"),
+    }
+}
+
+fn joined(name: &str, capacity: u32) -> Event {
+    Event::Joined {
+        institution: id(name),
+        capacity,
+    }
+}
+
+fn accepted(name: &str, kind: Kind, sequence: u32) -> Event {
+    Event::Accepted {
+        institution: id(name),
+        kind,
+        sequence,
+        artefact: digest(&format!("{name} {kind:?} {sequence}")),
+        signature: String::new(),
+        ledger: digest("ledger"),
+    }
+}
+
+fn closed(phase: Phase, names: &[&str]) -> Event {
+    Event::Closed {
+        phase,
+        members: ids(names),
+    }
+}
+
+fn fused() -> Event {
+    Event::Fused {
+        targets: digest("targets"),
+        routing: digest("routing"),
+    }
+}
+
+fn merged(inner: u32) -> Event {
+    Event::Merged {
+        inner,
+        adapter: digest(&format!("adapter {inner}")),
+        momentum: digest(&format!("momentum {inner}")),
+        truncation_ppm: 5,
+    }
+}
+
+fn released() -> Event {
+    Event::Released {
+        release: digest("release"),
+        report: digest("report"),
+    }
+}
+
+fn rejected(reason: Reason) -> Event {
+    Event::Rejected { reason }
+}
+
+/// The shell in miniature: logs what it applies.
+struct Shell {
+    round: Round,
+    log: Vec<(UnixMillis, Event)>,
+    now: UnixMillis,
+}
+
+impl Shell {
+    fn new() -> Self {
+        let mut shell = Self {
+            round: Round::open(manifest(), digest("manifest")),
+            log: Vec::new(),
+            now: UnixMillis(1_000),
+        };
+        shell.apply(opened());
+        shell
+    }
+
+    fn apply(&mut self, event: Event) -> Vec<Effect> {
+        let effects = self.round.step(self.now, &event);
+        let effects = effects.unwrap_or_else(|error| panic!("{event:?}: {error}"));
+        self.log.push((self.now, event));
+        effects
+    }
+
+    fn wait(&mut self, seconds: u64) {
+        self.now.0 += seconds * 1000;
+    }
+
+    fn settle(&mut self) -> Vec<Effect> {
+        let due = self.round.due(self.now).expect("nothing is due");
+        self.apply(due)
+    }
+
+    fn records(&mut self, names: &[&str]) {
+        for name in names {
+            for shard in 0..SHARDS {
+                self.apply(accepted(name, Kind::Records, shard));
+            }
+        }
+    }
+
+    /// All three joined with these capacities, contributed and were fused.
+    fn distilling(capacities: [u32; 3]) -> Self {
+        let mut shell = Self::new();
+        for (name, capacity) in NAMES.into_iter().zip(capacities) {
+            shell.apply(joined(name, capacity));
+        }
+        shell.records(&NAMES);
+        shell.settle();
+        shell.apply(fused());
+        shell
+    }
+
+    fn distils(&self) -> Vec<&'static str> {
+        let is_distil =
+            |name: &&str| matches!(self.round.task(&id(name)), RoundTask::Distil { .. });
+        NAMES.into_iter().filter(is_distil).collect()
+    }
+
+    fn evaluating() -> Self {
+        let mut shell = Self::distilling([1, 1, 1]);
+        for inner in 0..2 {
+            for name in NAMES {
+                shell.apply(accepted(name, Kind::Adapter, inner));
+            }
+            shell.settle();
+            shell.apply(merged(inner));
+        }
+        shell
+    }
+
+    fn admit(
+        &self,
+        name: &str,
+        kind: Kind,
+        sequence: u32,
+        artefact: &str,
+    ) -> Result<Admission, RejectCode> {
+        self.round.admit(&Statement {
+            consortium: ConsortiumId::new("demo").unwrap(),
+            round: RoundId(1),
+            manifest: digest("manifest"),
+            institution: InstitutionId::new(name).unwrap(),
+            kind,
+            sequence,
+            artefact: digest(artefact),
+        })
+    }
+}
+
+#[test]
+fn a_round_with_everybody_ends_in_a_release_and_replays_to_every_state() {
+    let mut shell = Shell::new();
+    assert_eq!(shell.round.next_deadline(), Some(UnixMillis(101_000)));
+    for name in NAMES {
+        shell.apply(joined(name, 2));
+    }
+    shell.apply(accepted("beta", Kind::Records, 1));
+    assert_eq!(
+        shell.round.task(&id("beta")),
+        RoundTask::Score { shards: vec![0] }
+    );
+    shell.apply(accepted("beta", Kind::Records, 0));
+    assert_eq!(shell.round.task(&id("beta")), RoundTask::Wait);
+    shell.records(&["alpha"]);
+    assert_eq!(shell.round.due(shell.now), None);
+    shell.records(&["gamma"]);
+    let fuse = Work::Fuse {
+        members: ids(&NAMES),
+    };
+    assert_eq!(shell.settle(), [Effect::Run(fuse), Effect::Publish]);
+    shell.wait(5);
+    assert_eq!(
+        shell.apply(fused()),
+        [Effect::WakeAt(UnixMillis(56_000)), Effect::Publish]
+    );
+
+    let mut start = digest("start");
+    for inner in 0..2 {
+        let mut adapters = Vec::new();
+        for name in NAMES {
+            let RoundTask::Distil {
+                inner: at,
+                start: from,
+                targets,
+                part,
+            } = shell.round.task(&id(name))
+            else {
+                panic!("{name} has nothing to distil");
+            };
+            assert_eq!((at, from, targets), (inner, start, digest("targets")));
+            let weight = u32::try_from(part.to - part.from).unwrap();
+            adapters.push((id(name), digest(&format!("{name} Adapter {inner}")), weight));
+            shell.apply(accepted(name, Kind::Adapter, inner));
+        }
+        assert_eq!(
+            adapters.iter().map(|(_, _, weight)| weight).sum::<u32>(),
+            10
+        );
+        let momentum = (inner > 0).then(|| digest("momentum 0"));
+        let merge = Work::Merge {
+            inner,
+            start,
+            momentum,
+            adapters,
+        };
+        assert_eq!(shell.settle(), [Effect::Run(merge), Effect::Publish]);
+        shell.apply(merged(inner));
+        start = digest(&format!("adapter {inner}"));
+    }
+
+    for name in NAMES {
+        assert_eq!(
+            shell.round.task(&id(name)),
+            RoundTask::Evaluate { candidate: start }
+        );
+        shell.apply(accepted(name, Kind::Evaluation, 0));
+    }
+    let evaluations = NAMES.map(|name| (id(name), digest(&format!("{name} Evaluation 0"))));
+    let judge = Work::Judge {
+        candidate: start,
+        evaluations: evaluations.to_vec(),
+    };
+    assert_eq!(shell.settle(), [Effect::Run(judge), Effect::Publish]);
+    assert_eq!(shell.apply(released()), [Effect::Publish, Effect::Finished]);
+    assert_eq!(shell.round.task(&id("alpha")), RoundTask::Finished);
+    assert_eq!(shell.round.contributions(Kind::Records).len(), 6);
+    assert_eq!(shell.round.contributions(Kind::Adapter).len(), 6);
+
+    let mut live = Round::open(manifest(), digest("manifest"));
+    for prefix in 0..=shell.log.len() {
+        let mut replayed = Round::open(manifest(), digest("manifest"));
+        for (at, event) in &shell.log[..prefix] {
+            replayed.step(*at, event).unwrap();
+        }
+        assert_eq!(replayed, live, "after {prefix} events");
+        assert_eq!(replayed.work(), live.work());
+        if let Some((at, event)) = shell.log.get(prefix) {
+            live.step(*at, event).unwrap();
+        }
+    }
+    assert_eq!(live, shell.round);
+}
+
+#[test]
+fn a_late_node_counts_until_the_deadline_and_one_that_never_comes_does_not_block() {
+    let mut shell = Shell::new();
+    shell.records(&["alpha"]);
+    shell.wait(99);
+    shell.records(&["gamma"]);
+    shell.apply(accepted("beta", Kind::Records, 0));
+    assert_eq!(shell.round.due(shell.now), None);
+    let early = closed(Phase::Contribute, &["alpha", "gamma"]);
+    assert!(matches!(
+        shell.round.step(shell.now, &early),
+        Err(RoundError::Early { .. })
+    ));
+    shell.wait(1);
+    assert_eq!(shell.round.due(shell.now), Some(early));
+    let incomplete = closed(Phase::Contribute, &["alpha", "beta"]);
+    assert_eq!(
+        shell.round.step(shell.now, &incomplete),
+        Err(RoundError::Members {
+            phase: Phase::Contribute
+        })
+    );
+    shell.settle();
+    assert_eq!(shell.round.phase(), RoundPhase::Fusing);
+    assert_eq!(
+        shell.admit("beta", Kind::Records, 1, "late"),
+        Err(RejectCode::WrongPhase)
+    );
+}
+
+#[test]
+fn a_deadline_without_quorum_ends_the_round_and_quorum_cannot_be_denied() {
+    let mut shell = Shell::new();
+    shell.records(&["alpha"]);
+    shell.wait(100);
+    let mut other = shell.round.clone();
+    assert_eq!(shell.round.due(shell.now), Some(rejected(Reason::Quorum)));
+    assert_eq!(shell.settle(), [Effect::Publish, Effect::Finished]);
+    assert_eq!(
+        shell.round.phase(),
+        RoundPhase::Rejected {
+            reason: Reason::Quorum
+        }
+    );
+    assert!(shell.round.step(shell.now, &joined("beta", 1)).is_err());
+
+    for shard in 0..SHARDS {
+        other
+            .step(shell.now, &accepted("beta", Kind::Records, shard))
+            .unwrap();
+    }
+    assert!(matches!(
+        other.step(shell.now, &rejected(Reason::Quorum)),
+        Err(RoundError::Quorum {
+            got: 2,
+            quorum: 2,
+            ..
+        })
+    ));
+
+    let mut shell = Shell::distilling([1, 1, 1]);
+    shell.apply(accepted("beta", Kind::Adapter, 0));
+    shell.wait(50);
+    assert_eq!(shell.round.due(shell.now), Some(rejected(Reason::Quorum)));
+}
+
+#[test]
+fn a_node_that_joins_in_the_middle_takes_part_from_the_next_inner_round() {
+    let mut shell = Shell::new();
+    shell.apply(joined("alpha", 1));
+    shell.apply(joined("beta", 0));
+    shell.records(&["alpha", "beta"]);
+    shell.wait(100);
+    shell.settle();
+    shell.apply(fused());
+    assert_eq!(shell.distils(), ["alpha"]);
+    // Gamma never handed records over.
+    shell.apply(joined("gamma", 4));
+    assert_eq!(shell.distils(), ["alpha"]);
+    assert_eq!(
+        shell.admit("gamma", Kind::Adapter, 0, "x"),
+        Err(RejectCode::WrongPhase)
+    );
+    shell.apply(accepted("alpha", Kind::Adapter, 0));
+    shell.settle();
+    shell.apply(merged(0));
+    assert_eq!(shell.distils(), ["alpha", "gamma"]);
+    let RoundTask::Distil { part, .. } = shell.round.task(&id("gamma")) else {
+        panic!("gamma has nothing to distil");
+    };
+    assert_eq!(part.range(), 2..10);
+}
+
+#[test]
+fn a_dropped_member_returns_after_joining_again() {
+    let mut shell = Shell::distilling([1, 1, 1]);
+    shell.apply(accepted("alpha", Kind::Adapter, 0));
+    shell.apply(accepted("gamma", Kind::Adapter, 0));
+    shell.wait(50);
+    shell.settle();
+    let mut without = Shell {
+        round: shell.round.clone(),
+        log: Vec::new(),
+        now: shell.now,
+    };
+    without.apply(merged(0));
+    assert_eq!(without.distils(), ["alpha", "gamma"]);
+
+    shell.apply(joined("beta", 3));
+    assert_eq!(shell.round.capacity(&id("beta")), Some(3));
+    shell.apply(merged(0));
+    assert_eq!(shell.distils(), NAMES);
+}
+
+#[test]
+fn the_first_to_join_an_empty_inner_round_starts_at_once() {
+    let mut shell = Shell::distilling([0, 0, 0]);
+    assert!(shell.distils().is_empty());
+    assert_eq!(shell.round.due(shell.now), None);
+    shell.apply(joined("beta", 0));
+    assert!(shell.distils().is_empty());
+    shell.apply(joined("beta", 2));
+    shell.apply(joined("gamma", 2));
+    assert_eq!(shell.distils(), ["beta"]);
+    shell.apply(accepted("beta", Kind::Adapter, 0));
+    shell.settle();
+    let Some(Work::Merge { adapters, .. }) = shell.round.work() else {
+        panic!("nothing to merge");
+    };
+    assert_eq!(adapters, [(id("beta"), digest("beta Adapter 0"), 10)]);
+}
+
+#[test]
+fn evaluations_close_at_quorum_after_the_deadline_and_only_the_judge_rejects_by_gate() {
+    let mut shell = Shell::evaluating();
+    shell.apply(accepted("beta", Kind::Evaluation, 0));
+    shell.apply(accepted("gamma", Kind::Evaluation, 0));
+    assert_eq!(shell.round.due(shell.now), None);
+    assert!(
+        shell
+            .round
+            .step(shell.now, &rejected(Reason::Gate))
+            .is_err()
+    );
+    shell.wait(20);
+    shell.settle();
+    shell.apply(rejected(Reason::Gate));
+    assert!(shell.round.phase().is_finished());
+}
+
+#[test]
+fn a_slot_takes_one_artefact_and_its_repeats_in_any_later_phase() {
+    let shell = Shell::distilling([1, 1, 1]);
+    let admit = |name, kind, sequence, artefact| shell.admit(name, kind, sequence, artefact);
+    let repeat = admit("beta", Kind::Records, 1, "beta Records 1");
+    assert_eq!(repeat, Ok(Admission::Repeat));
+    let other = admit("beta", Kind::Records, 1, "other");
+    assert_eq!(other, Err(RejectCode::Equivocation));
+    assert_eq!(admit("beta", Kind::Adapter, 0, "x"), Ok(Admission::New));
+    for (name, kind, sequence, code) in [
+        ("beta", Kind::Adapter, 1, RejectCode::WrongPhase),
+        ("beta", Kind::Evaluation, 0, RejectCode::WrongPhase),
+        ("beta", Kind::Records, SHARDS, RejectCode::Content),
+        ("beta", Kind::Adapter, 2, RejectCode::Content),
+        ("beta", Kind::Evaluation, 1, RejectCode::Content),
+        ("stranger", Kind::Adapter, 0, RejectCode::NotMember),
+    ] {
+        assert_eq!(
+            admit(name, kind, sequence, "x"),
+            Err(code),
+            "{name} {kind:?} {sequence}"
+        );
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Move {
+    /// Any event, mostly one that does not fit.
+    Any(Event),
+    /// What the shell would log next.
+    Due,
+    /// The answer to the outstanding work.
+    Answer,
+    /// What the member's task asks for, first piece.
+    Obey(usize),
+    Wait(u64),
+    /// A member connects with this capacity.
+    Join(usize, u32),
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let name = prop::sample::select(vec!["alpha", "beta", "gamma", "stranger"]);
+    let kind = prop::sample::select(vec![Kind::Records, Kind::Adapter, Kind::Evaluation]);
+    let phase = prop::sample::select(vec![
+        Phase::Contribute,
+        Phase::Distil { inner: 0 },
+        Phase::Distil { inner: 1 },
+        Phase::Evaluate,
+    ]);
+    let reason = prop::sample::select(vec![Reason::Quorum, Reason::Gate, Reason::NoGain]);
+    let members = prop::collection::vec(name.clone(), 0..4);
+    prop_oneof![
+        Just(opened()),
+        Just(fused()),
+        Just(released()),
+        (0u32..3).prop_map(merged),
+        reason.prop_map(rejected),
+        (name.clone(), 0u32..3).prop_map(|(name, capacity)| joined(name, capacity)),
+        (phase, members).prop_map(|(phase, members)| closed(phase, &members)),
+        (name.clone(), kind.clone(), 0u32..3)
+            .prop_map(|(name, kind, sequence)| accepted(name, kind, sequence)),
+        (name, kind, 0u32..3).prop_map(|(name, kind, sequence)| Event::Refused {
+            institution: id(name),
+            kind,
+            sequence,
+            artefact: digest("refused"),
+            code: RejectCode::Content,
+        }),
+    ]
+}
+
+fn any_move() -> impl Strategy<Value = Move> {
+    prop_oneof![
+        3 => any_event().prop_map(Move::Any),
+        4 => Just(Move::Due),
+        4 => Just(Move::Answer),
+        12 => (0usize..3).prop_map(Move::Obey),
+        1 => (0u64..60).prop_map(Move::Wait),
+        1 => (0usize..3, 0u32..3).prop_map(|(who, capacity)| Move::Join(who, capacity)),
+    ]
+}
+
+fn event_of(chosen: Move, round: &Round, now: &mut UnixMillis) -> Option<Event> {
+    match chosen {
+        Move::Any(event) => Some(event),
+        Move::Due => round.due(*now),
+        Move::Answer => round.work().map(|work| match work {
+            Work::Fuse { .. } => fused(),
+            Work::Merge { inner, .. } => merged(inner),
+            Work::Judge { .. } => released(),
+        }),
+        Move::Obey(member) => match round.task(&id(NAMES[member])) {
+            RoundTask::Score { shards } => Some(accepted(NAMES[member], Kind::Records, shards[0])),
+            RoundTask::Distil { inner, .. } => Some(accepted(NAMES[member], Kind::Adapter, inner)),
+            RoundTask::Evaluate { .. } => Some(accepted(NAMES[member], Kind::Evaluation, 0)),
+            RoundTask::Wait | RoundTask::Finished => None,
+        },
+        Move::Join(member, capacity) => {
+            (!round.phase().is_finished()).then(|| joined(NAMES[member], capacity))
+        }
+        Move::Wait(seconds) => {
+            now.0 += seconds * 1000;
+            None
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_sequence_leaves_a_state_that_replays_and_counts_no_slot_twice(
+        moves in prop::collection::vec(any_move(), 0..120),
+    ) {
+        let mut round = Round::open(manifest(), digest("manifest"));
+        let mut replayed = round.clone();
+        let mut now = UnixMillis(1_000);
+        round.step(now, &opened()).unwrap();
+        replayed.step(now, &opened()).unwrap();
+        let mut counted = std::collections::BTreeSet::new();
+        for chosen in moves {
+            let must_fit = !matches!(chosen, Move::Any(_));
+            let Some(event) = event_of(chosen, &round, &mut now) else { continue };
+            let before = round.clone();
+            match round.step(now, &event) {
+                Ok(_) => {
+                    replayed.step(now, &event).unwrap();
+                    if let Event::Accepted { institution, kind, sequence, .. } = &event {
+                        prop_assert!(counted.insert((institution.clone(), *kind, *sequence)));
+                    }
+                }
+                Err(error) => {
+                    prop_assert!(!must_fit, "{event:?}: {error}");
+                    prop_assert_eq!(&round, &before);
+                }
+            }
+            prop_assert_eq!(&round, &replayed);
+            let kinds = [Kind::Records, Kind::Adapter, Kind::Evaluation];
+            let held: usize = kinds.iter().map(|kind| round.contributions(*kind).len()).sum();
+            prop_assert_eq!(held, counted.len());
+            if let Some(Work::Merge { adapters, .. }) = round.work() {
+                prop_assert!(!adapters.is_empty());
+                prop_assert!(adapters.iter().all(|(_, _, weight)| *weight > 0));
+            }
+            prop_assert!(round.work().is_none() || round.next_deadline().is_none());
+        }
+    }
+}
