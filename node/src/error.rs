@@ -21,7 +21,7 @@ pub enum NodeError {
     Config(#[from] ConfigError),
     /// The agent.
     #[error(transparent)]
-    Agent(#[from] AgentError),
+    Agent(Box<AgentError>),
     /// The ledger.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -30,7 +30,7 @@ pub enum NodeError {
     Spool(#[from] SpoolError),
     /// The worker.
     #[error(transparent)]
-    Work(#[from] WorkError),
+    Work(Box<WorkError>),
     /// Keys and certificates.
     #[error(transparent)]
     Certs(#[from] CertsError),
@@ -45,6 +45,18 @@ pub enum NodeError {
         /// Why it failed.
         source: std::io::Error,
     },
+}
+
+impl From<AgentError> for NodeError {
+    fn from(error: AgentError) -> Self {
+        Self::Agent(Box::new(error))
+    }
+}
+
+impl From<WorkError> for NodeError {
+    fn from(error: WorkError) -> Self {
+        Self::Work(Box::new(error))
+    }
 }
 
 impl NodeError {

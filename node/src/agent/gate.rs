@@ -578,7 +578,7 @@ mod tests {
                 "{peer}"
             );
         }
-        let mut wrong = vec![good.clone(), good.clone(), good.clone()];
+        let mut wrong = vec![good.clone(), good.clone(), good];
         wrong[0].institution = InstitutionId::new("bank").unwrap();
         wrong[1].round = RoundId(2);
         wrong[2].consortium = ConsortiumId::new("other").unwrap();

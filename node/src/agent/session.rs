@@ -62,7 +62,7 @@ pub(super) async fn run(agent: &mut Agent) -> AgentError {
     let address = agent.config.aggregator.to_string();
     match connected(agent).await {
         Err(Ended::Link(source)) => AgentError::Link { address, source },
-        Err(Ended::Agent(error)) => error,
+        Err(Ended::Agent(error)) => *error,
         Ok(never) => match never {},
     }
 }
@@ -70,7 +70,7 @@ pub(super) async fn run(agent: &mut Agent) -> AgentError {
 /// Why a connection ended.
 pub(super) enum Ended {
     Link(LinkError),
-    Agent(AgentError),
+    Agent(Box<AgentError>),
 }
 
 impl From<LinkError> for Ended {
@@ -81,7 +81,7 @@ impl From<LinkError> for Ended {
 
 impl<T: Into<AgentError>> From<T> for Ended {
     fn from(error: T) -> Self {
-        Self::Agent(error.into())
+        Self::Agent(Box::new(error.into()))
     }
 }
 
@@ -199,7 +199,7 @@ impl Session<'_> {
                     return self.hand_over(&round, &job, artefact).await;
                 }
                 Some(Outcome::Failed { problem }) => {
-                    waiting |= self.failed(&round, &job, &problem)?
+                    waiting |= self.failed(&round, &job, &problem)?;
                 }
                 None => {
                     // The worker keeps the order: what follows is not done either.
@@ -289,7 +289,7 @@ impl Session<'_> {
 
     /// A permit, or none if the gate does not let it pass.
     async fn release(
-        &mut self,
+        &self,
         round: &Arc<OpenRound>,
         job: &JobId,
         statement: &Statement,

@@ -152,7 +152,7 @@ impl Session<'_> {
     }
 
     /// Policy, pivot and reference set of this site against the manifest.
-    async fn check_here(&mut self, open: &OpenRound) -> Result<Result<(), RefusedRound>, Ended> {
+    async fn check_here(&self, open: &OpenRound) -> Result<Result<(), RefusedRound>, Ended> {
         let (manifest, digest) = (open.manifest.clone(), open.digest);
         let accepted = self
             .agent
@@ -191,7 +191,7 @@ impl Session<'_> {
     }
 
     async fn jobs_of(
-        &mut self,
+        &self,
         round: &OpenRound,
         task: &Task,
     ) -> Result<Vec<(Job, Kind, u32)>, Ended> {
@@ -224,7 +224,7 @@ impl Session<'_> {
     }
 
     async fn distil_job(
-        &mut self,
+        &self,
         round: &OpenRound,
         inner: u32,
         (start, targets): (&Logged, &Logged),
