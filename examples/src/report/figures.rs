@@ -144,7 +144,7 @@ fn cell(report: &Report, arm: Arm, metric: Metric) -> Cell {
 
 fn traffic(report: &Report) -> Chart {
     type Part = (&'static str, fn(&Traffic) -> u64);
-    const PARTS: [Part; 6] = [
+    const PARTS: [Part; 5] = [
         ("records", |node| node.records),
         ("adapters", |node| node.adapters),
         ("evaluation", |node| node.evaluation),
