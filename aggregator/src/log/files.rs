@@ -252,7 +252,7 @@ fn bundle<'a>(
 }
 
 fn remove(path: &Path) -> Result<(), LogError> {
-    let folder = path.parent().unwrap_or(Path::new(""));
+    let folder = path.parent().unwrap_or_else(|| Path::new(""));
     fs::remove_file(path)
         .and_then(|()| durable::sync_folder(folder))
         .map_err(|error| LogError::io(path, "remove this file", error))

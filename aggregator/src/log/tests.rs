@@ -169,7 +169,7 @@ fn an_entry_without_its_checkpoint_is_dropped_and_the_log_goes_on() {
         let before = paths(data.path());
         let bytes = |index: usize| {
             let kept = log.kept.get(index).map(|kept| kept.bytes.as_slice());
-            kept.or((index as u64 == size).then_some(lost.as_slice()))
+            kept.or_else(|| (index as u64 == size).then_some(lost.as_slice()))
         };
         log.folder.write_growth(size, &grown, bytes).unwrap();
         assert!(paths(data.path()).len() > before.len());

@@ -129,7 +129,7 @@ impl Index {
         folder: &Path,
         entries: impl IntoIterator<Item = (u64, Entry)>,
     ) -> Result<Self, StoreError> {
-        let blobs = Blobs::beside(folder.parent().unwrap_or(Path::new("")));
+        let blobs = Blobs::beside(folder.parent().unwrap_or_else(|| Path::new("")));
         let (slots, artefacts) = rows(entries, &blobs);
         let current = Self::load(folder).and_then(|index| {
             let same = contents(&index.slots)? == slots && contents(&index.artefacts)? == artefacts;
@@ -164,7 +164,7 @@ impl Index {
         &self,
         entries: impl IntoIterator<Item = (u64, Entry)>,
     ) -> Result<(), StoreError> {
-        let blobs = Blobs::beside(self.path.parent().unwrap_or(Path::new("")));
+        let blobs = Blobs::beside(self.path.parent().unwrap_or_else(|| Path::new("")));
         let (slots, artefacts) = rows(entries, &blobs);
         self.replace(&slots, &artefacts)
     }
