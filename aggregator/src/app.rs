@@ -79,7 +79,10 @@ pub async fn serve(config: &Config) -> Result<()> {
     let shared = Shared::new(&charter, charter_digest, driver, bench);
     let serving = server::serve(server.clone(), shared, tasks.clone());
     tasks.spawn("server", serving);
-    std::fs::write(config.data_dir.join("address"), format!("{listening}\n"))?;
+    // Under a temporary name first: whoever waits for the file finds a whole line.
+    let address = config.data_dir.join("address");
+    std::fs::write(address.with_extension("tmp"), format!("{listening}\n"))?;
+    std::fs::rename(address.with_extension("tmp"), &address)?;
     tracing::info!(%listening, consortium = %config.consortium, "listening");
 
     signalled().await?;

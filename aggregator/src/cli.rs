@@ -23,6 +23,8 @@ use crate::rounds::request::{self, OpenRequest, OpenResponse};
 
 const ANSWER: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
+/// How long fusion that runs at the end of the server may go on.
+const STRAGGLERS: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Parser)]
 #[command(
@@ -132,7 +134,10 @@ fn run(arguments: Arguments) -> Result<()> {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
                 .build()?;
-            runtime.block_on(app::serve(&config))
+            let served = runtime.block_on(app::serve(&config));
+            // What still computes can be computed again; nothing of it was promised.
+            runtime.shutdown_timeout(STRAGGLERS);
+            served
         }
         Command::Round(Round::Open(open)) => open_round(&open),
         Command::Status(status) => show_status(&status),

@@ -423,6 +423,9 @@ fn a_dropped_member_returns_after_joining_again() {
     without.apply(merged(0));
     assert_eq!(without.distils(), ["alpha", "gamma"]);
 
+    // Whoever asks whether an arrival is news compares with this.
+    assert_eq!(shell.round.capacity(&id("beta")), None);
+    assert_eq!(shell.round.capacity(&id("alpha")), Some(1));
     shell.apply(joined("beta", 3));
     assert_eq!(shell.round.capacity(&id("beta")), Some(3));
     shell.apply(merged(0));

@@ -49,6 +49,9 @@ pub enum TensorProblem {
     /// NaN or infinite.
     #[error("is not finite at element {0}")]
     NotFinite(usize),
+    /// Beyond what an adapter's value can sensibly be.
+    #[error("is beyond ±10000 at element {0}")]
+    TooLarge(usize),
 }
 
 /// Why contributions could not be fused, or the first adapter not be made.

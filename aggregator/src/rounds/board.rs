@@ -1,10 +1,11 @@
 //! What the driver shows to sessions and to the operator: a snapshot, replaced whole.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use consilium_protocol::contribution::Binding;
 use consilium_protocol::message::Status;
+use consilium_protocol::quic::chunk::Stride;
 use consilium_protocol::{Digest, InstitutionId};
 use serde::Serialize;
 
@@ -19,8 +20,8 @@ pub struct Board {
     pub binding: Option<Binding>,
     /// What contributions are checked against; none while no round is open.
     pub checks: Option<Checks>,
-    /// Artefacts that any member may fetch.
-    pub public: Arc<BTreeSet<Digest>>,
+    /// Artefacts that any member may fetch, and the width of the columns that they are sent in.
+    pub public: Arc<BTreeMap<Digest, Stride>>,
 }
 
 /// `status.json`: what the operator sees.

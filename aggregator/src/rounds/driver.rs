@@ -1,6 +1,6 @@
 //! The one owner of log and round. Everybody else asks it through [`Driver`]; it logs first and then steps.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -224,12 +224,15 @@ impl Actor {
             }
             Command::Worked(outcome) => {
                 self.working = false;
-                match *outcome {
+                let taken = match *outcome {
                     Ok(event) => self.record(&event),
                     Err(error) => {
                         tracing::error!(%error, "the round cannot go on; trying again soon");
-                        self.retry_later();
+                        false
                     }
+                };
+                if !taken {
+                    self.work(RETRY);
                 }
             }
         }
@@ -269,14 +272,15 @@ impl Actor {
         }
     }
 
-    /// Logs an event, steps the round, and goes on from there.
-    fn record(&mut self, event: &Event) {
+    /// Logs an event, steps the round, and goes on from there. False if it could not be logged.
+    fn record(&mut self, event: &Event) -> bool {
         if let Err(error) = self.block(|state, now| state.record(now, event)) {
             tracing::error!(%error, "an event could not be logged");
-            return;
+            return false;
         }
         self.changed = true;
         self.advance();
+        true
     }
 
     /// Closes what is due, starts what is to be done, shows what has become of it.
@@ -288,41 +292,29 @@ impl Actor {
             }
             self.changed = true;
         }
-        self.work();
+        self.work(Duration::ZERO);
         if std::mem::take(&mut self.changed) {
             self.publish();
         }
     }
 
-    fn work(&mut self) {
+    /// Starts what the round waits for, unless it runs already. Whatever happens to it, its outcome comes back.
+    fn work(&mut self, after: Duration) {
         if self.working {
             return;
         }
         let Some(job) = self.state.job() else { return };
         self.working = true;
-        let commands = self.commands.clone();
-        self.tasks.spawn("fusion", async move {
-            let outcome = tokio::task::spawn_blocking(job).await;
-            if let Ok(outcome) = outcome {
-                let _ = commands.send(Command::Worked(Box::new(outcome))).await;
-            }
-        });
-    }
-
-    fn retry_later(&mut self) {
-        self.working = true;
         let (commands, tasks) = (self.commands.clone(), self.tasks.clone());
-        let job = self.state.job();
-        self.tasks.spawn("retry", async move {
+        self.tasks.spawn("work of the round", async move {
             tokio::select! {
                 () = tasks.cancelled() => return,
-                () = tokio::time::sleep(RETRY) => {}
+                () = tokio::time::sleep(after) => {}
             }
-            if let Some(job) = job
-                && let Ok(outcome) = tokio::task::spawn_blocking(job).await
-            {
-                let _ = commands.send(Command::Worked(Box::new(outcome))).await;
-            }
+            let outcome = tokio::task::spawn_blocking(job).await;
+            let outcome = outcome.unwrap_or_else(|error| Err(WorkError::ended(error)));
+            // Fails only while the program ends.
+            let _ = commands.send(Command::Worked(Box::new(outcome))).await;
         });
     }
 
@@ -345,9 +337,6 @@ impl Actor {
         tokio::task::block_in_place(|| f(&mut self.state, now))
     }
 }
-
-/// Digests that any member may fetch, by where they come from.
-pub(super) type Public = BTreeSet<Digest>;
 
 /// Where the data folder keeps the operator's view.
 #[must_use]

@@ -12,13 +12,14 @@ use consilium_protocol::contribution::{Statement, Verified};
 use consilium_protocol::event::{Entry, Event, TargetIndex};
 use consilium_protocol::manifest::{self, Manifest};
 use consilium_protocol::message::{Logged, Status, Task};
+use consilium_protocol::quic::chunk::Stride;
 use consilium_protocol::round::{Admission, Round, RoundPhase, RoundTask, Work};
 use consilium_protocol::transcript::key::NoteSigner;
 use consilium_protocol::transcript::note::SignedNote;
 use consilium_protocol::{Digest, InstitutionId, RejectCode, RoundId, UnixMillis, limits};
 
 use super::board::{Board, MemberOverview, Overview, RoundOverview};
-use super::driver::{Public, overview_path};
+use super::driver::overview_path;
 use super::request::{self, Given, OpenRequest, OpenResponse};
 use super::work::{Bench, SoFar, WorkError};
 use crate::fusion;
@@ -109,7 +110,7 @@ pub struct State {
     active: Option<Active>,
     previous_release: Option<Digest>,
     rounds: u64,
-    public: Public,
+    public: BTreeMap<Digest, Stride>,
 }
 
 impl State {
@@ -132,7 +133,10 @@ impl State {
             active: None,
             previous_release: None,
             rounds: 0,
-            public: always_public.into_iter().collect(),
+            public: always_public
+                .into_iter()
+                .map(|digest| (digest, Stride::BYTES))
+                .collect(),
         };
         let entries: Vec<_> = state.log.entries().collect();
         for (index, entry) in entries {
@@ -373,7 +377,8 @@ impl State {
         if let Event::Opened { manifest, start } = entry.event {
             let text = self.bench.blobs.read(&manifest, limits::DOCUMENT as u64)?;
             let round = Round::open(self.parse(manifest, &text)?, manifest);
-            self.public.extend([manifest, start]);
+            self.public
+                .extend([(manifest, Stride::BYTES), (start, Stride::FLOATS)]);
             self.rounds = entry.round.0;
             self.active = Some(Active {
                 round,
@@ -405,8 +410,10 @@ impl State {
                 let bytes = self.bench.blobs.read(targets, limits::ARTEFACT)?;
                 let shards: TargetIndex =
                     serde_json::from_slice(&bytes).map_err(|error| problem(error.to_string()))?;
-                self.public.insert(*targets);
-                self.public.extend(shards.shards);
+                self.public.insert(*targets, Stride::BYTES);
+                let symbols = Stride::of_width(active.round.manifest().symbols.into());
+                let shards = shards.shards.into_iter();
+                self.public.extend(shards.map(|shard| (shard, symbols)));
             }
             Event::Merged {
                 adapter,
@@ -416,7 +423,7 @@ impl State {
                 active.merged.push(index);
                 active.truncation_ppm.push(*truncation_ppm);
                 active.adapter = Some(*adapter);
-                self.public.insert(*adapter);
+                self.public.insert(*adapter, Stride::FLOATS);
             }
             Event::Released { release, .. } => {
                 active.outcome = Some(index);

@@ -53,6 +53,13 @@ pub struct WorkError {
     source: Box<dyn std::error::Error + Send + Sync>,
 }
 
+impl WorkError {
+    /// The thread of the work did not come to an end.
+    pub(super) fn ended(error: tokio::task::JoinError) -> Self {
+        failed("working")(error)
+    }
+}
+
 fn failed<E>(step: &'static str) -> impl FnOnce(E) -> WorkError
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,

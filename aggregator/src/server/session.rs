@@ -2,7 +2,6 @@
 
 use consilium_protocol::frame;
 use consilium_protocol::message::{Download, Hello, Status, Task, Welcome};
-use consilium_protocol::quic::chunk::Stride;
 use consilium_protocol::quic::{Connection, LinkError, Request, Stream, Tasks, serve_download};
 use consilium_protocol::{InstitutionId, RejectCode};
 use tokio::sync::watch;
@@ -36,15 +35,19 @@ async fn converse(
     tasks: &Tasks,
 ) -> Result<(), LinkError> {
     let mut control = connection.accept().await?;
+    // A refusal closes the connection with its code: a frame on the control stream could be overtaken by the close.
     let Request::Hello(hello) = control.request().await? else {
-        return control.reject(RejectCode::Malformed).await;
+        connection.close(RejectCode::Malformed);
+        return Ok(());
     };
     if let Err(code) = check(&hello, institution, shared) {
         tracing::warn!(%institution, %code, "hello refused");
-        return control.reject(code).await;
+        connection.close(code);
+        return Ok(());
     }
     let Some((checkpoint, consistency)) = shared.driver.greeting(hello.log_size).await else {
-        return control.reject(RejectCode::ShuttingDown).await;
+        connection.close(RejectCode::ShuttingDown);
+        return Ok(());
     };
     let version = hello.version.min(frame::VERSION);
     let welcome = Welcome {
@@ -174,23 +177,12 @@ async fn answer(mut stream: Stream, institution: InstitutionId, shared: &Shared)
 }
 
 async fn send(stream: Stream, request: Download, shared: &Shared) -> Result<(), LinkError> {
-    let public = shared
-        .driver
-        .board()
-        .borrow()
-        .public
-        .contains(&request.digest);
-    if !public || !shared.bench.blobs.has(&request.digest) {
+    let board = shared.driver.board();
+    let stride = board.borrow().public.get(&request.digest).copied();
+    let blobs = &shared.bench.blobs;
+    let Some(stride) = stride.filter(|_| blobs.has(&request.digest)) else {
         return stream.reject(RejectCode::NotFound).await;
-    }
-    let path = shared.bench.blobs.path(&request.digest);
-    serve_download(
-        stream,
-        &request,
-        &path,
-        Stride::FLOATS,
-        &shared.pace,
-        &mut |_| {},
-    )
-    .await
+    };
+    let path = blobs.path(&request.digest);
+    serve_download(stream, &request, &path, stride, &shared.pace, &mut |_| {}).await
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::{Statement, Verified};
 use consilium_protocol::message::{Ready, Receipt, Upload};
 use consilium_protocol::quic::{Complete, LinkError, Stream, receive_upload};
@@ -9,6 +10,9 @@ use consilium_protocol::{InstitutionId, RejectCode};
 
 use super::{Shared, validate};
 use crate::rounds::Admitted;
+
+/// Room for what PEFT writers put into an adapter's header beyond ours.
+const ADAPTER_HEADER: u64 = 1 << 20;
 
 /// Answers one upload.
 pub(super) async fn receive(
@@ -55,7 +59,11 @@ pub(super) async fn receive(
         }
         Err(Refused::Code(code)) => {
             tracing::warn!(%institution, %code, "upload refused");
-            if code == RejectCode::Content {
+            let read = matches!(
+                code,
+                RejectCode::Content | RejectCode::WrongReference | RejectCode::Equivocation
+            );
+            if read {
                 shared.driver.refuse(statement.body().clone(), code).await;
             }
             stream.reject(code).await
@@ -97,6 +105,9 @@ async fn take(
 ) -> Result<Receipt, Refused> {
     let blobs = &shared.bench.blobs;
     let artefact = statement.body().artefact;
+    if request.length > longest(statement, shared) {
+        return Err(Refused::Code(RejectCode::TooLarge));
+    }
     // Twice the artefact: its file, and what is made of it.
     let room = blobs
         .free_space()
@@ -105,7 +116,7 @@ async fn take(
         return Err(Refused::Code(RejectCode::Storage));
     }
     let (partial, _) = blobs
-        .partial(&artefact)
+        .partial(&statement.body().institution, &artefact)
         .map_err(|_| Refused::Code(RejectCode::Storage))?;
     let complete = receive_upload(stream, request, &partial, &shared.pace, &mut |_| {})
         .await
@@ -123,6 +134,21 @@ async fn take(
         .await
         .map(|accepted| Receipt { accepted })
         .map_err(Refused::Code)
+}
+
+/// Bytes that the slot's artefact can have at most. An adapter has the tensors of the one that all start from, so its file
+/// is as long but for the header.
+fn longest(statement: &Verified<Statement>, shared: &Shared) -> u64 {
+    let kind = statement.body().kind;
+    let board = shared.driver.board();
+    let start = board.borrow().checks.as_ref().map(|checks| checks.start);
+    match (kind, start) {
+        (Kind::Adapter, Some(start)) => {
+            let start = shared.bench.blobs.length(&start).unwrap_or(0);
+            start.saturating_add(ADAPTER_HEADER)
+        }
+        _ => kind.limit(),
+    }
 }
 
 /// Reads the received bytes and checks what they say; what does not pass is removed.

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use consilium_protocol::Digest;
+use consilium_protocol::{Digest, InstitutionId};
 use sha2::{Digest as _, Sha256};
 
 use super::StoreError;
@@ -157,12 +157,17 @@ impl Blobs {
         }
     }
 
-    /// Where an upload is put together, and how many of its bytes are there from an earlier try.
+    /// Where an upload of `sender` is put together, and how many of its bytes are there from an earlier try. Each sender
+    /// has a file of its own: nobody's bytes get into, or lock, what another one sends.
     ///
     /// # Errors
     /// The file system's reason.
-    pub fn partial(&self, digest: &Digest) -> Result<(PathBuf, u64), StoreError> {
-        let path = self.incoming.join(format!("{digest}.part"));
+    pub fn partial(
+        &self,
+        sender: &InstitutionId,
+        digest: &Digest,
+    ) -> Result<(PathBuf, u64), StoreError> {
+        let path = self.incoming.join(format!("{sender}-{digest}.part"));
         match fs::metadata(&path) {
             Ok(metadata) => Ok((path, metadata.len())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((path, 0)),
@@ -211,6 +216,10 @@ fn hash_file(path: &Path) -> Result<Digest, StoreError> {
 mod tests {
     use super::*;
 
+    fn sender() -> InstitutionId {
+        InstitutionId::new("clinic").unwrap()
+    }
+
     fn files(folder: &Path) -> Vec<PathBuf> {
         let mut found = Vec::new();
         for entry in fs::read_dir(folder).unwrap() {
@@ -258,11 +267,11 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let blobs = Blobs::open(data.path()).unwrap();
         let digest = Digest::of(b"received");
-        let (partial, length) = blobs.partial(&digest).unwrap();
+        let (partial, length) = blobs.partial(&sender(), &digest).unwrap();
         assert_eq!(length, 0);
 
         fs::write(&partial, b"deceived").unwrap();
-        assert_eq!(blobs.partial(&digest).unwrap().1, 8);
+        assert_eq!(blobs.partial(&sender(), &digest).unwrap().1, 8);
         let refused = blobs.adopt(&partial, digest).unwrap_err();
         assert!(
             matches!(refused, StoreError::WrongDigest { expected, .. } if expected == digest),
@@ -280,7 +289,7 @@ mod tests {
     fn opening_removes_interrupted_writes_and_keeps_uploads_to_resume() {
         let data = tempfile::tempdir().unwrap();
         let blobs = Blobs::open(data.path()).unwrap();
-        let (partial, _) = blobs.partial(&Digest::of(b"upload")).unwrap();
+        let (partial, _) = blobs.partial(&sender(), &Digest::of(b"upload")).unwrap();
         fs::write(&partial, b"upl").unwrap();
         fs::write(data.path().join("incoming/1-2.tmp"), b"half").unwrap();
         Blobs::open(data.path()).unwrap();

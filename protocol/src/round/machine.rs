@@ -285,9 +285,12 @@ impl Round {
             .collect()
     }
 
-    /// Latest capacity of a member that joined.
+    /// Latest capacity of a member that joined; none while it is dropped, so that its next sign of life is logged.
     #[must_use]
     pub fn capacity(&self, who: &InstitutionId) -> Option<u32> {
+        if self.dropped.contains(who) {
+            return None;
+        }
         self.capacities.get(who).copied()
     }
 

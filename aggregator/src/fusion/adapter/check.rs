@@ -8,6 +8,9 @@ use consilium_protocol::manifest::Training;
 use super::tensors::{A, B, Tensors, floats};
 use crate::fusion::error::{FusionError, Origin, TensorProblem};
 
+/// Largest magnitude of a contributed value.
+const LARGEST: f32 = 10_000.0;
+
 /// Matrices and whole tensors of an adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterLayout {
@@ -68,7 +71,8 @@ impl AdapterLayout {
     }
 }
 
-/// Whether a contributed adapter can be merged: same tensors as `start`, all finite. For admission, before it counts.
+/// Whether a contributed adapter can be merged: same tensors as `start`, every value finite and at most 10,000 in
+/// magnitude. For admission, before it counts.
 ///
 /// # Errors
 /// The first tensor that is missing, superfluous or malformed, in name order.
@@ -83,11 +87,13 @@ pub fn check_adapter(
     layout.check(&tensors)?;
     for name in tensors.names() {
         let shape = tensors.shape(name).unwrap_or(&[]).to_vec();
-        let bad = floats(tensors.data(name, &shape)?)
-            .iter()
-            .position(|value| !value.is_finite());
-        if let Some(index) = bad {
-            return Err(tensors.error(name, TensorProblem::NotFinite(index)));
+        for (index, value) in floats(tensors.data(name, &shape)?).iter().enumerate() {
+            if !value.is_finite() {
+                return Err(tensors.error(name, TensorProblem::NotFinite(index)));
+            }
+            if value.abs() > LARGEST {
+                return Err(tensors.error(name, TensorProblem::TooLarge(index)));
+            }
         }
     }
     Ok(layout)
