@@ -27,11 +27,18 @@ pub(crate) fn in_parallel<T: Send>(jobs: Vec<Job<'_, T>>) -> Result<Vec<T>> {
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| {
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     })?;
     results
         .into_iter()
-        .map(|slot| slot.into_inner().ok().flatten().context("a job was left undone")?)
+        .map(|slot| {
+            slot.into_inner()
+                .ok()
+                .flatten()
+                .context("a job was left undone")?
+        })
         .collect()
 }

@@ -15,9 +15,9 @@ use consilium_protocol::{ConsortiumId, InstitutionId};
 
 use crate::arms::{Trainer, permuted_targets, union_of_private_text};
 use crate::clock::{Clock, say};
-use crate::parallel::{Job, in_parallel};
 use crate::measure::measure;
 use crate::models::{train_pivot, train_source};
+use crate::parallel::{Job, in_parallel};
 use crate::transcript::Transcript;
 
 /// Longest wait for a round; nothing here takes a tenth of it.
@@ -56,11 +56,21 @@ pub(crate) fn seed(seed: u64, folder: &Path) -> Result<SeedReport> {
         clock.note(&name, seconds);
     }
     let (phases, seconds) = clock.finish();
-    Ok(SeedReport { seed, arms, traffic, routing, truncation, phases, seconds })
+    Ok(SeedReport {
+        seed,
+        arms,
+        traffic,
+        routing,
+        truncation,
+        phases,
+        seconds,
+    })
 }
 
 fn reference(prepared: &Prepared) -> Result<ReferenceSet> {
-    Ok(ReferenceSet::parse(&std::fs::read(&prepared.files.public)?)?)
+    Ok(ReferenceSet::parse(&std::fs::read(
+        &prepared.files.public,
+    )?)?)
 }
 
 fn prepare(seed: u64, folder: &Path, clock: &mut Clock) -> Result<Prepared> {
@@ -78,7 +88,12 @@ fn prepare(seed: u64, folder: &Path, clock: &mut Clock) -> Result<Prepared> {
     jobs.push(Box::new(|| train_pivot(&world, &pivot)));
     in_parallel(jobs)?;
     clock.end("sources and pivot");
-    Ok(Prepared { world, files, pivot, sources })
+    Ok(Prepared {
+        world,
+        files,
+        pivot,
+        sources,
+    })
 }
 
 /// The round itself: four programs on loopback, from opening to release.
@@ -88,9 +103,23 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
     let sites = Domain::ALL
         .into_iter()
         .map(|domain| {
-            let source = prepared.sources.get(domain.index()).cloned().unwrap_or_default();
-            let holdout = prepared.files.holdout.get(domain.index()).cloned().unwrap_or_default();
-            Ok(Site { name: InstitutionId::new(domain.name())?, source, holdout, capacity: 1 })
+            let source = prepared
+                .sources
+                .get(domain.index())
+                .cloned()
+                .unwrap_or_default();
+            let holdout = prepared
+                .files
+                .holdout
+                .get(domain.index())
+                .cloned()
+                .unwrap_or_default();
+            Ok(Site {
+                name: InstitutionId::new(domain.name())?,
+                source,
+                holdout,
+                capacity: 1,
+            })
         })
         .collect::<Result<Vec<_>>>()?;
     let spec = Spec {
@@ -114,13 +143,25 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         .map(|site| cluster.start_node(&site.name))
         .collect::<Result<Vec<_>>>()?;
     clock.begin("round: score, fuse, distil, merge, evaluate");
-    cluster.operator(&["round", "open", "--set", &format!("seed={}", prepared.world.seed)])?;
+    cluster.operator(&[
+        "round",
+        "open",
+        "--set",
+        &format!("seed={}", prepared.world.seed),
+    ])?;
     follow(&cluster, &mut aggregator, &mut nodes)?;
     clock.end("round, over QUIC");
     for node in &mut nodes {
-        ensure!(node.terminate()?.success(), "a node did not end cleanly: {}", node.log().display());
+        ensure!(
+            node.terminate()?.success(),
+            "a node did not end cleanly: {}",
+            node.log().display()
+        );
     }
-    ensure!(aggregator.terminate()?.success(), "the aggregator did not end cleanly");
+    ensure!(
+        aggregator.terminate()?.success(),
+        "the aggregator did not end cleanly"
+    );
     let transcript = Transcript::read(&cluster)?;
     Ok((cluster, transcript))
 }
@@ -141,7 +182,11 @@ fn follow(cluster: &Cluster, aggregator: &mut Process, nodes: &mut [Process]) ->
             say(&format!("           {phase}"));
             last = phase;
         }
-        ensure!(round["rejected"].is_null(), "the round was rejected: {}", round["rejected"]);
+        ensure!(
+            round["rejected"].is_null(),
+            "the round was rejected: {}",
+            round["rejected"]
+        );
         Ok(round["release"].is_string())
     })
 }
@@ -159,7 +204,9 @@ fn arms(
     let permuted = permuted_targets(manifest, &reference, &transcript.records()?, world.seed)?;
     let all: Vec<u64> = (0..manifest.items).collect();
     let permuted = Targets::gather(&reference, &all, manifest.shard_items, |index| {
-        let shard = permuted.get(index as usize).map(consilium_protocol::shard::Shard::to_bytes);
+        let shard = permuted
+            .get(index as usize)
+            .map(consilium_protocol::shard::Shard::to_bytes);
         Ok(shard.transpose().ok().flatten().unwrap_or_default())
     })?;
     let training = OpenRequest::default().training;
@@ -186,10 +233,19 @@ fn arms(
             measure(Arm::Permuted, &model, world)
         }),
         Box::new(|| measure(Arm::Fused, &released(prepared, cluster, transcript)?, world)),
-        Box::new(|| measure(Arm::PivotBefore, &LoadedModel::load(&prepared.pivot)?, world)),
+        Box::new(|| {
+            measure(
+                Arm::PivotBefore,
+                &LoadedModel::load(&prepared.pivot)?,
+                world,
+            )
+        }),
     ];
     for domain in Domain::ALL {
-        let folder = prepared.sources.get(domain.index()).context("a source for each domain")?;
+        let folder = prepared
+            .sources
+            .get(domain.index())
+            .context("a source for each domain")?;
         jobs.push(Box::new(move || {
             measure(Arm::Source(domain), &LoadedModel::load(folder)?, world)
         }));
@@ -207,7 +263,9 @@ fn released(
 ) -> Result<LoadedModel> {
     use consilium_node::worker::train::distill::{Distiller, Settings};
     let manifest = transcript.manifest();
-    let folder = cluster.data_dir().join(format!("releases/round-{}", manifest.round));
+    let folder = cluster
+        .data_dir()
+        .join(format!("releases/round-{}", manifest.round));
     let adapter = std::fs::read(folder.join("adapter_model.safetensors"))
         .with_context(|| folder.display().to_string())?;
     let pivot = LoadedModel::load(&prepared.pivot)?;

@@ -48,10 +48,17 @@ impl Transcript {
             Event::Opened { manifest, .. } => Some(manifest),
             _ => None,
         });
-        let note = blobs.read(&opened.context("no round was opened")?, limits::DOCUMENT as u64)?;
+        let note = blobs.read(
+            &opened.context("no round was opened")?,
+            limits::DOCUMENT as u64,
+        )?;
         let note = SignedNote::parse(&note)?.verify(&[key])?;
         let manifest = Manifest::parse(note.text())?;
-        Ok(Self { entries, blobs, manifest })
+        Ok(Self {
+            entries,
+            blobs,
+            manifest,
+        })
     }
 
     /// The round's manifest.
@@ -68,7 +75,10 @@ impl Transcript {
                 shards.entry(who).or_default().insert(sequence, shard);
             }
         }
-        Ok(shards.into_iter().map(|(who, shards)| (who, shards.into_values().collect())).collect())
+        Ok(shards
+            .into_iter()
+            .map(|(who, shards)| (who, shards.into_values().collect()))
+            .collect())
     }
 
     /// What each node sent, packed as it was sent, and what dense logits of its source would have been.
@@ -129,17 +139,32 @@ impl Transcript {
             serde_json::from_slice(&self.blobs.read(&document, limits::ARTEFACT)?)?;
         let mut rows: BTreeMap<String, Sum> = BTreeMap::new();
         let items = shards.iter().flat_map(|shard| {
-            shard.weights.iter().map(|weights| (&shard.institutions, weights))
+            shard
+                .weights
+                .iter()
+                .map(|weights| (&shard.institutions, weights))
         });
         for (public, (institutions, weights)) in world.public.iter().zip(items) {
             let weights = Domain::ALL.map(|domain| {
-                let at = institutions.iter().position(|who| who.as_str() == domain.name());
-                at.and_then(|at| weights.get(at)).map_or(0.0, |&weight| f64::from(weight) / 65_536.0)
+                let at = institutions
+                    .iter()
+                    .position(|who| who.as_str() == domain.name());
+                at.and_then(|at| weights.get(at))
+                    .map_or(0.0, |&weight| f64::from(weight) / 65_536.0)
             });
-            let owners = public.owners.iter().map(|owner| weights[owner.index()]).sum();
-            rows.entry(sort_of(public.kind, &public.owners)).or_default().add(weights, owners);
+            let owners = public
+                .owners
+                .iter()
+                .map(|owner| weights[owner.index()])
+                .sum();
+            rows.entry(sort_of(public.kind, &public.owners))
+                .or_default()
+                .add(weights, owners);
         }
-        Ok(rows.into_iter().map(|(about, sum)| sum.row(about)).collect())
+        Ok(rows
+            .into_iter()
+            .map(|(about, sum)| sum.row(about))
+            .collect())
     }
 
     /// Relative truncation error of each merge.
@@ -160,11 +185,20 @@ impl Transcript {
         for entry in &self.entries {
             let name = match &entry.event {
                 Event::Opened { .. } => None,
-                Event::Closed { phase: Phase::Contribute, .. } => Some((0, "round: score and send")),
+                Event::Closed {
+                    phase: Phase::Contribute,
+                    ..
+                } => Some((0, "round: score and send")),
                 Event::Fused { .. } => Some((1, "round: fuse")),
-                Event::Closed { phase: Phase::Distil { .. }, .. } => Some((2, "round: distil")),
+                Event::Closed {
+                    phase: Phase::Distil { .. },
+                    ..
+                } => Some((2, "round: distil")),
                 Event::Merged { .. } => Some((3, "round: merge")),
-                Event::Closed { phase: Phase::Evaluate, .. } => Some((4, "round: evaluate")),
+                Event::Closed {
+                    phase: Phase::Evaluate,
+                    ..
+                } => Some((4, "round: evaluate")),
                 Event::Released { .. } | Event::Rejected { .. } => Some((5, "round: release")),
                 _ => continue,
             };
@@ -173,14 +207,21 @@ impl Transcript {
             }
             last = Some(entry.at);
         }
-        seconds.into_iter().map(|((_, name), seconds)| (name.to_owned(), seconds)).collect()
+        seconds
+            .into_iter()
+            .map(|((_, name), seconds)| (name.to_owned(), seconds))
+            .collect()
     }
 
     fn accepted(&self) -> impl Iterator<Item = (InstitutionId, Kind, u32, Digest)> + '_ {
         self.entries.iter().filter_map(|entry| match &entry.event {
-            Event::Accepted { institution, kind, sequence, artefact, .. } => {
-                Some((institution.clone(), *kind, *sequence, *artefact))
-            }
+            Event::Accepted {
+                institution,
+                kind,
+                sequence,
+                artefact,
+                ..
+            } => Some((institution.clone(), *kind, *sequence, *artefact)),
             _ => None,
         })
     }

@@ -118,7 +118,13 @@ pub fn ab(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f
 /// # Panics
 /// Where the shapes do not fit.
 pub fn abt(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
-    product(&mut out, write, Factor::plain(a), Factor::transposed(b), scale);
+    product(
+        &mut out,
+        write,
+        Factor::plain(a),
+        Factor::transposed(b),
+        scale,
+    );
 }
 
 /// `out = scale * a^T b`
@@ -126,7 +132,13 @@ pub fn abt(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: 
 /// # Panics
 /// Where the shapes do not fit.
 pub fn atb(mut out: ViewMut<'_>, write: Write, a: View<'_>, b: View<'_>, scale: f32) {
-    product(&mut out, write, Factor::transposed(a), Factor::plain(b), scale);
+    product(
+        &mut out,
+        write,
+        Factor::transposed(a),
+        Factor::plain(b),
+        scale,
+    );
 }
 
 /// A matrix by its shape and steps.

@@ -57,8 +57,11 @@ impl Consortium {
         };
         let world = World::generate(seed, &sizes);
         let files = world.write_files(&root.join("text"))?;
-        let public: Vec<&str> =
-            world.public.iter().map(|public| public.item.target.as_str()).collect();
+        let public: Vec<&str> = world
+            .public
+            .iter()
+            .map(|public| public.item.target.as_str())
+            .collect();
         let pivot = root.join("pivot");
         model(&public, 280, seed, &pivot)?;
         let mut sites = Vec::new();
@@ -68,10 +71,17 @@ impl Consortium {
             let source = root.join("sources").join(domain.name());
             model(&private, 270 + 10 * at, seed + 1 + at as u64, &source)?;
             let holdout = files.holdout.get(at).context("three holdouts")?.clone();
-            sites.push(Site { name: InstitutionId::new(domain.name())?, source, holdout, capacity: 1 });
+            sites.push(Site {
+                name: InstitutionId::new(domain.name())?,
+                source,
+                holdout,
+                capacity: 1,
+            });
         }
         let names = Domain::ALL.map(Domain::name).map(InstitutionId::new);
-        let [Ok(clinic), Ok(bank), Ok(insurer)] = names else { bail!("a domain is no identifier") };
+        let [Ok(clinic), Ok(bank), Ok(insurer)] = names else {
+            bail!("a domain is no identifier")
+        };
         let spec = Spec {
             consortium: ConsortiumId::new("demo")?,
             quorum: 2,
@@ -83,10 +93,17 @@ impl Consortium {
             threads: 1,
         };
         let programs = binaries()?;
-        let aggregator = Program::new(programs.join("consilium-aggregator"), "consilium-aggregator");
+        let aggregator = Program::new(
+            programs.join("consilium-aggregator"),
+            "consilium-aggregator",
+        );
         let node = Program::new(programs.join("consilium-node"), "consilium-node");
         let cluster = Cluster::prepare(&root.join("consortium"), spec, aggregator, node)?;
-        Ok(Self { cluster, names: [clinic, bank, insurer], _folder: folder })
+        Ok(Self {
+            cluster,
+            names: [clinic, bank, insurer],
+            _folder: folder,
+        })
     }
 
     /// Opens a small round with more settings of its own.
@@ -135,10 +152,20 @@ impl Consortium {
     #[must_use]
     pub fn logs(&self) -> String {
         let mut text = String::new();
-        for entry in self.cluster.root().join("logs").read_dir().into_iter().flatten().flatten() {
+        for entry in self
+            .cluster
+            .root()
+            .join("logs")
+            .read_dir()
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
-            let tail = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default();
+            let tail = lines
+                .get(lines.len().saturating_sub(15)..)
+                .unwrap_or_default();
             text += &format!("== {}\n{}\n", entry.path().display(), tail.join("\n"));
         }
         text
@@ -166,14 +193,22 @@ fn binaries() -> Result<PathBuf> {
         return Ok(folder.clone());
     }
     let test = std::env::current_exe()?;
-    let folder = test.ancestors().nth(2).context("a test runs from target/<profile>/deps")?;
+    let folder = test
+        .ancestors()
+        .nth(2)
+        .context("a test runs from target/<profile>/deps")?;
     let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     build.args(["build", "--quiet", "--workspace", "--bins"]);
     if folder.ends_with("release") {
         build.arg("--release");
     }
     build.current_dir(env!("CARGO_MANIFEST_DIR"));
-    let status = build.status().context("cannot run cargo to build the programs under test")?;
-    ensure!(status.success(), "the programs under test cannot be built: {status}");
+    let status = build
+        .status()
+        .context("cannot run cargo to build the programs under test")?;
+    ensure!(
+        status.success(),
+        "the programs under test cannot be built: {status}"
+    );
     Ok(FOLDER.get_or_init(|| folder.to_path_buf()).clone())
 }

@@ -11,13 +11,17 @@ fn three_processes_release_and_end_cleanly_and_targets_repeat() {
         let consortium = Consortium::new(1).unwrap();
         let cluster = &consortium.cluster;
         let mut aggregator = cluster.start_aggregator().unwrap();
-        let mut nodes = consortium.names.clone().map(|name| cluster.start_node(&name).unwrap());
+        let mut nodes = consortium
+            .names
+            .clone()
+            .map(|name| cluster.start_node(&name).unwrap());
         consortium.open_round(&[]).unwrap();
 
         let mut processes: Vec<_> = nodes.iter_mut().collect();
         processes.push(&mut aggregator);
-        let round =
-            consortium.wait_for("the round is released", &mut processes, is_released).unwrap();
+        let round = consortium
+            .wait_for("the round is released", &mut processes, is_released)
+            .unwrap();
         assert_eq!(round["merged"], 2);
         for member in round["members"].as_array().unwrap() {
             assert_eq!(member["shards"], 3, "{member}");
@@ -35,15 +39,29 @@ fn three_processes_release_and_end_cleanly_and_targets_repeat() {
             "release.tlog-proof",
             "report.json",
         ] {
-            assert!(release.join(file).is_file(), "{file} is missing in the release");
+            assert!(
+                release.join(file).is_file(),
+                "{file} is missing in the release"
+            );
         }
         for node in &mut nodes {
             let status = node.terminate().unwrap();
-            assert!(status.success(), "a node ended with {status}\n{}", consortium.logs());
+            assert!(
+                status.success(),
+                "a node ended with {status}\n{}",
+                consortium.logs()
+            );
         }
         let status = aggregator.terminate().unwrap();
-        assert!(status.success(), "the aggregator ended with {status}\n{}", consortium.logs());
+        assert!(
+            status.success(),
+            "the aggregator ended with {status}\n{}",
+            consortium.logs()
+        );
     }
     assert!(targets[0].is_string());
-    assert_eq!(targets[0], targets[1], "the same contributions gave other targets");
+    assert_eq!(
+        targets[0], targets[1],
+        "the same contributions gave other targets"
+    );
 }

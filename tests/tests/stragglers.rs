@@ -11,11 +11,21 @@ fn a_late_node_counts_and_one_that_never_comes_is_not_waited_for_beyond_the_dead
     let [clinic, bank, insurer] = &consortium.names;
     let mut aggregator = cluster.start_aggregator().unwrap();
     let mut first = cluster.start_node(clinic).unwrap();
-    consortium.open_round(&["deadlines.contribute_seconds=20"]).unwrap();
     consortium
-        .wait_for("the first node's records are in", &mut [&mut aggregator, &mut first], |round| {
-            round["members"].as_array().unwrap().iter().any(|member| member["shards"] == 3)
-        })
+        .open_round(&["deadlines.contribute_seconds=20"])
+        .unwrap();
+    consortium
+        .wait_for(
+            "the first node's records are in",
+            &mut [&mut aggregator, &mut first],
+            |round| {
+                round["members"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .any(|member| member["shards"] == 3)
+            },
+        )
         .unwrap();
     let mut late = cluster.start_node(bank).unwrap();
 
@@ -41,7 +51,10 @@ fn a_node_that_joins_in_the_middle_distils_and_evaluates() {
     let mut aggregator = cluster.start_aggregator().unwrap();
     let mut first = cluster.start_node(clinic).unwrap();
     let mut second = cluster.start_node(bank).unwrap();
-    let settings = ["deadlines.contribute_seconds=10", "training.inner_rounds=30"];
+    let settings = [
+        "deadlines.contribute_seconds=10",
+        "training.inner_rounds=30",
+    ];
     consortium.open_round(&settings).unwrap();
     consortium
         .wait_for(
@@ -59,7 +72,10 @@ fn a_node_that_joins_in_the_middle_distils_and_evaluates() {
         )
         .unwrap();
     let members = round["members"].as_array().unwrap();
-    let joined = members.iter().find(|member| member["institution"] == insurer.as_str()).unwrap();
+    let joined = members
+        .iter()
+        .find(|member| member["institution"] == insurer.as_str())
+        .unwrap();
     assert_eq!(joined["shards"], 0, "its records came too late: {joined}");
     let adapters = joined["adapters"].as_u64().unwrap();
     assert!((1..30).contains(&adapters), "{joined}");

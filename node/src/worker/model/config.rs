@@ -315,13 +315,13 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError
 }
 
 /// Access to the fields of one file, with errors that name both.
-pub(crate) struct Fields<'a> {
-    pub(crate) path: &'a Path,
-    pub(crate) object: &'a Map<String, Value>,
+struct Fields<'a> {
+    path: &'a Path,
+    object: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    pub(crate) fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
+    fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
         ConfigError::Field {
             path: self.path.into(),
             field: field.into(),
@@ -329,11 +329,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(crate) fn present(&self, field: &str) -> Option<&'a Value> {
+    fn present(&self, field: &str) -> Option<&'a Value> {
         self.object.get(field).filter(|value| !value.is_null())
     }
 
-    pub(crate) fn text(&self, field: &str) -> Result<&'a str, ConfigError> {
+    fn text(&self, field: &str) -> Result<&'a str, ConfigError> {
         let value = self
             .present(field)
             .ok_or_else(|| self.refuse(field, "missing"))?;
@@ -342,7 +342,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.refuse(field, format!("{value} is not text")))
     }
 
-    pub(crate) fn count(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
+    fn count(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
         self.optional_count(field, most)?
             .ok_or_else(|| self.refuse(field, "missing"))
     }
@@ -360,7 +360,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(crate) fn real(&self, field: &str, above: f64, most: f64) -> Result<f64, ConfigError> {
+    fn real(&self, field: &str, above: f64, most: f64) -> Result<f64, ConfigError> {
         let value = self
             .present(field)
             .ok_or_else(|| self.refuse(field, "missing"))?;
@@ -393,7 +393,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    pub(crate) fn must_not_be_true(&self, field: &str) -> Result<(), ConfigError> {
+    fn must_not_be_true(&self, field: &str) -> Result<(), ConfigError> {
         match self.flag(field)? {
             Some(true) => Err(self.refuse(field, "true is not supported")),
             _ => Ok(()),
@@ -474,7 +474,7 @@ impl<'a> Fields<'a> {
 mod tests {
     use super::*;
 
-    fn parse(patch: Value) -> Result<ModelConfig, ConfigError> {
+    fn parse(patch: &Value) -> Result<ModelConfig, ConfigError> {
         let mut object = ModelConfig::llama(400, 128, 3, 4, 344).to_json();
         for (key, value) in patch.as_object().unwrap() {
             object[key] = value.clone();
@@ -493,10 +493,16 @@ mod tests {
 
     #[test]
     fn rope_is_read_in_old_and_new_style() {
-        assert_eq!(parse(json!({"rope_theta": 5e5})).unwrap().rope.theta, 5e5);
+        assert_eq!(
+            parse(&json!({"rope_theta": 5e5})).unwrap().rope,
+            Rope {
+                theta: 5e5,
+                scaling: None
+            }
+        );
         let new = json!({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}});
         assert_eq!(
-            parse(new).unwrap().rope,
+            parse(&new).unwrap().rope,
             Rope {
                 theta: 1e6,
                 scaling: None
@@ -522,7 +528,7 @@ mod tests {
             (json!({"rms_norm_eps": -1.0}), "rms_norm_eps"),
             (json!({"eos_token_id": 400}), "eos_token_id"),
         ] {
-            let message = parse(patch).unwrap_err().to_string();
+            let message = parse(&patch).unwrap_err().to_string();
             let named = format!("m/config.json: field `{field}`");
             assert!(
                 message.starts_with(&named),

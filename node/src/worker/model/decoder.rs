@@ -244,7 +244,7 @@ impl Model {
         })??;
         let mut values = self.scratch.take(rows.len() * self.vocabulary());
         with_floats(&head, |head| {
-            logits(&normed.values, width, head, &mut values)
+            logits(&normed.values, width, head, &mut values);
         })?;
         Ok(Pass {
             model: self,
@@ -450,7 +450,7 @@ impl Model {
         Ok(())
     }
 
-    fn set_weights(&mut self, weights: &NamedTensors) -> Result<(), ModelError> {
+    fn set_weights(&self, weights: &NamedTensors) -> Result<(), ModelError> {
         for bank in self.base_banks() {
             bank.edit(|out| {
                 for slot in bank.slots() {
@@ -497,6 +497,10 @@ impl Pass<'_> {
         Ok((value, gradients))
     }
 
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "candle keeps the loss as f32"
+    )]
     fn gradients(self, value: f64, dlogits: Vec<f32>) -> Result<Gradients, ModelError> {
         let model = self.model;
         model.scratch.give(self.logits);

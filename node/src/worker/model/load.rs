@@ -1,5 +1,10 @@
 //! Models from Hugging Face folders and from a seed.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "computed in f64, kept in f32"
+)]
+
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;

@@ -1,5 +1,10 @@
 //! Low-rank adapters under their PEFT names.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "computed in f64, kept in f32"
+)]
+
 use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
 

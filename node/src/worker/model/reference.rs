@@ -147,7 +147,10 @@ fn order(vocab: u32) -> Vec<u32> {
 fn batch(config: &ModelConfig) -> Packed {
     let mut batch = Packed::default();
     for (item, len) in [5usize, 1, 18, 33].into_iter().enumerate() {
-        batch.push((0..len).map(|i| ((item * 31 + i * i * 5 + i) % config.vocab_size) as u32));
+        batch.push(
+            (0..len)
+                .map(|i| u32::try_from((item * 31 + i * i * 5 + i) % config.vocab_size).unwrap()),
+        );
     }
     batch
 }
@@ -315,7 +318,7 @@ fn adapters_on_all_layers_do_too_whichever_way_the_products_are_taken() {
                 values
                     .iter_mut()
                     .zip(noise)
-                    .for_each(|(v, n)| *v += 0.3 * n)
+                    .for_each(|(v, n)| *v += 0.3 * n);
             })
             .unwrap();
         }

@@ -147,7 +147,7 @@ impl Model {
             .read(|weight| normalise(&self.scratch, x, rows, weight, eps))?;
         let mut out = vec![0f32; rows.len() * self.vocabulary()];
         with_floats(&self.head_tensor()?, |head| {
-            logits(&normed.values, width, head, &mut out)
+            logits(&normed.values, width, head, &mut out);
         })?;
         for buffer in [normed.chosen, normed.values, normed.inverse] {
             self.scratch.give(buffer);

@@ -54,7 +54,7 @@ fn a_saved_tokenizer_reads_back() {
 }
 
 /// A Llama-2 kind of file: `▁` for spaces, a leading one prepended, bytes as fallback.
-fn sentencepiece(normalizer: Value) -> Value {
+fn sentencepiece(normalizer: &Value) -> Value {
     let mut vocab = json!({"<unk>": 0, "<s>": 1, "</s>": 2});
     for byte in 0..256 {
         vocab[format!("<0x{byte:02X}>")] = json!(3 + byte);
@@ -101,7 +101,7 @@ fn sentencepiece_tokens_spell_the_text_without_the_prepended_space() {
     let normalizer = json!({"type": "Sequence", "normalizers": [
         {"type": "Prepend", "prepend": "\u{2581}"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"}]});
-    let tokenizer = load(&sentencepiece(normalizer)).unwrap();
+    let tokenizer = load(&sentencepiece(&normalizer)).unwrap();
     assert_eq!(tokenizer.end_of_record(), 2);
     for (text, ids) in [
         ("ab", vec![262]),
@@ -123,13 +123,13 @@ fn a_text_that_the_tokenizer_would_change_is_refused() {
     let lower = json!({"type": "Sequence", "normalizers": [
         {"type": "Lowercase"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"}]});
-    let tokenizer = load(&sentencepiece(lower)).unwrap();
+    let tokenizer = load(&sentencepiece(&lower)).unwrap();
     let error = tokenizer.encode("ab aB").unwrap_err();
     assert!(
         matches!(error, TokenizerError::NotExact { bytes: 5, at: 2 }),
         "{error}"
     );
-    let error = load(&sentencepiece(Value::Null))
+    let error = load(&sentencepiece(&Value::Null))
         .unwrap()
         .encode("a \u{2581}")
         .unwrap_err();
@@ -138,7 +138,7 @@ fn a_text_that_the_tokenizer_would_change_is_refused() {
 
 #[test]
 fn a_vocabulary_without_bytes_or_end_is_refused() {
-    let mut json = sentencepiece(Value::Null);
+    let mut json = sentencepiece(&Value::Null);
     json["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
     json["model"]["byte_fallback"] = json!(false);
     assert!(
@@ -147,7 +147,7 @@ fn a_vocabulary_without_bytes_or_end_is_refused() {
             .to_string()
             .contains("tokens have no bytes")
     );
-    let mut json = sentencepiece(Value::Null);
+    let mut json = sentencepiece(&Value::Null);
     json["added_tokens"][2]["content"] = json!("</end>");
     json["model"]["vocab"]
         .as_object_mut()

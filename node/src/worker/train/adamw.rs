@@ -112,6 +112,10 @@ impl AdamW {
         Ok(norm)
     }
 
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "computed in f64, applied in f32"
+    )]
     fn factors(&self, norm: f64, rate: f64) -> Factors {
         let AdamWConfig {
             beta1,
@@ -149,8 +153,7 @@ struct Factors {
 fn gradient_norm(gradients: &Gradients) -> Result<f64, TrainError> {
     let mut sum = 0f64;
     for gradient in &gradients.tensors {
-        sum +=
-            with_floats(gradient, |gradient| sum_of_squares(gradient)).map_err(ModelError::from)?;
+        sum += with_floats(gradient, sum_of_squares).map_err(ModelError::from)?;
     }
     Ok(sum.sqrt())
 }

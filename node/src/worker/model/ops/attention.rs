@@ -230,13 +230,13 @@ fn scores(row: &[f32], columns: &[f32], stride: usize, count: usize, out: &mut [
     }
 }
 
-/// `out += sum over j of weight(j) rows[j]`
+/// `out += sum over j of weights[j * step] rows[j]`
 #[inline(always)]
-fn mix(weights: impl Iterator<Item = f32> + Clone, rows: &[f32], padded: usize, out: &mut [f32]) {
+fn mix(weights: &[f32], step: usize, rows: &[f32], padded: usize, out: &mut [f32]) {
     for first in (0..padded).step_by(LANES) {
         let mut sums = [0f32; LANES];
         sums.copy_from_slice(&out[first..first + LANES]);
-        for (row, weight) in rows.chunks_exact(padded).zip(weights.clone()) {
+        for (row, &weight) in rows.chunks_exact(padded).zip(weights.iter().step_by(step)) {
             let row = &row[first..first + LANES];
             for lane in 0..LANES {
                 sums[lane] = row[lane].mul_add(weight, sums[lane]);
@@ -274,174 +274,184 @@ fn softmax(row: &mut [f32], count: usize) {
 }
 
 wide! {
-fn forward_segment<'a>(heads: Heads, rope: &'a RopeTable, qkv: &'a [f32], out: &'a mut [f32], buffers: &'a mut Buffers) -> () {
-    let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
-    let len = qkv.len() / width;
-    let stride = len.next_multiple_of(LANES);
-    let Buffers {
-        q,
-        k,
-        k_columns,
-        v,
-        p,
-        row,
-        ..
-    } = buffers;
-    reset(p, stride);
-    for key in 0..heads.keys {
-        let key_at = (heads.queries + key) * dim;
-        gather_rotated((qkv, width, key_at), (dim, padded), rope, 1.0, k);
-        transpose(k, padded, k_columns);
-        gather(qkv, width, key_at + heads.keys * dim, dim, padded, v);
-        for query in key * heads.group()..(key + 1) * heads.group() {
-            gather_rotated(
-                (qkv, width, query * dim),
-                (dim, padded),
-                rope,
-                heads.scale(),
-                q,
-            );
-            for (i, q) in q.chunks_exact(padded).enumerate() {
-                let seen = (i + 1).next_multiple_of(LANES);
-                scores(q, k_columns, stride, i + 1, &mut p[..seen]);
-                softmax(&mut p[..seen], i + 1);
-                reset(row, padded);
-                mix(p[..=i].iter().copied(), v, padded, row);
-                out[i * heads.out() + query * dim..][..dim].copy_from_slice(&row[..dim]);
+    fn forward_segment<'a>(
+        heads: Heads,
+        rope: &'a RopeTable,
+        qkv: &'a [f32],
+        out: &'a mut [f32],
+        buffers: &'a mut Buffers,
+    ) -> () {
+        let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
+        let len = qkv.len() / width;
+        let stride = len.next_multiple_of(LANES);
+        let Buffers {
+            q,
+            k,
+            k_columns,
+            v,
+            p,
+            row,
+            ..
+        } = buffers;
+        reset(p, stride);
+        for key in 0..heads.keys {
+            let key_at = (heads.queries + key) * dim;
+            gather_rotated((qkv, width, key_at), (dim, padded), rope, 1.0, k);
+            transpose(k, padded, k_columns);
+            gather(qkv, width, key_at + heads.keys * dim, dim, padded, v);
+            for query in key * heads.group()..(key + 1) * heads.group() {
+                gather_rotated(
+                    (qkv, width, query * dim),
+                    (dim, padded),
+                    rope,
+                    heads.scale(),
+                    q,
+                );
+                for (i, q) in q.chunks_exact(padded).enumerate() {
+                    let seen = (i + 1).next_multiple_of(LANES);
+                    scores(q, k_columns, stride, i + 1, &mut p[..seen]);
+                    softmax(&mut p[..seen], i + 1);
+                    reset(row, padded);
+                    mix(&p[..=i], 1, v, padded, row);
+                    out[i * heads.out() + query * dim..][..dim].copy_from_slice(&row[..dim]);
+                }
             }
         }
     }
-}
 
-fn backward_segment<'a>(heads: Heads, rope: &'a RopeTable, qkv: &'a [f32], dout_rows: &'a [f32], dqkv: &'a mut [f32], buffers: &'a mut Buffers) -> () {
-    let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
-    let len = qkv.len() / width;
-    let stride = len.next_multiple_of(LANES);
-    let Buffers {
-        q,
-        k,
-        k_columns,
-        v,
-        v_columns,
-        dout,
-        p,
-        ds,
-        dk,
-        dv,
-        row,
-    } = buffers;
-    reset(p, len * stride);
-    reset(ds, len * stride);
-    for key in 0..heads.keys {
-        let key_at = (heads.queries + key) * dim;
-        let value_at = key_at + heads.keys * dim;
-        gather_rotated((qkv, width, key_at), (dim, padded), rope, 1.0, k);
-        transpose(k, padded, k_columns);
-        gather(qkv, width, value_at, dim, padded, v);
-        transpose(v, padded, v_columns);
-        reset(dk, len * padded);
-        reset(dv, len * padded);
-        for query in key * heads.group()..(key + 1) * heads.group() {
-            gather_rotated(
-                (qkv, width, query * dim),
-                (dim, padded),
-                rope,
-                heads.scale(),
-                q,
-            );
-            gather(dout_rows, heads.out(), query * dim, dim, padded, dout);
-            for i in 0..len {
-                let seen = (i + 1).next_multiple_of(LANES);
-                let p = &mut p[i * stride..][..seen];
-                let ds = &mut ds[i * stride..][..seen];
-                scores(&q[i * padded..][..padded], k_columns, stride, i + 1, p);
-                softmax(p, i + 1);
-                scores(&dout[i * padded..][..padded], v_columns, stride, i + 1, ds);
-                let mean = super::simd::dot(p, ds);
-                for (ds, &p) in ds.iter_mut().zip(p.iter()) {
-                    *ds = p * (*ds - mean);
+    fn backward_segment<'a>(
+        heads: Heads,
+        rope: &'a RopeTable,
+        qkv: &'a [f32],
+        dout_rows: &'a [f32],
+        dqkv: &'a mut [f32],
+        buffers: &'a mut Buffers,
+    ) -> () {
+        let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
+        let len = qkv.len() / width;
+        let stride = len.next_multiple_of(LANES);
+        let Buffers {
+            q,
+            k,
+            k_columns,
+            v,
+            v_columns,
+            dout,
+            p,
+            ds,
+            dk,
+            dv,
+            row,
+        } = buffers;
+        reset(p, len * stride);
+        reset(ds, len * stride);
+        for key in 0..heads.keys {
+            let key_at = (heads.queries + key) * dim;
+            let value_at = key_at + heads.keys * dim;
+            gather_rotated((qkv, width, key_at), (dim, padded), rope, 1.0, k);
+            transpose(k, padded, k_columns);
+            gather(qkv, width, value_at, dim, padded, v);
+            transpose(v, padded, v_columns);
+            reset(dk, len * padded);
+            reset(dv, len * padded);
+            for query in key * heads.group()..(key + 1) * heads.group() {
+                gather_rotated(
+                    (qkv, width, query * dim),
+                    (dim, padded),
+                    rope,
+                    heads.scale(),
+                    q,
+                );
+                gather(dout_rows, heads.out(), query * dim, dim, padded, dout);
+                for i in 0..len {
+                    let seen = (i + 1).next_multiple_of(LANES);
+                    let p = &mut p[i * stride..][..seen];
+                    let ds = &mut ds[i * stride..][..seen];
+                    scores(&q[i * padded..][..padded], k_columns, stride, i + 1, p);
+                    softmax(p, i + 1);
+                    scores(&dout[i * padded..][..padded], v_columns, stride, i + 1, ds);
+                    let mean = super::simd::dot(p, ds);
+                    for (ds, &p) in ds.iter_mut().zip(p.iter()) {
+                        *ds = p * (*ds - mean);
+                    }
+                    reset(row, padded);
+                    mix(&ds[..=i], 1, k, padded, row);
+                    let dq = &mut dqkv[i * width + query * dim..][..dim];
+                    rope.rotate_back(&row[..dim], i, heads.scale(), dq);
                 }
-                reset(row, padded);
-                mix(ds[..=i].iter().copied(), k, padded, row);
-                let dq = &mut dqkv[i * width + query * dim..][..dim];
-                rope.rotate_back(&row[..dim], i, heads.scale(), dq);
+                for j in 0..len {
+                    let (row, column) = (j * padded, j * stride + j);
+                    mix(&ds[column..], stride, &q[row..], padded, &mut dk[row..][..padded]);
+                    mix(&p[column..], stride, &dout[row..], padded, &mut dv[row..][..padded]);
+                }
             }
             for j in 0..len {
-                let ds = ds[j * stride + j..].iter().step_by(stride).copied();
-                mix(
-                    ds,
-                    &q[j * padded..],
-                    padded,
-                    &mut dk[j * padded..][..padded],
+                let row = &mut dqkv[j * width..][..width];
+                rope.rotate_back(
+                    &dk[j * padded..][..dim],
+                    j,
+                    1.0,
+                    &mut row[key_at..key_at + dim],
                 );
-                let p = p[j * stride + j..].iter().step_by(stride).copied();
-                mix(
-                    p,
-                    &dout[j * padded..],
-                    padded,
-                    &mut dv[j * padded..][..padded],
-                );
+                row[value_at..value_at + dim].copy_from_slice(&dv[j * padded..][..dim]);
             }
         }
-        for j in 0..len {
-            let row = &mut dqkv[j * width..][..width];
-            rope.rotate_back(
-                &dk[j * padded..][..dim],
-                j,
-                1.0,
-                &mut row[key_at..key_at + dim],
-            );
-            row[value_at..value_at + dim].copy_from_slice(&dv[j * padded..][..dim]);
-        }
     }
-}
 
-fn branch_segment<'a>(heads: Heads, branches: &'a [Branch], rope: &'a RopeTable, cache: &'a [f32], qkv: &'a [f32], out: &'a mut [f32], buffers: &'a mut Buffers) -> () {
-    let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
-    let len = cache.len() / width;
-    let stride = len.next_multiple_of(LANES);
-    let Buffers {
-        q,
-        k,
-        k_columns,
-        v,
-        p,
-        row,
-        dk,
-        ..
-    } = buffers;
-    for key in 0..heads.keys {
-        let key_at = (heads.queries + key) * dim;
-        let value_at = key_at + heads.keys * dim;
-        gather_rotated((cache, width, key_at), (dim, padded), rope, 1.0, k);
-        transpose(k, padded, k_columns);
-        gather(cache, width, value_at, dim, padded, v);
-        for query in key * heads.group()..(key + 1) * heads.group() {
-            for (b, branch) in branches.iter().enumerate() {
-                let own = &qkv[b * width..][..width];
-                let prefix = branch.prefix;
-                reset(q, padded);
-                rope.rotate(
-                    &own[query * dim..][..dim],
-                    prefix,
-                    heads.scale(),
-                    &mut q[..dim],
-                );
-                reset(dk, padded);
-                rope.rotate(&own[key_at..][..dim], prefix, 1.0, &mut dk[..dim]);
-                let seen = (prefix + 1).next_multiple_of(LANES);
-                reset(p, seen.max(stride));
-                scores(q, k_columns, stride, prefix, p);
-                p[prefix] = super::simd::dot(q, dk);
-                softmax(&mut p[..seen], prefix + 1);
-                reset(row, padded);
-                mix(p[..prefix].iter().copied(), v, padded, row);
-                for (sum, &value) in row.iter_mut().zip(&own[value_at..][..dim]) {
-                    *sum = value.mul_add(p[prefix], *sum);
+    fn branch_segment<'a>(
+        heads: Heads,
+        branches: &'a [Branch],
+        rope: &'a RopeTable,
+        cache: &'a [f32],
+        qkv: &'a [f32],
+        out: &'a mut [f32],
+        buffers: &'a mut Buffers,
+    ) -> () {
+        let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
+        let len = cache.len() / width;
+        let stride = len.next_multiple_of(LANES);
+        let Buffers {
+            q,
+            k,
+            k_columns,
+            v,
+            p,
+            row,
+            dk,
+            ..
+        } = buffers;
+        for key in 0..heads.keys {
+            let key_at = (heads.queries + key) * dim;
+            let value_at = key_at + heads.keys * dim;
+            gather_rotated((cache, width, key_at), (dim, padded), rope, 1.0, k);
+            transpose(k, padded, k_columns);
+            gather(cache, width, value_at, dim, padded, v);
+            for query in key * heads.group()..(key + 1) * heads.group() {
+                for (b, branch) in branches.iter().enumerate() {
+                    let own = &qkv[b * width..][..width];
+                    let prefix = branch.prefix;
+                    reset(q, padded);
+                    rope.rotate(
+                        &own[query * dim..][..dim],
+                        prefix,
+                        heads.scale(),
+                        &mut q[..dim],
+                    );
+                    reset(dk, padded);
+                    rope.rotate(&own[key_at..][..dim], prefix, 1.0, &mut dk[..dim]);
+                    let seen = (prefix + 1).next_multiple_of(LANES);
+                    reset(p, seen.max(stride));
+                    scores(q, k_columns, stride, prefix, p);
+                    p[prefix] = super::simd::dot(q, dk);
+                    softmax(&mut p[..seen], prefix + 1);
+                    reset(row, padded);
+                    mix(&p[..prefix], 1, v, padded, row);
+                    for (sum, &value) in row.iter_mut().zip(&own[value_at..][..dim]) {
+                        *sum = value.mul_add(p[prefix], *sum);
+                    }
+                    out[b * heads.out() + query * dim..][..dim].copy_from_slice(&row[..dim]);
                 }
-                out[b * heads.out() + query * dim..][..dim].copy_from_slice(&row[..dim]);
             }
         }
     }
-}
 }

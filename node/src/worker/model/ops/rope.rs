@@ -1,5 +1,10 @@
 //! Rotary position embedding (Su et al. 2021), the half-split pairing of Hugging Face models.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "computed in f64, kept in f32"
+)]
+
 use crate::worker::model::config::{Rope, RopeScaling};
 
 /// Cosines and sines of every position up to a length.
@@ -37,11 +42,7 @@ impl RopeTable {
 
     /// Positions covered.
     pub(crate) fn positions(&self) -> usize {
-        if self.half == 0 {
-            usize::MAX
-        } else {
-            self.cosines.len() / self.half
-        }
+        self.cosines.len() / self.half
     }
 
     /// `out = scale * R(position) head`
