@@ -3,6 +3,7 @@
 //! Rows of the output head are kept in rank order, the order of the byte-sorted vocabulary, so that
 //! logits of tokens with a common prefix are neighbours. Embeddings stay in the order of ids.
 
+mod adapter_folder;
 mod attention;
 mod block;
 pub mod config;
@@ -22,13 +23,14 @@ pub mod tensors;
 #[cfg(test)]
 mod tests;
 
+pub use adapter_folder::{load_adapter, save_adapter};
 pub use config::{ConfigError, Family, ModelConfig, Rope, RopeScaling};
 pub use decoder::{Gradients, Model, Packed, Pass};
 pub use error::ModelError;
 pub use load::{load_folder, random};
 pub use lora::LoraConfig;
 pub use ops::attention::Segment;
-pub use save::{save_adapter, save_folder};
+pub use save::save_folder;
 pub use scoring::{BranchToken, KeyValues, ScoringPass};
 pub use tensors::{NamedTensor, NamedTensors};
 

@@ -1,8 +1,6 @@
-//! Model and adapter folders that transformers and peft load.
+//! Model folders that transformers loads.
 
 use std::path::Path;
-
-use serde_json::json;
 
 use super::tensors::{NamedTensor, NamedTensors, encode};
 use super::{Model, ModelError};
@@ -20,52 +18,18 @@ pub fn save_folder(model: &Model, folder: &Path) -> Result<(), ModelError> {
     )
 }
 
-/// Writes `adapter_config.json` and `adapter_model.safetensors`. `base` is the name or path of the base
-/// model that readers should fetch.
-pub fn save_adapter(model: &Model, folder: &Path, base: &str) -> Result<(), ModelError> {
-    let shape = model.lora().ok_or(ModelError::NoAdapter)?;
-    create(folder)?;
-    let modules_to_save = if shape.embeddings_and_head {
-        json!(["embed_tokens", "lm_head"])
-    } else {
-        json!(null)
-    };
-    let config = json!({
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": shape.rank,
-        "lora_alpha": shape.alpha,
-        "lora_dropout": 0.0,
-        "target_modules":
-            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "modules_to_save": modules_to_save,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "use_rslora": false,
-        "use_dora": false,
-        "init_lora_weights": true,
-        "inference_mode": true,
-    });
-    write(&folder.join("adapter_config.json"), &pretty(&config))?;
-    write(
-        &folder.join("adapter_model.safetensors"),
-        &encode(&model.adapter()?)?,
-    )
-}
-
-fn pretty(value: &serde_json::Value) -> Vec<u8> {
+pub(super) fn pretty(value: &serde_json::Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
-fn create(folder: &Path) -> Result<(), ModelError> {
+pub(super) fn create(folder: &Path) -> Result<(), ModelError> {
     std::fs::create_dir_all(folder).map_err(|source| ModelError::Write {
         path: folder.into(),
         source,
     })
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     write_atomic(path, [bytes]).map_err(|source| ModelError::Write {
         path: path.into(),
         source,
