@@ -125,8 +125,8 @@ const fn agent_status(error: &AgentError) -> u8 {
             source: LinkError::Local(_),
             ..
         } => 2,
+        AgentError::Identity(error) => error.exit_status(),
         AgentError::Link { .. }
-        | AgentError::Identity(_)
         | AgentError::OtherIdentity { .. }
         | AgentError::Credentials(_)
         | AgentError::Trust(_) => 4,

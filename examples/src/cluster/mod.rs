@@ -266,9 +266,9 @@ impl Cluster {
                 "consortium = \"{consortium}\"\ninstitution = \"{name}\"\n\
                  aggregator = \"127.0.0.1:{port}\"\nserver_name = \"localhost\"\n\
                  identity = \"identity\"\ncharter = \"../../charter.signed\"\nspool = \"spool\"\n\
-                 pivot = {pivot}\nsource = {source}\nholdout = {holdout}\n\n\
+                 pivot = {pivot}\nsource = {source}\nholdout = {holdout}\ncapacity = {capacity}\n\n\
                  [policy]\nmodes = [\"unified\"]\nmax_symbols = 16\nmax_rounds = 100\nmax_bytes = 1_000_000_000\n\n\
-                 [worker]\nthreads = {threads}\ncapacity = {capacity}\n",
+                 [worker]\nthreads = {threads}\n",
                 name = site.name,
                 port = self.port,
                 pivot = path(&spec.pivot)?,

@@ -13,7 +13,7 @@ use super::data::{Record, cut, read_records, tokenize};
 use super::error::WorkError;
 use super::files::write_atomic;
 use super::holdout;
-use super::model::ModelConfig;
+use super::model::{ModelConfig, load_adapter};
 use super::monitor::Monitor;
 use super::score::{ScoreStats, score_shard};
 use super::source::LoadedModel;
@@ -268,7 +268,7 @@ pub fn evaluate(
     let items = holdout::read(holdout)?;
     let mut loaded = LoadedModel::load(model)?;
     if let Some(adapter) = adapter {
-        loaded.apply_adapter_folder(adapter)?;
+        load_adapter(&mut loaded.model, adapter)?;
     }
     super::evaluate::evaluate(&loaded, &items, monitor)
 }

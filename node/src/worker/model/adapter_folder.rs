@@ -10,7 +10,7 @@ use super::tensors::{decode, encode};
 use super::{LoraConfig, Model, ModelError};
 
 /// Layers that carry factors.
-const TARGETS: [&str; 7] = [
+pub(crate) const TARGETS: [&str; 7] = [
     "q_proj",
     "k_proj",
     "v_proj",
@@ -21,7 +21,7 @@ const TARGETS: [&str; 7] = [
 ];
 
 /// Full weights that travel with them.
-const SAVED: [&str; 2] = ["embed_tokens", "lm_head"];
+pub(crate) const SAVED: [&str; 2] = ["embed_tokens", "lm_head"];
 
 /// Reads a PEFT folder into a model, in place of its adapters if it has the same kind, else as new ones.
 pub fn load_adapter(model: &mut Model, folder: &Path) -> Result<(), ModelError> {

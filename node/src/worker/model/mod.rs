@@ -34,6 +34,7 @@ pub use save::save_folder;
 pub use scoring::{BranchToken, KeyValues, ScoringPass};
 pub use tensors::{NamedTensor, NamedTensors};
 
+pub(crate) use adapter_folder::{SAVED, TARGETS};
 pub(crate) use decoder::Head;
 pub(crate) use ops::simd::wide;
 pub(crate) use parameters::{edit, with_floats};

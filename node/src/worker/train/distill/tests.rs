@@ -4,7 +4,7 @@ use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
 
 use super::*;
-use crate::worker::peft::{MODULES_TO_SAVE, TARGET_MODULES};
+use crate::worker::model::{SAVED, TARGETS};
 use crate::worker::score::score_shard;
 use crate::worker::testing::{model, reference};
 
@@ -277,14 +277,14 @@ fn what_this_version_cannot_train_is_refused_by_name() {
         outer_rate_permille: 700,
         outer_momentum_permille: 700,
     };
-    let settings = Settings::of(&training(&TARGET_MODULES, &MODULES_TO_SAVE), 9).unwrap();
+    let settings = Settings::of(&training(&TARGETS, &SAVED), 9).unwrap();
     assert_eq!(settings.schedule.steps, 240);
     assert!(settings.lora.embeddings_and_head);
-    let plain = Settings::of(&training(&TARGET_MODULES, &[]), 9).unwrap();
+    let plain = Settings::of(&training(&TARGETS, &[]), 9).unwrap();
     assert!(!plain.lora.embeddings_and_head);
     for (training, field) in [
-        (training(&TARGET_MODULES[..6], &[]), "target_modules"),
-        (training(&TARGET_MODULES, &["lm_head"]), "modules_to_save"),
+        (training(&TARGETS[..6], &[]), "target_modules"),
+        (training(&TARGETS, &["lm_head"]), "modules_to_save"),
     ] {
         let error = Settings::of(&training, 9).unwrap_err().to_string();
         assert!(error.starts_with(field), "{error}");
