@@ -87,7 +87,7 @@ async fn a_round_reaches_a_signed_release_over_kills_and_restarts() {
         "a repeat has the receipt of the first time"
     );
 
-    // Fused; then an orderly restart: same targets, same parts.
+    // Fused; then an orderly restart with a damaged index: same targets, same parts.
     let distil = |inner: u32| move |task: &Task| matches!(task, Task::Distil { inner: now, .. } if *now == inner);
     let before = play_all(&mut nodes, distil(0)).await;
     let Task::Distil { targets, .. } = &before[0] else {
@@ -96,6 +96,7 @@ async fn a_round_reaches_a_signed_release_over_kills_and_restarts() {
     let index = nodes[0].fetch_targets(targets).await;
     assert_eq!(index.shards.len(), usize::try_from(SHARDS).unwrap());
     assert!(consortium.stop().await.success());
+    fs::write(consortium.path("data/index/db"), b"not what was there").unwrap();
     consortium.start().await;
     let seen = nodes.map(|node| node.seen);
     let mut nodes = join_all(&consortium, seen).await;
