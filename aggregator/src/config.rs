@@ -74,7 +74,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     /// A problem with what `path` says.
-    pub(crate) fn content(path: &Path, problem: impl ToString) -> Self {
+    pub(crate) fn content(path: &Path, problem: impl std::fmt::Display) -> Self {
         Self::Content {
             path: path.to_owned(),
             problem: problem.to_string(),
@@ -100,7 +100,7 @@ impl Config {
         let text = str::from_utf8(&bytes).map_err(|error| ConfigError::content(path, error))?;
         let mut config: Self =
             toml::from_str(text).map_err(|error| ConfigError::content(path, error))?;
-        let base = path.parent().unwrap_or(Path::new("."));
+        let base = path.parent().unwrap_or_else(|| Path::new("."));
         for entry in [
             &mut config.data_dir,
             &mut config.identity,

@@ -55,6 +55,7 @@ enum Command {
     Refuse {
         statement: Box<Statement>,
         code: RejectCode,
+        reply: oneshot::Sender<()>,
     },
     Worked(Box<Result<Event, WorkError>>),
 }
@@ -136,11 +137,13 @@ impl Driver {
         .unwrap_or(Err(RejectCode::ShuttingDown))
     }
 
-    /// Notes in the log that a contribution was refused.
+    /// Notes in the log that a contribution was refused; the sender is told after that.
     pub async fn refuse(&self, statement: Statement, code: RejectCode) {
-        self.tell(Command::Refuse {
-            statement: Box::new(statement),
+        let statement = Box::new(statement);
+        self.ask(|reply| Command::Refuse {
+            statement,
             code,
+            reply,
         })
         .await;
     }
@@ -219,8 +222,13 @@ impl Actor {
                 let _ = reply.send(accepted);
                 self.advance();
             }
-            Command::Refuse { statement, code } => {
+            Command::Refuse {
+                statement,
+                code,
+                reply,
+            } => {
                 self.block(|state, now| state.refuse(now, &statement, code));
+                let _ = reply.send(());
             }
             Command::Worked(outcome) => {
                 self.working = false;

@@ -1,7 +1,7 @@
 //! One node's connection: greeting, pushed status, requests.
 
 use consilium_protocol::frame;
-use consilium_protocol::message::{Download, Hello, Status, Task, Welcome};
+use consilium_protocol::message::{Download, Hello, Logged, Status, Task, Welcome};
 use consilium_protocol::quic::{Connection, LinkError, Request, Stream, Tasks, serve_download};
 use consilium_protocol::{InstitutionId, RejectCode};
 use tokio::sync::watch;
@@ -132,31 +132,31 @@ async fn push(
 
 /// Whether two statuses ask for the same, whatever checkpoint their proofs are against.
 fn same(a: &Status, b: &Status) -> bool {
-    fn key(status: &Status) -> (Option<&[u8]>, u8, Vec<&[u8]>, Vec<u64>) {
-        let round = status.round.as_ref().map(|logged| logged.entry.as_slice());
-        let (kind, entries, numbers) = match &status.task {
-            Task::Wait => (0, Vec::new(), Vec::new()),
-            Task::Score { shards } => (
-                1,
-                Vec::new(),
-                shards.iter().copied().map(u64::from).collect(),
-            ),
+    let entry = |logged: &Logged| logged.entry.clone();
+    let tasks = match (&a.task, &b.task) {
+        (
             Task::Distil {
                 inner,
                 start,
                 targets,
                 part,
-            } => (
-                2,
-                vec![start.entry.as_slice(), targets.entry.as_slice()],
-                vec![u64::from(*inner), part.seed, part.from, part.to],
-            ),
-            Task::Evaluate { candidate } => (3, vec![candidate.entry.as_slice()], Vec::new()),
-            Task::Finished { outcome } => (4, vec![outcome.entry.as_slice()], Vec::new()),
-        };
-        (round, kind, entries, numbers)
-    }
-    key(a) == key(b)
+            },
+            Task::Distil {
+                inner: other,
+                start: start_b,
+                targets: targets_b,
+                part: part_b,
+            },
+        ) => {
+            (inner, part) == (other, part_b)
+                && start.entry == start_b.entry
+                && targets.entry == targets_b.entry
+        }
+        (Task::Evaluate { candidate: a }, Task::Evaluate { candidate: b })
+        | (Task::Finished { outcome: a }, Task::Finished { outcome: b }) => a.entry == b.entry,
+        (a, b) => a == b,
+    };
+    tasks && a.round.as_ref().map(entry) == b.round.as_ref().map(entry)
 }
 
 async fn answer(mut stream: Stream, institution: InstitutionId, shared: &Shared) {

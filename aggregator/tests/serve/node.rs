@@ -1,5 +1,6 @@
 //! A scripted node: speaks the real protocol, makes up its numbers.
 
+use std::cell::RefCell;
 use std::fs;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -42,6 +43,7 @@ pub(crate) struct Node {
     control: Stream,
     pub(crate) seen: Seen,
     status: Option<Status>,
+    receipts: RefCell<Vec<Vec<u8>>>,
 }
 
 impl Node {
@@ -76,7 +78,13 @@ impl Node {
             control,
             seen: Some((now.size, now.root)),
             status: None,
+            receipts: RefCell::default(),
         }
+    }
+
+    /// Entries of the receipts on this connection.
+    pub(crate) fn receipts(&self) -> Vec<Vec<u8>> {
+        self.receipts.borrow().clone()
     }
 
     /// The newest status for which `wanted` holds; earlier ones are passed over.
@@ -206,6 +214,9 @@ impl Node {
             panic!("{entry:?}")
         };
         assert_eq!((artefact, sequence), (claim.artefact, claim.sequence));
+        self.receipts
+            .borrow_mut()
+            .push(receipt.accepted.entry.clone());
         Ok(receipt.accepted)
     }
 
