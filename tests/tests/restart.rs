@@ -4,6 +4,8 @@
 
 use consilium_tests::{Consortium, is_released};
 
+type Reached<'a> = &'a dyn Fn(&serde_json::Value) -> bool;
+
 #[test]
 fn a_killed_aggregator_resumes_the_round_and_nodes_find_it_again() {
     let consortium = Consortium::new(4).unwrap();
@@ -23,7 +25,7 @@ fn a_killed_aggregator_resumes_the_round_and_nodes_find_it_again() {
             .any(|member| member["shards"] != 0)
     };
     let merged = |round: &serde_json::Value| round["merged"].as_u64().unwrap() >= 2;
-    let phases: [(&str, &dyn Fn(&serde_json::Value) -> bool); 2] = [
+    let phases: [(&str, Reached<'_>); 2] = [
         ("records are coming in", &contributed),
         ("two inner rounds are merged", &merged),
     ];

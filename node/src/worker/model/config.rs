@@ -315,13 +315,13 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError
 }
 
 /// Access to the fields of one file, with errors that name both.
-struct Fields<'a> {
-    path: &'a Path,
-    object: &'a Map<String, Value>,
+pub(crate) struct Fields<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) object: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
+    pub(crate) fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
         ConfigError::Field {
             path: self.path.into(),
             field: field.into(),
@@ -329,11 +329,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn present(&self, field: &str) -> Option<&'a Value> {
+    pub(crate) fn present(&self, field: &str) -> Option<&'a Value> {
         self.object.get(field).filter(|value| !value.is_null())
     }
 
-    fn text(&self, field: &str) -> Result<&'a str, ConfigError> {
+    pub(crate) fn text(&self, field: &str) -> Result<&'a str, ConfigError> {
         let value = self
             .present(field)
             .ok_or_else(|| self.refuse(field, "missing"))?;
@@ -342,7 +342,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.refuse(field, format!("{value} is not text")))
     }
 
-    fn count(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
+    pub(crate) fn count(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
         self.optional_count(field, most)?
             .ok_or_else(|| self.refuse(field, "missing"))
     }
@@ -360,7 +360,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn real(&self, field: &str, above: f64, most: f64) -> Result<f64, ConfigError> {
+    pub(crate) fn real(&self, field: &str, above: f64, most: f64) -> Result<f64, ConfigError> {
         let value = self
             .present(field)
             .ok_or_else(|| self.refuse(field, "missing"))?;
@@ -393,7 +393,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    fn must_not_be_true(&self, field: &str) -> Result<(), ConfigError> {
+    pub(crate) fn must_not_be_true(&self, field: &str) -> Result<(), ConfigError> {
         match self.flag(field)? {
             Some(true) => Err(self.refuse(field, "true is not supported")),
             _ => Ok(()),

@@ -335,3 +335,43 @@ fn bad_orders_and_batches_are_refused() {
     model.train_all().unwrap();
     assert!(model.forward(&batch, vec![0]).is_ok());
 }
+
+#[test]
+fn an_adapter_folder_reads_back_and_what_is_not_implemented_is_refused() {
+    let mut written = model(config());
+    let lora = LoraConfig {
+        rank: 4,
+        alpha: 6.0,
+        embeddings_and_head: true,
+    };
+    written.attach_lora(lora, 3).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    save_adapter(&written, folder.path(), "base").unwrap();
+    let mut read = model(config());
+    load_adapter(&mut read, folder.path()).unwrap();
+    assert_eq!(read.lora(), Some(lora));
+    assert_eq!(read.adapter().unwrap(), written.adapter().unwrap());
+
+    let path = folder.path().join("adapter_config.json");
+    let good: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (field, value) in [
+        ("peft_type", serde_json::json!("IA3")),
+        ("use_dora", serde_json::json!(true)),
+        ("rank_pattern", serde_json::json!({"q_proj": 2})),
+        ("bias", serde_json::json!("all")),
+        ("target_modules", serde_json::json!(["q_proj"])),
+        ("modules_to_save", serde_json::json!(["lm_head"])),
+        ("r", serde_json::json!(0)),
+    ] {
+        let mut bad = good.clone();
+        bad[field] = value;
+        std::fs::write(&path, bad.to_string()).unwrap();
+        let error = load_adapter(&mut read, folder.path())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(&format!("adapter_config.json: field `{field}`")),
+            "{error}"
+        );
+    }
+}
