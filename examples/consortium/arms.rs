@@ -17,7 +17,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// One trainer in one place: as many steps as one node's batches times all nodes would be, see [`super::Plan`].
+/// One trainer in one place, under the adapters of the round.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Trainer<'a> {
     /// Folder of the pivot.
