@@ -25,16 +25,12 @@ FAMILIES = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def randomise(model):
-    """Gives norms, biases and the adapter's B, which start at one or zero, values that matter."""
+def randomise(model, kinds):
+    """Gives parameters that start at one or zero, and copies of others, values that matter."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if "norm" in name:
+            if any(kind in name for kind in kinds):
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-            elif "bias" in name or "lora_B" in name:
-                tensor.normal_(0, 0.1)
-            elif "modules_to_save" in name:
-                tensor.add_(torch.randn_like(tensor) * 0.05)
 
 
 def make(root, family):
@@ -42,7 +38,7 @@ def make(root, family):
     kind, config = FAMILIES[family]
     folder = root / family
     model = kind(config).eval()
-    randomise(model)
+    randomise(model, ["norm", "bias"])
     model.save_pretrained(folder)
     ids = torch.randint(0, SIZE["vocab_size"], (1, 20))
     with torch.no_grad():
@@ -50,7 +46,7 @@ def make(root, family):
     saved = ["embed_tokens", "lm_head"] if not config.tie_word_embeddings else None
     adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, modules_to_save=saved,
                                                task_type="CAUSAL_LM")).eval()
-    randomise(adapted)
+    randomise(adapted, ["lora_B", "modules_to_save"])
     adapted.save_pretrained(folder / "adapter")
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
     (folder / "generation_config.json").unlink(missing_ok=True)
