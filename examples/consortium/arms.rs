@@ -1,4 +1,4 @@
-//! What the round is compared with: the same pivot, the same adapters, as many steps; only what is learned from differs.
+//! What the round is compared with: the same pivot and the same adapters in one place; what is learned from differs.
 
 use std::path::Path;
 
