@@ -1,0 +1,4 @@
+//! Fast paths against the reference.
+
+mod loss;
+mod score;
