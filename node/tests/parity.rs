@@ -31,7 +31,8 @@ fn logits(model: &Model, ids: &[u32]) -> Vec<f32> {
     let mut batch = Packed::default();
     batch.push(ids.iter().copied());
     let rows: Vec<u32> = (0..).take(ids.len()).collect();
-    model.score(&batch, &rows).unwrap().logits
+    let pass = model.score(&batch, &rows).unwrap();
+    model.logits(&pass.hidden).unwrap()
 }
 
 fn assert_close(family: &str, what: &str, got: &[f32], expected: &[f32]) {

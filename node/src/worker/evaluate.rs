@@ -1,6 +1,5 @@
 //! Measurements of a model: bits per byte, and choices ranked by likelihood.
 
-use consilium_kernels::score::token_bits;
 use consilium_protocol::evaluation::Score;
 use rayon::prelude::*;
 
@@ -101,20 +100,20 @@ fn bits_of(
         .par_iter()
         .map(|(context, target)| source.whole_item(context, target))
         .collect::<Result<Vec<Item>, _>>()?;
-    let (width, total) = (source.vocab.len(), texts.len() as u64);
+    let total = texts.len() as u64;
     let mut bits = Vec::with_capacity(texts.len());
     for run in source.runs(&items) {
         let items = &items[run.clone()];
         let batch = source.batch(items);
         let pass = source.model.score(&batch.packed, &batch.rows)?;
-        let of_batch = items
-            .par_iter()
-            .zip(&batch.items)
-            .map(|(item, packed)| {
-                let logits = &pass.logits[packed.logits.start * width..packed.logits.end * width];
-                token_bits(&source.vocab, &source.ranks(&item.target), logits)
-            })
-            .collect::<Result<Vec<f64>, _>>()?;
+        let ranks: Vec<Vec<u32>> = items
+            .iter()
+            .map(|item| source.ranks(&item.target))
+            .collect();
+        let targets: Vec<&[u32]> = ranks.iter().map(Vec::as_slice).collect();
+        let of_batch = source.model.score_with(&source.vocab, |head| {
+            head.token_bits(&pass.hidden, &targets)
+        })??;
         bits.extend(of_batch);
         monitor.advance(run.end as u64, total, None)?;
     }
@@ -139,7 +138,8 @@ mod tests {
             let mut packed = Packed::default();
             packed.push(ids.iter().copied());
             let last = u32::try_from(ids.len() - 1).unwrap();
-            let row = source.model.score(&packed, &[last]).unwrap().logits;
+            let pass = source.model.score(&packed, &[last]).unwrap();
+            let row = source.model.logits(&pass.hidden).unwrap();
             sum += log_softmax(&row, live)[source.ranks(&[id])[0] as usize];
             ids.push(id);
         }

@@ -11,8 +11,6 @@ use super::error::WorkError;
 use super::model::{self, Model, ModelConfig, ModelError};
 use super::tokenizer::Tokenizer;
 
-/// Logits of one batch take at most this many values (256 MiB) unless a single item has more.
-const LOGITS: usize = 64 << 20;
 /// Tokens of one batch at most; beyond this a pass gains nothing.
 const TOKENS: usize = 2048;
 
@@ -132,8 +130,7 @@ impl LoadedModel {
 
     /// Cuts items into runs for one pass each, by sizes alone, so that the same items give the same batches.
     pub(crate) fn runs(&self, items: &[Item]) -> Vec<Range<usize>> {
-        let limit = TOKENS.min(LOGITS / self.model.vocabulary()).max(1);
-        runs(items.iter().map(Item::row_tokens), limit)
+        runs(items.iter().map(Item::row_tokens), TOKENS)
     }
 }
 

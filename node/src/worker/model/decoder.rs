@@ -3,12 +3,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
+use consilium_kernels::head::{self, Weights};
+use consilium_kernels::loss::ItemLoss;
+use consilium_kernels::{LossError, Vocab};
 
 use super::attention::AttentionBlock;
 use super::block::{Banks, Context, apply};
 use super::config::ModelConfig;
 use super::feed_forward::FeedForwardBlock;
-use super::head::{Gather, HeadLoss, Normed, logits, normalise};
+use super::head::{Gather, HeadLoss, Normed, normalise};
 use super::lora::Lora;
 use super::ops::attention::Segment;
 use super::ops::rope::RopeTable;
@@ -216,8 +219,8 @@ impl Model {
         Ok(())
     }
 
-    /// Runs a batch and keeps what a backward pass needs. Logits come for the `rows` of the batch, which
-    /// must be ascending.
+    /// Runs a batch and keeps what a backward pass needs. The `rows` of the batch, which must be ascending,
+    /// are those that predict something.
     pub fn forward(&self, batch: &Packed, rows: Vec<u32>) -> Result<Pass<'_>, ModelError> {
         if self.trainable().is_empty() {
             return Err(ModelError::Frozen);
@@ -235,24 +238,16 @@ impl Model {
             x = apply(&layer.attention.0, &context, attention, &x)?;
             x = apply(&layer.feed_forward.0, &context, feed_forward, &x)?;
         }
-        let head = self.head_tensor()?;
-        let width = self.config.hidden_size;
         let eps = self.config.eps();
         let normed = with_floats(&x, |x| {
             self.norm
                 .read(|weight| normalise(&self.scratch, x, &rows, weight, eps))
         })??;
-        let mut values = self.scratch.take(rows.len() * self.vocabulary());
-        with_floats(&head, |head| {
-            logits(&normed.values, width, head, &mut values);
-        })?;
         Ok(Pass {
             model: self,
             hidden: x,
-            head,
             rows,
             normed,
-            logits: values,
         })
     }
 
@@ -359,6 +354,19 @@ impl Model {
                 })?
             }
         })
+    }
+
+    /// The head's table with a vocabulary: hidden states in, losses or records out.
+    pub(crate) fn with_head<R>(
+        &self,
+        table: &Tensor,
+        vocab: &Vocab,
+        work: impl FnOnce(&head::Head<'_>) -> R,
+    ) -> Result<R, ModelError> {
+        with_floats(table, |table| {
+            let width = self.config.hidden_size;
+            Ok(work(&head::Head::new(vocab, Weights::F32(table), width)?))
+        })?
     }
 
     pub(crate) fn banks<'a>(&'a self, index: usize, layer: &'a Layer) -> (Banks<'a>, Banks<'a>) {
@@ -471,49 +479,61 @@ impl Model {
 pub struct Pass<'m> {
     model: &'m Model,
     hidden: Tensor,
-    head: Tensor,
     rows: Vec<u32>,
     normed: Normed,
-    logits: Vec<f32>,
 }
 
 impl Pass<'_> {
-    /// Logits `[rows, vocabulary]`, columns in rank order.
-    pub fn logits(&self) -> &[f32] {
-        &self.logits
+    /// Hidden states of the rows after the final norm.
+    #[cfg(test)]
+    pub(crate) fn hidden_rows(&self) -> &[f32] {
+        &self.normed.values
     }
 
-    /// Computes the loss and the gradients of all trainable tensors. `loss` gets the logits and a zeroed
-    /// buffer for their gradient.
-    pub fn backward<E: From<ModelError>>(
+    /// The loss of `items`, whose rows are those of the pass one after the other, and the gradients of all
+    /// trainable tensors. The logits of the batch never exist at once.
+    pub fn backward<E: From<ModelError> + From<LossError>>(
         self,
-        loss: impl FnOnce(&[f32], &mut [f32]) -> Result<f64, E>,
+        vocab: &Vocab,
+        items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
-        let scratch = &self.model.scratch;
-        let mut dlogits = scratch.take(self.logits.len());
-        dlogits.fill(0.0);
-        let value = loss(&self.logits, &mut dlogits)?;
-        let gradients = self.gradients(value, dlogits)?;
-        Ok((value, gradients))
+        let model = self.model;
+        let table = model.head_tensor()?;
+        let mut dnormed = model.scratch.take(self.normed.values.len());
+        let mut dhead = model.trains_head().then(|| vec![0f32; table.elem_count()]);
+        let loss = model.with_head(&table, vocab, |head| {
+            head.loss(
+                &self.normed.values,
+                items,
+                &mut dnormed,
+                dhead.as_deref_mut(),
+            )
+        })??;
+        let gradients = self.gradients(loss, &table, dnormed, dhead)?;
+        Ok((loss, gradients))
     }
 
     #[expect(
         clippy::cast_possible_truncation,
         reason = "candle keeps the loss as f32"
     )]
-    fn gradients(self, value: f64, dlogits: Vec<f32>) -> Result<Gradients, ModelError> {
+    fn gradients(
+        self,
+        value: f64,
+        table: &Tensor,
+        dnormed: Vec<f32>,
+        dhead: Option<Vec<f32>>,
+    ) -> Result<Gradients, ModelError> {
         let model = self.model;
-        model.scratch.give(self.logits);
         let norm = model.norm.tensor();
         let root = HeadLoss {
             loss: value as f32,
             rows: self.rows,
-            state: Mutex::new(Some((self.normed, dlogits))),
+            state: Mutex::new(Some((self.normed, dnormed, dhead))),
             scratch: model.scratch.clone(),
             train_norm: model.norm.is_trainable(),
-            train_head: model.trains_head(),
         };
-        let loss = self.hidden.apply_op3(norm, &self.head, root)?;
+        let loss = self.hidden.apply_op3(norm, table, root)?;
         let mut store = loss.backward()?;
         let take = |bank: &&Bank| {
             store

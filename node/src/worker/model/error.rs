@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use consilium_kernels::HeadError;
+
 use super::config::ConfigError;
 
 /// Why a model, an adapter or a batch was refused.
@@ -10,6 +12,9 @@ pub enum ModelError {
     /// The settings of the model are unusable.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The output head does not fit the vocabulary.
+    #[error(transparent)]
+    Head(#[from] HeadError),
     /// A file could not be read.
     #[error("{path}: cannot read: {source}")]
     Read {

@@ -7,7 +7,6 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor
 use super::ops::norm;
 use super::ops::scratch::Scratch;
 use super::parameters::{floats, with_floats};
-use consilium_kernels::matmul::{View, ViewMut, Write, ab, abt, atb};
 
 /// Chosen rows of the residual stream after the final norm.
 #[derive(Debug)]
@@ -40,30 +39,15 @@ pub(crate) fn normalise(
     }
 }
 
-/// `logits = normed head^T`, head `[V, width]`.
-pub(crate) fn logits(normed: &[f32], width: usize, head: &[f32], out: &mut [f32]) {
-    let (rows, vocabulary) = (normed.len() / width, head.len() / width);
-    let normed = View::new(normed, rows, width);
-    let head = View::new(head, vocabulary, width);
-    abt(
-        ViewMut::new(out, rows, vocabulary),
-        Write::Replace,
-        normed,
-        head,
-        1.0,
-    );
-}
-
 /// Root of the graph over (residual stream, norm weight, head): its value is the loss, its backward
-/// pass starts from a given gradient of the logits.
+/// pass starts from the gradient of the normalised rows.
 pub(crate) struct HeadLoss {
     pub(crate) loss: f32,
     pub(crate) rows: Vec<u32>,
-    /// Normalised rows and the gradient of the logits; taken by the backward pass.
-    pub(crate) state: Mutex<Option<(Normed, Vec<f32>)>>,
+    /// Normalised rows, their gradient and that of a trainable head; taken by the backward pass.
+    pub(crate) state: Mutex<Option<(Normed, Vec<f32>, Option<Vec<f32>>)>>,
     pub(crate) scratch: Scratch,
     pub(crate) train_norm: bool,
-    pub(crate) train_head: bool,
 }
 
 impl CustomOp3 for HeadLoss {
@@ -96,36 +80,11 @@ impl CustomOp3 for HeadLoss {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let Some((normed, dlogits_buffer)) = state else {
+        let Some((normed, dnormed, dhead)) = state else {
             bail!("head: backward twice")
         };
-        let (count, width) = (self.rows.len(), norm.elem_count());
-        let vocabulary = head.elem_count() / width;
-        let dlogits = View::new(&dlogits_buffer, count, vocabulary);
-        let dhead = self.train_head.then(|| {
-            let mut dhead = vec![0f32; head.elem_count()];
-            let values = View::new(&normed.values, count, width);
-            atb(
-                ViewMut::new(&mut dhead, vocabulary, width),
-                Write::Replace,
-                dlogits,
-                values,
-                1.0,
-            );
-            dhead
-        });
-        let mut dnormed = self.scratch.take(count * width);
-        with_floats(head, |head| {
-            let head = View::new(head, vocabulary, width);
-            ab(
-                ViewMut::new(&mut dnormed, count, width),
-                Write::Replace,
-                dlogits,
-                head,
-                1.0,
-            );
-        })?;
-        let mut dchosen = self.scratch.take(count * width);
+        let width = norm.elem_count();
+        let mut dchosen = self.scratch.take(dnormed.len());
         dchosen.fill(0.0);
         let mut dnorm = self.train_norm.then(|| vec![0f32; width]);
         with_floats(norm, |weight| {
@@ -146,7 +105,6 @@ impl CustomOp3 for HeadLoss {
             }
         }
         for buffer in [
-            dlogits_buffer,
             dnormed,
             dchosen,
             normed.chosen,

@@ -4,9 +4,12 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
+use consilium_kernels::loss::{ItemLoss, Term};
+use consilium_kernels::{TokenKind, Vocab};
 
 use super::ops::rope::RopeTable;
 use super::*;
+use crate::worker::train::TrainError;
 
 type Variables = BTreeMap<String, Var>;
 
@@ -179,7 +182,7 @@ fn by_id(model: &Model, row: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-/// Logits, and gradients of `sum(logits * noise)`, against the reference.
+/// Logits, and gradients of a cross-entropy with a weight of its own for each row, against the reference.
 fn compare(model: &Model, lora: Option<f64>) {
     let config = model.config().clone();
     let (batch, vocab) = (batch(&config), config.vocab_size);
@@ -187,7 +190,11 @@ fn compare(model: &Model, lora: Option<f64>) {
         .take(batch.tokens.len())
         .filter(|row| row % 4 != 1)
         .collect();
-    let weights = noise(99, rows.len() * vocab);
+    let weights = noise(99, rows.len());
+    let labels: Vec<u32> = (0u32..)
+        .take(rows.len())
+        .map(|row| (row * 7 + 3) % 29)
+        .collect();
 
     let mut named = NamedTensors::new();
     for bank in model
@@ -223,22 +230,26 @@ fn compare(model: &Model, lora: Option<f64>) {
     let reference = Tensor::cat(&items, 0).unwrap();
     let rows_tensor = Tensor::new(rows.as_slice(), &Device::Cpu).unwrap();
     let reference = reference.index_select(&rows_tensor, 0).unwrap();
-    let weights_by_id: Vec<f64> = weights
-        .chunks(vocab)
-        .flat_map(|row| by_id(model, row))
-        .map(f64::from)
+    let order = vocabulary(model);
+    let sums = reference.exp().unwrap().sum_keepdim(1).unwrap();
+    let log_p = reference.broadcast_sub(&sums.log().unwrap()).unwrap();
+    let labels_by_id: Vec<u32> = labels
+        .iter()
+        .map(|&rank| order.id_of_rank()[rank as usize])
         .collect();
-    let weights_by_id = Tensor::from_vec(weights_by_id, (rows.len(), vocab), &Device::Cpu).unwrap();
-    let store = (&reference * &weights_by_id)
+    let labels_by_id = Tensor::from_vec(labels_by_id, (rows.len(), 1), &Device::Cpu).unwrap();
+    let factors: Vec<f64> = weights.iter().map(|&weight| -f64::from(weight)).collect();
+    let factors = Tensor::from_vec(factors, (rows.len(), 1), &Device::Cpu).unwrap();
+    let want = (log_p.gather(&labels_by_id, 1).unwrap() * factors)
         .unwrap()
         .sum_all()
-        .unwrap()
-        .backward()
         .unwrap();
+    let store = want.backward().unwrap();
 
-    let pass = model.forward(&batch, rows).unwrap();
-    let got: Vec<f32> = pass
-        .logits()
+    let hidden = model.score(&batch, &rows).unwrap().hidden;
+    let got: Vec<f32> = model
+        .logits(&hidden)
+        .unwrap()
         .chunks(vocab)
         .flat_map(|row| by_id(model, row))
         .collect();
@@ -247,12 +258,18 @@ fn compare(model: &Model, lora: Option<f64>) {
         &got,
         &reference.flatten_all().unwrap().to_vec1::<f64>().unwrap(),
     );
-    let (_, gradients) = pass
-        .backward(|_, gradient| {
-            gradient.copy_from_slice(&weights);
-            Ok::<_, ModelError>(0.0)
-        })
-        .unwrap();
+    let terms: Vec<[Term<'_>; 1]> = labels
+        .chunks(1)
+        .zip(&weights)
+        .map(|(labels, &weight)| [Term::Labels { labels, weight }])
+        .collect();
+    let goals: Vec<ItemLoss<'_>> = terms
+        .iter()
+        .map(|terms| ItemLoss { tokens: &[], terms })
+        .collect();
+    let pass = model.forward(&batch, rows).unwrap();
+    let (loss, gradients) = pass.backward::<TrainError>(&order, &goals).unwrap();
+    assert_close("loss", &[loss as f32], &[want.to_scalar::<f64>().unwrap()]);
     let mut compared = 0;
     gradients
         .each(model, |name, gradient| {
@@ -268,6 +285,23 @@ fn compare(model: &Model, lora: Option<f64>) {
         .unwrap();
     let per_layer = if lora.is_some() { 14 } else { 9 };
     assert!(compared >= config.layers * per_layer, "{compared} tensors");
+}
+
+/// A vocabulary whose ranks are the model's: one byte for each rank, the last ends a record.
+fn vocabulary(model: &Model) -> Vocab {
+    let ranks = model.rank_of_id();
+    let bytes: Vec<[u8; 1]> = ranks
+        .iter()
+        .map(|&rank| [u8::try_from(rank).unwrap()])
+        .collect();
+    let last = ranks.len() - 1;
+    let kinds = bytes.iter().map(|byte| match usize::from(byte[0]) {
+        rank if rank == last => TokenKind::EndOfRecord,
+        _ => TokenKind::Bytes(byte),
+    });
+    let vocab = Vocab::new(kinds).unwrap();
+    assert_eq!(vocab.rank_of_id(), ranks);
+    vocab
 }
 
 fn tiny() -> ModelConfig {

@@ -1,19 +1,23 @@
-//! Forward passes for scoring: logits of items, then of tokens that branch off them.
+//! Forward passes for scoring: hidden states of items, then of tokens that branch off them.
 
 use std::sync::Arc;
+
+use consilium_kernels::Vocab;
+use consilium_kernels::head::Head;
+use consilium_kernels::matmul::{View, ViewMut, Write, abt};
 
 use super::ModelError;
 use super::block::{Block, Context};
 use super::decoder::{Layer, Model, Packed};
-use super::head::{gather, logits, normalise};
+use super::head::{gather, normalise};
 use super::ops::attention::{self, Branch, Segment};
 use super::parameters::with_floats;
 
-/// Logits of a batch and what branches of it need.
+/// Hidden states of a batch and what branches of it need.
 #[derive(Debug)]
 pub struct ScoringPass {
-    /// Logits `[rows, vocabulary]`, columns in rank order.
-    pub logits: Vec<f32>,
+    /// Hidden states after the final norm `[rows, width]`: what the output head reads.
+    pub hidden: Vec<f32>,
     /// Keys and values of all layers.
     pub kv: KeyValues,
 }
@@ -37,7 +41,7 @@ pub struct BranchToken {
 }
 
 impl Model {
-    /// Logits of the given ascending rows of a batch, without a graph.
+    /// Hidden states of the given ascending rows of a batch, without a graph.
     pub fn score(&self, batch: &Packed, rows: &[u32]) -> Result<ScoringPass, ModelError> {
         self.check(batch, rows)?;
         let context = self.context(batch);
@@ -53,16 +57,16 @@ impl Model {
             kept.release(&context);
             x = y;
         }
-        let logits = self.head_logits(&x, rows)?;
+        let hidden = self.normed(&x, rows)?;
         Ok(ScoringPass {
-            logits,
+            hidden,
             kv: KeyValues { layers, context },
         })
     }
 
-    /// Logits `[branches, vocabulary]` after each branch token, all in one pass: a branch attends to its
+    /// Hidden states `[branches, width]` after each branch token, all in one pass: a branch attends to its
     /// item's prefix and to itself. Branches must be ordered by item.
-    pub fn branch_logits(
+    pub fn branch_hidden(
         &self,
         kv: &KeyValues,
         branches: &[BranchToken],
@@ -77,7 +81,31 @@ impl Model {
             x = self.branch_layer(kv, index, layer, &places, &x)?;
         }
         let rows: Vec<u32> = (0u32..).take(branches.len()).collect();
-        self.head_logits(&x, &rows)
+        self.normed(&x, &rows)
+    }
+
+    /// Gives `work` the output head: hidden states in, records, bits or losses out.
+    pub fn score_with<R>(
+        &self,
+        vocab: &Vocab,
+        work: impl FnOnce(&Head<'_>) -> R,
+    ) -> Result<R, ModelError> {
+        self.with_head(&self.head_tensor()?, vocab, work)
+    }
+
+    /// Logits `[rows, vocabulary]`, columns in rank order, of hidden states: for comparison with other
+    /// implementations. Scoring and training never hold them all.
+    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let (width, vocabulary) = (self.config().hidden_size, self.vocabulary());
+        let rows = hidden.len() / width;
+        let mut out = vec![0f32; rows * vocabulary];
+        with_floats(&self.head_tensor()?, |head| {
+            let head = View::new(head, vocabulary, width);
+            let hidden = View::new(hidden, rows, width);
+            let out = ViewMut::new(&mut out, rows, vocabulary);
+            abt(out, Write::Replace, hidden, head, 1.0);
+        })?;
+        Ok(out)
     }
 
     fn branch_layer(
@@ -139,19 +167,15 @@ impl Model {
         Ok(x)
     }
 
-    fn head_logits(&self, x: &[f32], rows: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let width = self.config().hidden_size;
+    /// Chosen rows of the residual stream after the final norm.
+    fn normed(&self, x: &[f32], rows: &[u32]) -> Result<Vec<f32>, ModelError> {
         let eps = self.config().eps();
         let normed = self
             .norm
             .read(|weight| normalise(&self.scratch, x, rows, weight, eps))?;
-        let mut out = vec![0f32; rows.len() * self.vocabulary()];
-        with_floats(&self.head_tensor()?, |head| {
-            logits(&normed.values, width, head, &mut out);
-        })?;
-        for buffer in [normed.chosen, normed.values, normed.inverse] {
+        for buffer in [normed.chosen, normed.inverse] {
             self.scratch.give(buffer);
         }
-        Ok(out)
+        Ok(normed.values)
     }
 }

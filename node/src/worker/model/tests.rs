@@ -32,7 +32,7 @@ fn last_logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let pass = model
         .score(&batch, &[u32::try_from(segment.len).unwrap() - 1])
         .unwrap();
-    pass.logits
+    model.logits(&pass.hidden).unwrap()
 }
 
 fn assert_close(got: &[f32], want: &[f32]) {
@@ -71,10 +71,8 @@ fn branch_logits_equal_those_of_a_pass_of_their_own() {
     }
     let rows: Vec<u32> = (0..46).collect();
     let pass = model.score(&batch, &rows).unwrap();
-    assert_close(
-        &pass.logits[44 * 40..45 * 40],
-        &last_logits(&model, &items[1]),
-    );
+    let logits = model.logits(&pass.hidden).unwrap();
+    assert_close(&logits[44 * 40..45 * 40], &last_logits(&model, &items[1]));
 
     let branch = |item, prefix, token| BranchToken {
         item,
@@ -88,31 +86,29 @@ fn branch_logits_equal_those_of_a_pass_of_their_own() {
         branch(1, 33, 9),
         branch(2, 1, 0),
     ];
-    let logits = model.branch_logits(&pass.kv, &branches).unwrap();
+    let hidden = model.branch_hidden(&pass.kv, &branches).unwrap();
+    let logits = model.logits(&hidden).unwrap();
     for (branch, logits) in branches.iter().zip(logits.chunks(40)) {
         let mut alone = items[branch.item as usize][..branch.prefix as usize].to_vec();
         alone.push(branch.token);
         assert_close(logits, &last_logits(&model, &alone));
     }
     for bad in [branch(3, 1, 1), branch(0, 6, 1), branch(0, 1, 40)] {
-        assert!(model.branch_logits(&pass.kv, &[bad]).is_err(), "{bad:?}");
+        assert!(model.branch_hidden(&pass.kv, &[bad]).is_err(), "{bad:?}");
     }
 }
 
 #[test]
-fn scoring_and_training_give_the_same_logits() {
+fn scoring_and_training_give_the_head_the_same_rows() {
     let mut model = model(config());
     model.train_all().unwrap();
     let mut batch = Packed::default();
     batch.push(tokens(4, 20));
     batch.push(tokens(5, 13));
     let rows = vec![3, 4, 19, 30];
-    let trained = model
-        .forward(&batch, rows.clone())
-        .unwrap()
-        .logits()
-        .to_vec();
-    assert_eq!(trained, model.score(&batch, &rows).unwrap().logits);
+    let trained = model.forward(&batch, rows.clone()).unwrap();
+    let scored = model.score(&batch, &rows).unwrap();
+    assert_eq!(trained.hidden_rows(), scored.hidden);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use consilium_kernels::score::{Branch, Missed, branches, records, token_bits};
+use consilium_kernels::score::{ItemTokens, Missed};
 use consilium_kernels::{RecordShape, Records, code};
 use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference::{self, ReferenceSet};
@@ -74,7 +74,8 @@ pub fn score_shard(
         field: "symbols",
         problem: format!("{} slots do not fit a shard", shape.k),
     })?;
-    let tokenised = items_in(reference, &items)?
+    let chosen = items_in(reference, &items)?;
+    let tokenised = chosen
         .par_iter()
         .map(|item| source.whole_item(&item.context, &item.target))
         .collect::<Result<Vec<_>, _>>()?;
@@ -90,25 +91,18 @@ pub fn score_shard(
     };
     let mut stats = ScoreStats::default();
     for run in source.runs(&tokenised) {
-        for item in score_batch(source, &tokenised[run.clone()], shape)? {
-            append(&mut shard, &mut stats, &item);
-        }
+        let batch = score_batch(source, &tokenised[run.clone()], shape)?;
+        append(&mut shard, &mut stats, &chosen[run.clone()], &batch);
         let total = tokenised.len() as u64;
         monitor.advance(run.end as u64, total, Some(stats.bits_per_byte()))?;
     }
     Ok(Scored { shard, stats })
 }
 
-/// One item with its logits and the stops that want a forward pass.
-struct Observed<'a> {
-    ranks: Vec<u32>,
-    logits: &'a [f32],
-    stops: Vec<Branch>,
-}
-
-struct ScoredItem {
+/// Records of a batch of items and what they took.
+struct ScoredBatch {
     records: Records,
-    missed: Missed,
+    missed: Vec<Missed>,
     tokens: usize,
     branches: usize,
     bits: f64,
@@ -118,87 +112,74 @@ fn score_batch(
     source: &LoadedModel,
     items: &[Item],
     shape: &RecordShape,
-) -> Result<Vec<ScoredItem>, WorkError> {
-    let (vocab, width) = (&*source.vocab, source.vocab.len());
+) -> Result<ScoredBatch, WorkError> {
+    let (model, vocab) = (&source.model, &*source.vocab);
     let batch = source.batch(items);
-    let pass = source.model.score(&batch.packed, &batch.rows)?;
-    let observed: Vec<Observed<'_>> = items
-        .par_iter()
-        .zip(&batch.items)
-        .map(|(item, packed)| {
-            let ranks = source.ranks(&item.target);
-            let logits = &pass.logits[packed.logits.start * width..packed.logits.end * width];
-            let stops = branches(vocab, &ranks, logits, THRESHOLD)?;
-            Ok(Observed {
-                ranks,
-                logits,
-                stops,
-            })
-        })
-        .collect::<Result<_, WorkError>>()?;
+    let pass = model.score(&batch.packed, &batch.rows)?;
+    let ranks: Vec<Vec<u32>> = items
+        .iter()
+        .map(|item| source.ranks(&item.target))
+        .collect();
+    let targets: Vec<&[u32]> = ranks.iter().map(Vec::as_slice).collect();
+    let stops = model.score_with(vocab, |head| {
+        head.branches(&pass.hidden, &targets, THRESHOLD)
+    })??;
 
     let mut tokens = Vec::new();
-    for ((index, item), observed) in (0_u32..).zip(items).zip(&observed) {
+    for ((index, item), stops) in (0_u32..).zip(items).zip(&stops) {
         // A prefix is shorter than the model's limit, which is far below 2^32.
         let context = u32::try_from(1 + item.context.len()).unwrap_or(u32::MAX);
-        tokens.extend(observed.stops.iter().map(|stop| BranchToken {
+        tokens.extend(stops.iter().map(|stop| BranchToken {
             item: index,
             prefix: context.saturating_add(stop.position),
             token: vocab.id_of_rank()[stop.rank as usize],
         }));
     }
-    let branch_logits = source.model.branch_logits(&pass.kv, &tokens)?;
-    let mut rest = branch_logits.as_slice();
-    let mut jobs = Vec::with_capacity(items.len());
-    for observed in observed {
-        let (own, others) = rest.split_at(observed.stops.len() * width);
-        rest = others;
-        jobs.push((observed, own));
-    }
-    jobs.par_iter()
-        .map(|(observed, branch_logits)| score_item(source, observed, branch_logits, shape))
-        .collect()
-}
-
-fn score_item(
-    source: &LoadedModel,
-    observed: &Observed<'_>,
-    branch_logits: &[f32],
-    shape: &RecordShape,
-) -> Result<ScoredItem, WorkError> {
-    let Observed {
-        ranks,
-        logits,
-        stops,
-    } = observed;
-    let vocab = &source.vocab;
-    let mut out = Records::new(shape.k)?;
-    let missed = records(vocab, ranks, logits, stops, branch_logits, shape, &mut out)?;
-    Ok(ScoredItem {
-        records: out,
+    let branch_hidden = model.branch_hidden(&pass.kv, &tokens)?;
+    let observed: Vec<ItemTokens<'_>> = targets
+        .iter()
+        .zip(&stops)
+        .map(|(&tokens, branches)| ItemTokens { tokens, branches })
+        .collect();
+    let mut records = Records::new(shape.k)?;
+    let (missed, bits) = model.score_with(vocab, |head| {
+        let missed = head.records(&pass.hidden, &branch_hidden, &observed, shape, &mut records)?;
+        Ok::<_, WorkError>((missed, head.token_bits(&pass.hidden, &targets)?))
+    })??;
+    Ok(ScoredBatch {
+        records,
         missed,
-        tokens: ranks.len() + 1,
-        branches: stops.len(),
-        bits: token_bits(vocab, ranks, logits)?,
+        tokens: batch.rows.len(),
+        branches: tokens.len(),
+        bits: bits.iter().sum(),
     })
 }
 
-fn append(shard: &mut Shard, stats: &mut ScoreStats, item: &ScoredItem) {
-    let view = item.records.view();
+fn append(
+    shard: &mut Shard,
+    stats: &mut ScoreStats,
+    items: &[reference::Item],
+    batch: &ScoredBatch,
+) {
+    let view = batch.records.view();
     if let Symbols::Bytes(symbols) = &mut shard.symbols {
         symbols.extend_from_slice(view.symbols());
     }
     shard.codes.extend_from_slice(view.codes());
     shard.end.extend_from_slice(view.end());
     shard.tail.extend_from_slice(view.tail());
-    for missed in [item.missed.short, item.missed.long] {
-        shard.missed.push(code::encode(f64::from(missed)));
+    let mut end = stats.positions;
+    for (item, missed) in items.iter().zip(&batch.missed) {
+        for missed in [missed.short, missed.long] {
+            shard.missed.push(code::encode(f64::from(missed)));
+        }
+        end += item.positions();
+        shard.offsets.push(end as u64);
     }
-    shard.offsets.push(shard.end.len() as u64);
     stats.positions = shard.end.len();
-    stats.tokens += item.tokens;
-    stats.branches += item.branches;
-    stats.bits += item.bits;
+    stats.tokens += batch.tokens;
+    stats.branches += batch.branches;
+    stats.bits += batch.bits;
 }
 
 fn items_in<'a>(

@@ -26,7 +26,8 @@ fn full_forward(source: &LoadedModel, ids: &[u32]) -> Vec<f32> {
     let mut packed = Packed::default();
     packed.push(ids.iter().copied());
     let rows: Vec<u32> = (0..u32::try_from(ids.len()).unwrap()).collect();
-    source.model.score(&packed, &rows).unwrap().logits
+    let pass = source.model.score(&packed, &rows).unwrap();
+    source.model.logits(&pass.hidden).unwrap()
 }
 
 fn view(shard: &Shard, item: usize) -> RecordView<'_> {
@@ -148,7 +149,8 @@ fn branches_in_one_pass_give_the_logits_of_separate_forwards() {
             expected.extend_from_slice(&all[all.len() - width..]);
         }
     }
-    let got = source.model.branch_logits(&pass.kv, &tokens).unwrap();
+    let hidden = source.model.branch_hidden(&pass.kv, &tokens).unwrap();
+    let got = source.model.logits(&hidden).unwrap();
     assert_eq!(got.len(), expected.len());
     let scale = expected.iter().fold(0.0_f32, |most, v| most.max(v.abs()));
     for (got, want) in got.iter().zip(&expected) {

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use consilium_kernels::{Vocab, loss::cross_entropy};
+use consilium_kernels::Vocab;
+use consilium_kernels::loss::{ItemLoss, Term};
 
 use super::adamw::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
@@ -169,11 +170,15 @@ impl<'v> Trainer<'v> {
     pub fn gradients(&self, batch: &Batch, weight: f32) -> Result<(f64, Gradients), TrainError> {
         let labels = self.labels(batch);
         let pass = self.model.forward(&batch.packed, batch.rows.clone())?;
-        pass.backward(|logits, gradient| {
-            Ok(cross_entropy(
-                self.vocab, &labels, logits, weight, gradient,
-            )?)
-        })
+        let terms = [Term::Labels {
+            labels: &labels,
+            weight,
+        }];
+        let rows = ItemLoss {
+            tokens: &[],
+            terms: &terms,
+        };
+        pass.backward(self.vocab, &[rows])
     }
 
     /// Writes everything that [`resume`](Self::resume) needs.

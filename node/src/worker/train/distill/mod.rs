@@ -8,8 +8,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use consilium_kernels::Vocab;
-use consilium_kernels::loss::{NO_LABEL, cross_entropy, trie_loss};
+use consilium_kernels::loss::{ItemLoss, NO_LABEL, Term};
 use consilium_protocol::manifest::Training;
 use consilium_protocol::reference;
 use rand::Rng as _;
@@ -17,7 +16,7 @@ use rayon::prelude::*;
 
 use super::targets::Targets;
 use super::{AdamW, AdamWConfig, Decay, Schedule, TrainError, checkpoint};
-use crate::worker::data::{Batch, Batches, Cursor, Item, PackedItem};
+use crate::worker::data::{Batch, Batches, Cursor, Item};
 use crate::worker::error::WorkError;
 use crate::worker::model::{Gradients, LoraConfig, tensors};
 use crate::worker::monitor::Monitor;
@@ -327,19 +326,22 @@ impl Distiller {
             .student
             .model
             .forward(&batch.packed, batch.rows.clone())?;
-        let vocab = &self.student.vocab;
-        pass.backward(|logits, gradient| match objective {
-            Objective::CrossEntropy => label_loss(vocab, &labels, logits, 1.0, gradient),
+        let (trie, plain) = match objective {
+            Objective::CrossEntropy => (None, 1.0),
             Objective::Trie {
                 targets,
                 cross_entropy,
-            } => {
-                let weight = (1.0 - cross_entropy) / batch.rows.len() as f32;
-                let trie = step.trie_loss(&self.student, targets, logits, weight, gradient)?;
-                let plain = label_loss(vocab, &labels, logits, cross_entropy, gradient)?;
-                Ok(trie + plain)
-            }
-        })
+            } => (Some(targets), cross_entropy),
+        };
+        let labelled = labels.iter().filter(|&&label| label != NO_LABEL).count();
+        let goals = step.goals(
+            &self.student,
+            &labels,
+            plain / labelled.max(1) as f32,
+            trie.map(|targets| (targets, (1.0 - plain) / batch.rows.len() as f32)),
+        )?;
+        let items: Vec<ItemLoss<'_>> = goals.iter().map(Goal::loss).collect();
+        pass.backward(&self.student.vocab, &items)
     }
 }
 
@@ -369,59 +371,48 @@ impl Step<'_> {
         Ok(labels)
     }
 
-    fn trie_loss(
+    /// What the rows of each item learn: their `labels`, and where there are fused records, these.
+    fn goals<'t>(
         &self,
         student: &LoadedModel,
-        targets: &Targets,
-        logits: &[f32],
+        labels: &'t [u32],
         weight: f32,
-        gradient: &mut [f32],
-    ) -> Result<f64, WorkError> {
-        let width = student.vocab.len();
-        let mut rest = (logits, gradient);
-        let mut jobs: Vec<(&PackedItem, &[f32], &mut [f32])> = Vec::new();
-        for packed in &self.batch.items {
-            let (logits, more_logits) = rest.0.split_at(packed.logits.len() * width);
-            let (gradient, more_gradient) = rest.1.split_at_mut(packed.logits.len() * width);
-            rest = (more_logits, more_gradient);
-            jobs.push((packed, logits, gradient));
-        }
-        let losses = jobs
-            .into_par_iter()
-            .map(|(packed, logits, gradient)| {
+        trie: Option<(&'t Targets, f32)>,
+    ) -> Result<Vec<Goal<'t>>, WorkError> {
+        self.batch
+            .items
+            .iter()
+            .map(|packed| {
                 let index = self.plan.indices[packed.item];
-                let target = targets
-                    .of(index)
-                    .ok_or_else(|| WorkError::Targets(format!("none for item {index}")))?;
-                let ranks = student.ranks(&self.plan.tokens[packed.item].target);
-                Ok(trie_loss(
-                    &student.vocab,
-                    &ranks,
-                    target,
-                    logits,
-                    weight,
-                    gradient,
-                )?)
+                let mut terms = Vec::with_capacity(2);
+                if let Some((targets, weight)) = trie {
+                    let target = targets
+                        .of(index)
+                        .ok_or_else(|| WorkError::Targets(format!("none for item {index}")))?;
+                    terms.push(Term::Trie { target, weight });
+                }
+                let labels = &labels[packed.logits.clone()];
+                terms.push(Term::Labels { labels, weight });
+                let tokens = student.ranks(&self.plan.tokens[packed.item].target);
+                Ok(Goal { tokens, terms })
             })
-            .collect::<Result<Vec<f64>, WorkError>>()?;
-        Ok(losses.iter().sum())
+            .collect()
     }
 }
 
-/// Mean cross-entropy over the labels, times `share`.
-fn label_loss(
-    vocab: &Vocab,
-    labels: &[u32],
-    logits: &[f32],
-    share: f32,
-    gradient: &mut [f32],
-) -> Result<f64, WorkError> {
-    let count = labels.iter().filter(|&&label| label != NO_LABEL).count();
-    if share <= 0.0 || count == 0 {
-        return Ok(0.0);
+/// What one item's rows learn.
+struct Goal<'t> {
+    tokens: Vec<u32>,
+    terms: Vec<Term<'t>>,
+}
+
+impl Goal<'_> {
+    fn loss(&self) -> ItemLoss<'_> {
+        ItemLoss {
+            tokens: &self.tokens,
+            terms: &self.terms,
+        }
     }
-    let weight = share / count as f32;
-    Ok(cross_entropy(vocab, labels, logits, weight, gradient)?)
 }
 
 fn item_at(items: &[reference::Item], index: u64) -> Result<&reference::Item, WorkError> {
