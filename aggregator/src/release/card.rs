@@ -55,7 +55,7 @@ pub(super) struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    pub(super) fn of(input: &ReleaseInput<'a>, adapter: String) -> Self {
+    pub(super) fn of(input: &ReleaseInput<'a>) -> Self {
         let manifest = input.manifest;
         Self {
             version: 1,
@@ -66,7 +66,7 @@ impl<'a> Report<'a> {
             pivot: manifest.pivot.to_string(),
             reference: manifest.reference.to_string(),
             targets: input.targets.map(|digest| digest.to_string()),
-            adapter,
+            adapter: input.adapter_digest.to_string(),
             contributions: input.contributions,
             truncation_ppm: input.truncation_ppm,
             gate: input.verdict,

@@ -9,4 +9,4 @@ pub mod work;
 pub use board::Board;
 pub use driver::Driver;
 pub use state::{Admitted, Setup, State, StateError};
-pub use work::Bench;
+pub use work::{Bench, SoFar};

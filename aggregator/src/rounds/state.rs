@@ -356,9 +356,15 @@ impl State {
         let digest = blobs
             .put_bytes(note.to_string().as_bytes())
             .map_err(|error| text(&error))?;
-        let start = fusion::initial_adapter(&self.setup.pivot, &manifest.training, manifest.seed)
-            .map_err(|error| text(&error))?;
-        let start = blobs.put_bytes(&start).map_err(|error| text(&error))?;
+        let draft = blobs.draft().map_err(|error| text(&error))?;
+        fusion::initial_adapter(
+            &self.setup.pivot,
+            &manifest.training,
+            manifest.seed,
+            draft.file(),
+        )
+        .map_err(|error| text(&error))?;
+        let start = blobs.keep(draft).map_err(|error| text(&error))?;
         let round = manifest.round;
         self.active = None;
         self.rounds = round.0;

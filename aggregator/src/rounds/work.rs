@@ -15,7 +15,7 @@ use consilium_protocol::shard::Shard;
 use consilium_protocol::{Digest, InstitutionId};
 
 use crate::config::ReleaseConfig;
-use crate::fusion::{self, MergeInput, ShardRouting};
+use crate::fusion::{self, MergeInput, MergeOutput, ShardRouting};
 use crate::release::{self, Artefact, ReleaseInput, ReleaseKey, Verdict};
 use crate::store::Blobs;
 
@@ -125,28 +125,42 @@ impl Bench {
         momentum: Option<Digest>,
         adapters: &[(InstitutionId, Digest, u32)],
     ) -> Result<Event, WorkError> {
-        let start = self.read(start)?;
-        let momentum = momentum.map(|digest| self.read(digest)).transpose()?;
-        let contents = adapters
+        let start = self.verified(start)?;
+        let momentum = momentum.map(|digest| self.verified(digest)).transpose()?;
+        let paths = adapters
             .iter()
-            .map(|(who, digest, weight)| Ok((who.clone(), self.read(*digest)?, *weight)))
+            .map(|(_, digest, _)| self.verified(*digest))
             .collect::<Result<Vec<_>, WorkError>>()?;
-        let adapters: Vec<_> = contents
+        let adapters: Vec<_> = adapters
             .iter()
-            .map(|(who, bytes, weight)| (who.clone(), bytes.as_slice(), *weight))
+            .zip(&paths)
+            .map(|((who, _, weight), path)| (who.clone(), path.as_path(), *weight))
             .collect();
-        let merged = fusion::merge(MergeInput {
-            training: &manifest.training,
-            start: &start,
-            momentum: momentum.as_deref(),
-            adapters: &adapters,
-        })
+        let draft = || self.blobs.draft().map_err(failed("storing an artefact"));
+        let (adapter, velocity) = (draft()?, draft()?);
+        let truncation = fusion::merge(
+            MergeInput {
+                training: &manifest.training,
+                start: &start,
+                momentum: momentum.as_deref(),
+                adapters: &adapters,
+            },
+            MergeOutput {
+                adapter: adapter.file(),
+                momentum: velocity.file(),
+            },
+        )
         .map_err(failed("merging adapters"))?;
+        let keep = |draft| {
+            self.blobs
+                .keep(draft)
+                .map_err(failed("storing an artefact"))
+        };
         Ok(Event::Merged {
             inner,
-            adapter: self.put(&merged.adapter)?,
-            momentum: self.put(&merged.momentum)?,
-            truncation_ppm: merged.truncation.ppm(),
+            adapter: keep(adapter)?,
+            momentum: keep(velocity)?,
+            truncation_ppm: truncation.ppm(),
         })
     }
 
@@ -182,7 +196,7 @@ impl Bench {
                 )
             })
             .collect();
-        let adapter = self.read(candidate)?;
+        let adapter = self.verified(candidate)?;
         let published = release::publish(ReleaseInput {
             releases: &self.releases,
             manifest: round.manifest(),
@@ -192,6 +206,7 @@ impl Bench {
             truncation_ppm: &so_far.truncation_ppm,
             verdict: &verdict,
             adapter: &adapter,
+            adapter_digest: candidate,
             base_model: &self.release.base_model,
             license: &self.release.license,
             key: &self.release_key,
@@ -210,6 +225,12 @@ impl Bench {
     fn read(&self, digest: Digest) -> Result<Vec<u8>, WorkError> {
         self.blobs
             .read(&digest, limits::ARTEFACT)
+            .map_err(failed("reading an artefact"))
+    }
+
+    fn verified(&self, digest: Digest) -> Result<PathBuf, WorkError> {
+        self.blobs
+            .verified(&digest)
             .map_err(failed("reading an artefact"))
     }
 
