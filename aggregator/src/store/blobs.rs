@@ -335,7 +335,10 @@ mod tests {
     #[test]
     fn a_full_disk_is_told_from_other_failures() {
         let path = Path::new("file");
-        let full = StoreError::io(path, "write", io::ErrorKind::StorageFull.into());
+        // Every write to this device finds no space.
+        let mut device = File::options().write(true).open("/dev/full").unwrap();
+        let error = io::Write::write_all(&mut device, b"a byte").unwrap_err();
+        let full = StoreError::io(path, "write", error);
         assert!(
             full.is_full() && full.to_string().contains("file"),
             "{full}"

@@ -4,6 +4,7 @@
 #![cfg(test)]
 
 mod consortium;
+mod full_disk;
 mod node;
 mod refusals;
 
