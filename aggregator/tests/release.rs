@@ -83,7 +83,7 @@ fn verdict(bound: u32) -> Verdict {
         };
         (id(name), evaluation)
     };
-    judge(&charter, &[site("clinic", 0.5), site("bank", 0.58)], None)
+    judge(&charter, &[site("clinic", 0.5), site("bank", 0.58)], &[])
 }
 
 fn publish_into(

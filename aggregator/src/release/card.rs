@@ -143,7 +143,7 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
     let _ = write!(
         text,
         "\nThe gate asked that no site fares worse than the better of its own model and the pivot by more than {bound} %, and\n\
-         that the mean, {mean:.4}, is below that of {baseline}, {before:.4}.\n\n\
+         that the mean, {mean:.4}, is below that of {baseline} on the same holdouts, {before:.4}.\n\n\
          ## How to use it\n\n\
          ```python\n\
          from peft import AutoPeftModelForCausalLM\n\
@@ -157,7 +157,7 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
          Log-probabilities and adapters are not private by themselves. A formal guarantee holds only for sites that trained their\n\
          own model with differential privacy. The numbers above are the sites' own measurements; nobody else saw the holdouts.\n",
         bound = f64::from(verdict.bound_permille) / 10.0,
-        mean = verdict.candidate_mean,
+        mean = verdict.compared_mean,
         before = verdict.baseline_mean,
         proof = super::publish::PROOF,
     );

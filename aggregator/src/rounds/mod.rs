@@ -2,8 +2,10 @@
 
 pub mod board;
 pub mod driver;
+mod opening;
 pub mod request;
 pub mod state;
+mod view;
 pub mod work;
 
 pub use board::Board;

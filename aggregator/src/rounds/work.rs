@@ -43,6 +43,8 @@ pub struct SoFar {
     pub targets: Option<Digest>,
     /// Truncation error of each merge, in millionths.
     pub truncation_ppm: Vec<u32>,
+    /// Evaluations of the release that the manifest names as the previous one.
+    pub last_release: Vec<(InstitutionId, Digest)>,
 }
 
 /// What failed, in words for the operator's log.
@@ -171,15 +173,9 @@ impl Bench {
         evaluations: &[(InstitutionId, Digest)],
         so_far: &SoFar,
     ) -> Result<Event, WorkError> {
-        let evaluations = evaluations
-            .iter()
-            .map(|(who, digest)| {
-                let bytes = self.read(*digest)?;
-                let parsed = Evaluation::parse(&bytes).map_err(failed("reading an evaluation"))?;
-                Ok((who.clone(), parsed))
-            })
-            .collect::<Result<Vec<_>, WorkError>>()?;
-        let verdict: Verdict = release::judge(&self.charter, &evaluations, None);
+        let evaluations = self.evaluations(evaluations)?;
+        let before = self.evaluations(&so_far.last_release)?;
+        let verdict: Verdict = release::judge(&self.charter, &evaluations, &before);
         if let Some(reason) = verdict.rejected {
             return Ok(Event::Rejected { reason });
         }
@@ -216,6 +212,20 @@ impl Bench {
             release: published.digest,
             report: published.report,
         })
+    }
+
+    fn evaluations(
+        &self,
+        digests: &[(InstitutionId, Digest)],
+    ) -> Result<Vec<(InstitutionId, Evaluation)>, WorkError> {
+        digests
+            .iter()
+            .map(|(who, digest)| {
+                let bytes = self.read(*digest)?;
+                let parsed = Evaluation::parse(&bytes).map_err(failed("reading an evaluation"))?;
+                Ok((who.clone(), parsed))
+            })
+            .collect()
     }
 
     fn shard(&self, digest: Digest) -> Result<Shard, WorkError> {
