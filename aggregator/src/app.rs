@@ -142,7 +142,10 @@ fn digest_of_model(folder: &Path) -> Result<Digest> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if is_model_file(&name) {
-            files.push((name, Digest::of(&read(&entry.path())?)));
+            let path = entry.path();
+            let digest = File::open(&path).and_then(Digest::of_reader);
+            let digest = digest.with_context(|| format!("{}: cannot be read", path.display()))?;
+            files.push((name, digest));
         }
     }
     if files.is_empty() {

@@ -5,11 +5,12 @@
 use std::path::PathBuf;
 
 use consilium_aggregator::fusion::{
-    FusionError, MergeInput, check_adapter, initial_adapter, merge,
+    FusionError, MergeInput, MergeOutput, check_adapter, initial_adapter, merge,
 };
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::Training;
 use safetensors::SafeTensors;
+use tempfile::NamedTempFile;
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -93,27 +94,34 @@ fn product(bytes: &[u8], layer: &str) -> Vec<f64> {
 fn the_initial_adapter_has_the_layout_that_peft_writes_and_pefts_own_can_be_merged() {
     for (family, saved) in [("llama", &["embed_tokens", "lm_head"][..]), ("qwen2", &[])] {
         let training = training(saved);
-        let start = initial_adapter(&fixture(family), &training, 7).unwrap();
+        let [start, adapter, momentum] = [(); 3].map(|()| NamedTempFile::new().unwrap());
+        initial_adapter(&fixture(family), &training, 7, start.as_file()).unwrap();
         let path = fixture(family).join("adapter/adapter_model.safetensors");
-        let theirs = std::fs::read(path).unwrap();
-        assert_eq!(layout(&start), layout(&theirs), "{family}");
+        let theirs = std::fs::read(&path).unwrap();
+        let start_bytes = std::fs::read(start.path()).unwrap();
+        assert_eq!(layout(&start_bytes), layout(&theirs), "{family}");
         let clinic = InstitutionId::new("clinic").unwrap();
-        check_adapter(&training, &start, &clinic, &theirs).unwrap();
-        let merged = merge(MergeInput {
+        check_adapter(&training, start.path(), &clinic, &path).unwrap();
+        let input = MergeInput {
             training: &training,
-            start: &start,
+            start: start.path(),
             momentum: None,
-            adapters: &[(clinic, &theirs, 1)],
-        })
-        .unwrap();
-        assert_eq!(layout(&merged.adapter), layout(&theirs), "{family}");
+            adapters: &[(clinic, &path, 1)],
+        };
+        let output = MergeOutput {
+            adapter: adapter.as_file(),
+            momentum: momentum.as_file(),
+        };
+        merge(input, output).unwrap();
+        let merged = std::fs::read(adapter.path()).unwrap();
+        assert_eq!(layout(&merged), layout(&theirs), "{family}");
         for (name, _) in layout(&theirs) {
             let (got, expected) = match name.strip_suffix(".lora_A.weight") {
-                Some(layer) => (product(&merged.adapter, layer), product(&theirs, layer)),
+                Some(layer) => (product(&merged, layer), product(&theirs, layer)),
                 None if name.ends_with(".lora_B.weight") => continue,
                 None => {
                     let of = |bytes| values(&SafeTensors::deserialize(bytes).unwrap(), &name).1;
-                    (of(&merged.adapter), of(&theirs))
+                    (of(&merged), of(&theirs))
                 }
             };
             let norm = expected.iter().map(|v| v * v).sum::<f64>().sqrt();
@@ -129,7 +137,8 @@ fn the_initial_adapter_has_the_layout_that_peft_writes_and_pefts_own_can_be_merg
 
 #[test]
 fn a_tied_head_cannot_be_saved_whole() {
-    let error = initial_adapter(&fixture("qwen2"), &training(&["lm_head"]), 7).unwrap_err();
+    let file = tempfile::tempfile().unwrap();
+    let error = initial_adapter(&fixture("qwen2"), &training(&["lm_head"]), 7, &file).unwrap_err();
     assert!(
         matches!(&error, FusionError::Saved(name) if name == "lm_head"),
         "{error}"

@@ -83,7 +83,7 @@ fn verdict(bound: u32) -> Verdict {
         };
         (id(name), evaluation)
     };
-    judge(&charter, &[site("clinic", 0.5), site("bank", 0.58)], None)
+    judge(&charter, &[site("clinic", 0.5), site("bank", 0.58)], &[])
 }
 
 fn publish_into(
@@ -97,6 +97,8 @@ fn publish_into(
         sequence: 0,
         artefact: Digest::of(name.as_bytes()),
     });
+    let file = releases.with_extension("adapter");
+    std::fs::write(&file, adapter).unwrap();
     let key = ReleaseKey::open(&releases.with_extension("key"))?;
     publish(ReleaseInput {
         releases,
@@ -106,7 +108,8 @@ fn publish_into(
         contributions: &contributions,
         truncation_ppm: &[174_000, 12_000],
         verdict,
-        adapter,
+        adapter: &file,
+        adapter_digest: Digest::of(adapter),
         base_model: "north/pivot \"small\"",
         license: "apache-2.0",
         key: &key,

@@ -1,6 +1,7 @@
 //! Identifiers and digests as types of their own.
 
 use std::fmt;
+use std::io::{self, Read};
 use std::str::FromStr;
 
 use bincode::de::Decoder;
@@ -33,6 +34,23 @@ impl Digest {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
+    }
+
+    /// The digest of all that `reader` gives, a block at a time.
+    ///
+    /// # Errors
+    /// Those of the reader.
+    pub fn of_reader(mut reader: impl Read) -> io::Result<Self> {
+        let mut hash = Sha256::new();
+        let mut block = vec![0; 1 << 18];
+        loop {
+            match reader.read(&mut block) {
+                Ok(0) => return Ok(Self(hash.finalize().into())),
+                Ok(read) => hash.update(block.get(..read).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// A digest computed elsewhere.

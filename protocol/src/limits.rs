@@ -8,6 +8,8 @@ pub const CHUNK: usize = 1024 * 1024;
 pub const ARTEFACT: u64 = 64 << 30;
 /// Longest shard file: the largest that is held in memory at once.
 pub const SHARD: u64 = 256 << 20;
+/// Longest header of a safetensors file that is read piece by piece.
+pub const TENSOR_HEADER: u64 = 16 << 20;
 /// Longest evaluation document.
 pub const EVALUATION: u64 = 64 * 1024;
 /// Longest charter or manifest, signatures included.

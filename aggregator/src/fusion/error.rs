@@ -14,6 +14,8 @@ pub enum Origin {
     Momentum,
     /// A member's contribution.
     Institution(InstitutionId),
+    /// A file of the pivot, or its folder.
+    Pivot(PathBuf),
 }
 
 impl fmt::Display for Origin {
@@ -22,6 +24,7 @@ impl fmt::Display for Origin {
             Self::Start => f.write_str("start adapter"),
             Self::Momentum => f.write_str("outer momentum"),
             Self::Institution(institution) => write!(f, "contribution of {institution}"),
+            Self::Pivot(path) => write!(f, "pivot, {}", path.display()),
         }
     }
 }
@@ -35,9 +38,9 @@ pub enum TensorProblem {
     /// It has no place in this adapter.
     #[error("does not belong to the adapter")]
     Unexpected,
-    /// Another type.
-    #[error("is {0}, expected F32")]
-    Type(String),
+    /// Another type than those named second.
+    #[error("is {0}, expected {1}")]
+    Type(String, &'static str),
     /// Another shape.
     #[error("has shape {got:?}, expected {expected:?}")]
     Shape {
@@ -57,21 +60,13 @@ pub enum TensorProblem {
 /// Why contributions could not be fused, or the first adapter not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum FusionError {
-    /// A file of the pivot could not be read.
-    #[error("pivot, {}: {source}", file.display())]
-    PivotIo {
-        /// The file.
-        file: PathBuf,
+    /// A file could not be read.
+    #[error("{origin}: {source}")]
+    Io {
+        /// Whose.
+        origin: Origin,
         /// What the system said.
         source: std::io::Error,
-    },
-    /// A file of the pivot is not what it should be.
-    #[error("pivot, {}: {problem}", file.display())]
-    Pivot {
-        /// The file or folder.
-        file: PathBuf,
-        /// What is wrong.
-        problem: String,
     },
     /// The manifest names a layer that the pivot does not have.
     #[error(
@@ -83,7 +78,7 @@ pub enum FusionError {
         "modules_to_save: the pivot has no tensor `{0}.weight`; a tied head has none: name the embedding, or untie the pivot"
     )]
     Saved(String),
-    /// Bytes that are no adapter.
+    /// Bytes that are no safetensors file, or a folder without one.
     #[error("{origin}: {problem}")]
     Format {
         /// Whose.
@@ -139,7 +134,10 @@ pub enum FusionError {
     /// A merged value does not fit into an `f32`.
     #[error("tensor {0}: the merged values are too large for f32")]
     Overflow(String),
-    /// The merged adapter could not be written as safetensors.
+    /// The merged adapter has no header in safetensors.
     #[error("adapter: {0}")]
     Encode(String),
+    /// The disk does not take what was merged.
+    #[error("adapter: cannot be written: {0}")]
+    Write(#[source] std::io::Error),
 }

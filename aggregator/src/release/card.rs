@@ -55,7 +55,7 @@ pub(super) struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    pub(super) fn of(input: &ReleaseInput<'a>, adapter: String) -> Self {
+    pub(super) fn of(input: &ReleaseInput<'a>) -> Self {
         let manifest = input.manifest;
         Self {
             version: 1,
@@ -66,7 +66,7 @@ impl<'a> Report<'a> {
             pivot: manifest.pivot.to_string(),
             reference: manifest.reference.to_string(),
             targets: input.targets.map(|digest| digest.to_string()),
-            adapter,
+            adapter: input.adapter_digest.to_string(),
             contributions: input.contributions,
             truncation_ppm: input.truncation_ppm,
             gate: input.verdict,
@@ -143,7 +143,7 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
     let _ = write!(
         text,
         "\nThe gate asked that no site fares worse than the better of its own model and the pivot by more than {bound} %, and\n\
-         that the mean, {mean:.4}, is below that of {baseline}, {before:.4}.\n\n\
+         that the mean, {mean:.4}, is below that of {baseline} on the same holdouts, {before:.4}.\n\n\
          ## How to use it\n\n\
          ```python\n\
          from peft import AutoPeftModelForCausalLM\n\
@@ -157,7 +157,7 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
          Log-probabilities and adapters are not private by themselves. A formal guarantee holds only for sites that trained their\n\
          own model with differential privacy. The numbers above are the sites' own measurements; nobody else saw the holdouts.\n",
         bound = f64::from(verdict.bound_permille) / 10.0,
-        mean = verdict.candidate_mean,
+        mean = verdict.compared_mean,
         before = verdict.baseline_mean,
         proof = super::publish::PROOF,
     );

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use consilium_protocol::RoundId;
+use consilium_protocol::{Digest, RoundId};
 
 /// Why a release was not published, or is not the one that was signed.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +17,14 @@ pub enum ReleaseError {
         folder: PathBuf,
         /// The round.
         round: RoundId,
+    },
+    /// The adapter's file is not the candidate.
+    #[error("the adapter has digest {got}, the candidate's is {expected}; restore it from a copy")]
+    Adapter {
+        /// Digest of the copied file.
+        got: Digest,
+        /// Digest of the candidate.
+        expected: Digest,
     },
     /// A document could not be written as JSON.
     #[error("{file}: {source}")]

@@ -5,12 +5,20 @@
 //! source is usually the best there, and a shared pivot somewhat worse on each single domain; the bound says how much of
 //! that the members accept. And the plain mean over the sites must be lower than that of the last release on the same
 //! holdouts, or of the pivot where there is none.
+//!
+//! What the last release scored is what the sites measured in its round, when it was the candidate. A site's old figure
+//! counts only as long as its pivot figure stays what it was: the pivot is the same, so another figure means another
+//! holdout.
 
 use consilium_protocol::InstitutionId;
 use consilium_protocol::charter::Charter;
 use consilium_protocol::evaluation::Evaluation;
 use consilium_protocol::event::Reason;
 use serde::Serialize;
+
+/// Largest change of a site's pivot figure, relative, that is still the same holdout: another machine or another number of
+/// threads moves it less.
+const SAME_HOLDOUT: f64 = 1e-3;
 
 /// What the candidate's mean is compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -35,6 +43,8 @@ pub struct SiteVerdict {
     pub change_permille: f64,
     /// Whether that is within the bound.
     pub within_bound: bool,
+    /// Bits per byte of the last release on the same holdout, where it was measured.
+    pub last_release: Option<f64>,
 }
 
 /// The decision with every number that led to it.
@@ -46,7 +56,9 @@ pub struct Verdict {
     pub bound_permille: u32,
     /// Mean bits per byte of the candidate over the sites.
     pub candidate_mean: f64,
-    /// Mean bits per byte that it had to beat.
+    /// The same over those sites alone that the baseline was measured at.
+    pub compared_mean: f64,
+    /// Mean bits per byte that this had to beat.
     pub baseline_mean: f64,
     /// Whose mean that is.
     pub baseline: Baseline,
@@ -62,54 +74,39 @@ impl Verdict {
     }
 }
 
-/// Decides about a candidate. `previous` is the mean bits per byte of the last release on the same holdouts, if there is
-/// one. Sums run in the order of the institutions. A number that is not finite never passes.
+/// Decides about a candidate. `before` are the evaluations of the last release in its own round, empty if there is none.
+/// Sums run in the order of the institutions. A number that is not finite never passes.
 #[must_use]
 pub fn judge(
     charter: &Charter,
     evaluations: &[(InstitutionId, Evaluation)],
-    previous: Option<f64>,
+    before: &[(InstitutionId, Evaluation)],
 ) -> Verdict {
     let bound = 1.0 + f64::from(charter.gate_bound_permille) / 1000.0;
     let mut sites: Vec<_> = evaluations
         .iter()
         .map(|(institution, evaluation)| {
-            let candidate = evaluation.candidate.bits_per_byte;
-            let own_best = evaluation
-                .source
-                .bits_per_byte
-                .min(evaluation.pivot.bits_per_byte);
-            SiteVerdict {
-                institution: institution.clone(),
-                evaluation: *evaluation,
-                own_best,
-                change_permille: if own_best > 0.0 {
-                    (candidate / own_best - 1.0) * 1000.0
-                } else {
-                    0.0
-                },
-                within_bound: candidate <= own_best * bound,
-            }
+            let then = before.iter().find(|(who, _)| who == institution);
+            site(institution, evaluation, then.map(|(_, then)| then), bound)
         })
         .collect();
     sites.sort_by(|a, b| a.institution.cmp(&b.institution));
-    let mean = |number: fn(&Evaluation) -> f64| {
-        let sum: f64 = sites.iter().map(|site| number(&site.evaluation)).sum();
-        sum / sites.len().max(1) as f64
-    };
-    let candidate_mean = mean(|evaluation| evaluation.candidate.bits_per_byte);
-    let (baseline, baseline_mean) = match previous {
-        Some(previous) => (Baseline::LastRelease, previous),
-        None => (
-            Baseline::Pivot,
-            mean(|evaluation| evaluation.pivot.bits_per_byte),
-        ),
+    let candidate = |site: &SiteVerdict| site.evaluation.candidate.bits_per_byte;
+    let candidate_mean = mean(sites.iter().map(candidate)).unwrap_or(0.0);
+    let compared = sites.iter().filter(|site| site.last_release.is_some());
+    let last = mean(sites.iter().filter_map(|site| site.last_release));
+    let (baseline, compared_mean, baseline_mean) = match (mean(compared.map(candidate)), last) {
+        (Some(compared), Some(last)) => (Baseline::LastRelease, compared, last),
+        _ => {
+            let pivots = sites.iter().map(|site| site.evaluation.pivot.bits_per_byte);
+            (Baseline::Pivot, candidate_mean, mean(pivots).unwrap_or(0.0))
+        }
     };
     let rejected = if sites.is_empty() {
         Some(Reason::Quorum)
     } else if !sites.iter().all(|site| site.within_bound) {
         Some(Reason::Gate)
-    } else if candidate_mean < baseline_mean {
+    } else if compared_mean < baseline_mean {
         None
     } else {
         Some(Reason::NoGain)
@@ -118,10 +115,43 @@ pub fn judge(
         rejected,
         bound_permille: charter.gate_bound_permille,
         candidate_mean,
+        compared_mean,
         baseline_mean,
         baseline,
         sites,
     }
+}
+
+fn site(
+    institution: &InstitutionId,
+    evaluation: &Evaluation,
+    then: Option<&Evaluation>,
+    bound: f64,
+) -> SiteVerdict {
+    let candidate = evaluation.candidate.bits_per_byte;
+    let pivot = evaluation.pivot.bits_per_byte;
+    let own_best = evaluation.source.bits_per_byte.min(pivot);
+    let is_same =
+        |then: &&Evaluation| (then.pivot.bits_per_byte - pivot).abs() <= SAME_HOLDOUT * pivot;
+    SiteVerdict {
+        institution: institution.clone(),
+        evaluation: *evaluation,
+        own_best,
+        change_permille: if own_best > 0.0 {
+            (candidate / own_best - 1.0) * 1000.0
+        } else {
+            0.0
+        },
+        within_bound: candidate <= own_best * bound,
+        last_release: then
+            .filter(is_same)
+            .map(|then| then.candidate.bits_per_byte),
+    }
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (count, sum) = values.fold((0_u32, 0.0), |(count, sum), value| (count + 1, sum + value));
+    (count > 0).then(|| sum / f64::from(count))
 }
 
 #[cfg(test)]
@@ -165,62 +195,76 @@ mod tests {
                 "within ten per cent of each source",
                 100,
                 better.clone(),
-                None,
+                vec![],
                 None,
             ),
             (
                 "just at the bound",
                 250,
                 vec![site("a", 0.625, 0.9, 0.5)],
-                None,
+                vec![],
                 None,
             ),
             (
                 "one site beyond the bound",
                 99,
                 better.clone(),
-                None,
+                vec![],
                 Some(Gate),
             ),
             (
                 "a source worse than the pivot does not loosen the bound",
                 0,
                 vec![site("a", 0.95, 0.9, 2.0)],
-                None,
+                vec![],
                 Some(Gate),
             ),
             (
                 "no better than the pivot",
                 1000,
                 vec![site("a", 0.9, 0.9, 0.8)],
-                None,
+                vec![],
                 Some(NoGain),
             ),
             (
                 "better than the last release",
                 100,
                 better.clone(),
-                Some(0.576),
+                vec![site("a", 0.602, 0.9, 0.6), site("b", 0.55, 0.9, 0.5)],
                 None,
             ),
             (
                 "no better than the last release",
                 100,
-                better,
-                Some(0.575),
+                better.clone(),
+                vec![site("a", 0.609, 0.9, 0.6), site("b", 0.54, 0.9, 0.5)],
                 Some(NoGain),
             ),
-            ("nobody measured", 100, vec![], None, Some(Quorum)),
+            (
+                "worse than the last release at the one site that was there",
+                100,
+                better.clone(),
+                vec![site("b", 0.54, 0.9, 0.5), site("c", 2.0, 0.9, 0.5)],
+                Some(NoGain),
+            ),
+            (
+                "the last release was measured on other holdouts",
+                100,
+                better,
+                vec![site("a", 0.1, 0.8, 0.6), site("b", 0.1, 1.0, 0.5)],
+                None,
+            ),
+            ("nobody measured", 100, vec![], vec![], Some(Quorum)),
             (
                 "not a number",
                 100,
                 vec![site("a", f64::NAN, 0.9, 0.5)],
-                None,
+                vec![],
                 Some(Gate),
             ),
         ];
-        for (case, bound, evaluations, previous, expected) in cases {
-            let verdict = judge(&charter(bound), &evaluations, previous);
+        for (case, bound, evaluations, before, expected) in cases {
+            let verdict = judge(&charter(bound), &evaluations, &before);
             assert_eq!(verdict.rejected, expected, "{case}: {verdict:?}");
         }
     }
@@ -228,7 +272,7 @@ mod tests {
     #[test]
     fn the_verdict_shows_every_number() {
         let evaluations = [site("b", 0.55, 0.9, 0.5), site("a", 0.6, 0.9, 1.2)];
-        let verdict = judge(&charter(100), &evaluations, None);
+        let verdict = judge(&charter(100), &evaluations, &[]);
         let [a, b] = verdict.sites.as_slice() else {
             panic!("{verdict:?}")
         };

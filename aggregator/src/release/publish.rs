@@ -54,8 +54,10 @@ pub struct ReleaseInput<'a> {
     pub truncation_ppm: &'a [u32],
     /// The gate's decision.
     pub verdict: &'a Verdict,
-    /// `adapter_model.safetensors` of the candidate.
-    pub adapter: &'a [u8],
+    /// `adapter_model.safetensors` of the candidate, which is copied.
+    pub adapter: &'a Path,
+    /// Its digest.
+    pub adapter_digest: Digest,
     /// Where users find the pivot: a hub name or a path.
     pub base_model: &'a str,
     /// SPDX identifier of the licence.
@@ -92,26 +94,25 @@ pub fn publish(input: ReleaseInput<'_>) -> Result<Release, ReleaseError> {
         CONFIG,
         &adapter_config(&input.manifest.training, input.base_model),
     )?;
-    let adapter_digest = Digest::of(input.adapter);
-    let report = pretty(REPORT, &Report::of(&input, adapter_digest.to_string()))?;
+    let report = pretty(REPORT, &Report::of(&input))?;
     let card = card(&input);
-    let mut contents: Vec<(&str, &[u8], Digest)> = vec![
-        (CARD, card.as_bytes(), Digest::of(card.as_bytes())),
-        (CONFIG, &config, Digest::of(&config)),
-        (ADAPTER, input.adapter, adapter_digest),
-        (REPORT, &report, Digest::of(&report)),
+    let mut documents: Vec<(&str, &[u8])> = vec![
+        (CARD, card.as_bytes()),
+        (CONFIG, &config),
+        (REPORT, &report),
     ];
-    contents.sort_by_key(|(name, _, _)| *name);
-    let named = |contents: &[(&str, &[u8], Digest)]| -> Vec<(String, Digest)> {
-        contents
-            .iter()
-            .map(|(name, _, digest)| ((*name).to_owned(), *digest))
-            .collect()
+    let named = |documents: &[(&str, &[u8])]| -> Vec<(String, Digest)> {
+        let documents = documents.iter();
+        let mut files: Vec<_> = documents
+            .map(|(name, bytes)| ((*name).to_owned(), Digest::of(bytes)))
+            .chain([(ADAPTER.to_owned(), input.adapter_digest)])
+            .collect();
+        files.sort();
+        files
     };
-    let signature = input.key.sign(&name, &named(&contents))?;
-    contents.push((SIGNATURE, &signature, Digest::of(&signature)));
-    contents.sort_by_key(|(name, _, _)| *name);
-    let files = named(&contents);
+    let signature = input.key.sign(&name, &named(&documents))?;
+    documents.push((SIGNATURE, &signature));
+    let files = named(&documents);
     let release = Release {
         folder: input.releases.join(&name),
         digest: folder_digest(&files),
@@ -135,9 +136,10 @@ pub fn publish(input: ReleaseInput<'_>) -> Result<Release, ReleaseError> {
         std::fs::remove_dir_all(&partial).map_err(ReleaseError::io(&partial))?;
     }
     std::fs::create_dir(&partial).map_err(ReleaseError::io(&partial))?;
-    for (name, bytes, _) in contents {
+    for (name, bytes) in documents {
         write(&partial.join(name), bytes)?;
     }
+    copy(input.adapter, &partial.join(ADAPTER), input.adapter_digest)?;
     sync_folder(&partial)?;
     std::fs::rename(&partial, &release.folder).map_err(ReleaseError::io(&release.folder))?;
     sync_folder(input.releases)?;
@@ -179,6 +181,20 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), ReleaseError> {
     file.write_all(bytes)
         .and_then(|()| file.sync_all())
         .map_err(ReleaseError::io(path))
+}
+
+fn copy(from: &Path, to: &Path, expected: Digest) -> Result<(), ReleaseError> {
+    let mut source = File::open(from).map_err(ReleaseError::io(from))?;
+    let mut target = File::create(to).map_err(ReleaseError::io(to))?;
+    std::io::copy(&mut source, &mut target)
+        .and_then(|_| target.sync_all())
+        .map_err(ReleaseError::io(to))?;
+    let got = file_digest(to)?;
+    if got == expected {
+        Ok(())
+    } else {
+        Err(ReleaseError::Adapter { got, expected })
+    }
 }
 
 fn sync_folder(path: &Path) -> Result<(), ReleaseError> {

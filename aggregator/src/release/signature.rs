@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -221,16 +221,9 @@ fn digests(folder: &Path) -> Result<Vec<(String, Digest)>, ReleaseError> {
 
 /// SHA-256 of a file, read in pieces.
 pub(super) fn file_digest(path: &Path) -> Result<Digest, ReleaseError> {
-    let mut file = File::open(path).map_err(ReleaseError::io(path))?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let read = file.read(&mut buffer).map_err(ReleaseError::io(path))?;
-        let Some(piece) = buffer.get(..read).filter(|piece| !piece.is_empty()) else {
-            return Ok(Digest::from_bytes(hash.finalize().into()));
-        };
-        hash.update(piece);
-    }
+    File::open(path)
+        .and_then(Digest::of_reader)
+        .map_err(ReleaseError::io(path))
 }
 
 /// How a bundle names its key: SHA-256 of the public key file.

@@ -7,25 +7,19 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::{Statement, Verified};
 use consilium_protocol::event::{Entry, Event, TargetIndex};
-use consilium_protocol::manifest::{self, Manifest};
-use consilium_protocol::message::{Logged, Status, Task};
+use consilium_protocol::manifest::{self, Manifest, Training};
+use consilium_protocol::message::Logged;
 use consilium_protocol::quic::chunk::Stride;
-use consilium_protocol::round::{Admission, Round, RoundPhase, RoundTask, Work};
+use consilium_protocol::round::{Admission, Round, RoundPhase, Work};
 use consilium_protocol::transcript::key::NoteSigner;
 use consilium_protocol::transcript::note::SignedNote;
 use consilium_protocol::{Digest, InstitutionId, RejectCode, RoundId, UnixMillis, limits};
 
-use super::board::{Board, MemberOverview, Overview, RoundOverview};
-use super::driver::overview_path;
-use super::request::{self, Given, OpenRequest, OpenResponse};
 use super::work::{Bench, SoFar, WorkError};
-use crate::fusion;
 use crate::log::Log;
 use crate::release;
-use crate::server::validate::Checks;
 use crate::store::{Index, IndexedSlot, Slot};
 
 /// Whether a contribution may come in.
@@ -86,31 +80,42 @@ pub struct Setup {
 
 /// An open or ended round with the places of its entries in the log.
 #[derive(Debug)]
-struct Active {
-    round: Round,
-    opened: u64,
-    fused: Option<u64>,
-    merged: Vec<u64>,
-    outcome: Option<u64>,
-    truncation_ppm: Vec<u32>,
-    routing: Option<Digest>,
-    targets: Option<Digest>,
-    adapter: Option<Digest>,
-    release: Option<Digest>,
-    rejected: Option<String>,
+pub(super) struct Active {
+    pub(super) round: Round,
+    pub(super) opened: u64,
+    pub(super) fused: Option<u64>,
+    pub(super) merged: Vec<u64>,
+    pub(super) outcome: Option<u64>,
+    pub(super) truncation_ppm: Vec<u32>,
+    pub(super) routing: Option<Digest>,
+    pub(super) targets: Option<Digest>,
+    pub(super) adapter: Option<Digest>,
+    pub(super) release: Option<Digest>,
+    pub(super) rejected: Option<String>,
+}
+
+/// The newest release, as far as the next round builds on it.
+#[derive(Debug, Clone)]
+pub(super) struct LastRelease {
+    pub(super) release: Digest,
+    pub(super) adapter: Digest,
+    pub(super) pivot: Digest,
+    pub(super) training: Training,
+    /// What each site had measured, in institution order.
+    pub(super) evaluations: Vec<(InstitutionId, Digest)>,
 }
 
 /// Durable state; see the module.
 #[derive(Debug)]
 pub struct State {
-    setup: Setup,
-    bench: Arc<Bench>,
-    log: Log,
+    pub(super) setup: Setup,
+    pub(super) bench: Arc<Bench>,
+    pub(super) log: Log,
     index: Index,
-    active: Option<Active>,
-    previous_release: Option<Digest>,
-    rounds: u64,
-    public: BTreeMap<Digest, Stride>,
+    pub(super) active: Option<Active>,
+    pub(super) last_release: Option<LastRelease>,
+    pub(super) rounds: u64,
+    pub(super) public: BTreeMap<Digest, Stride>,
 }
 
 impl State {
@@ -131,7 +136,7 @@ impl State {
             log,
             index,
             active: None,
-            previous_release: None,
+            last_release: None,
             rounds: 0,
             public: always_public
                 .into_iter()
@@ -190,9 +195,15 @@ impl State {
         let active = self.active.as_ref()?;
         let work: Work = active.round.work()?;
         let (bench, round) = (Arc::clone(&self.bench), active.round.clone());
+        let previous = active.round.manifest().previous_release;
+        let last = self.last_release.as_ref();
         let so_far = SoFar {
             targets: active.targets,
             truncation_ppm: active.truncation_ppm.clone(),
+            last_release: last
+                .filter(|last| Some(last.release) == previous)
+                .map(|last| last.evaluations.clone())
+                .unwrap_or_default(),
         };
         Some(move || bench.perform(&round, &work, &so_far))
     }
@@ -294,85 +305,6 @@ impl State {
         }
     }
 
-    /// Opens the rounds that the operator asked for. True if one was opened.
-    pub fn open_requested_rounds(&mut self, at: UnixMillis) -> bool {
-        let waiting = match request::waiting(&self.setup.data_dir) {
-            Ok(waiting) => waiting,
-            Err(error) => {
-                tracing::warn!(%error, "the folder of requests cannot be read");
-                return false;
-            }
-        };
-        let mut opened = false;
-        for (path, request) in waiting {
-            let response = match request.and_then(|request| self.open(at, request)) {
-                Ok((round, manifest)) => {
-                    opened = true;
-                    OpenResponse::Opened { round, manifest }
-                }
-                Err(problem) => OpenResponse::Refused { problem },
-            };
-            let answered = request::write_atomically(&request::response_path(&path), &response)
-                .and_then(|()| std::fs::remove_file(&path));
-            if let Err(error) = answered {
-                tracing::warn!(%error, "a request could not be answered");
-            }
-        }
-        opened
-    }
-
-    fn open(&mut self, at: UnixMillis, request: OpenRequest) -> Result<(RoundId, Digest), String> {
-        if let Some(active) = &self.active
-            && !is_over(active.round.phase())
-        {
-            return Err(format!(
-                "round {} is still open; wait for its end",
-                active.round.manifest().round
-            ));
-        }
-        let reference = &self.bench.reference;
-        let manifest = request::manifest(
-            request,
-            Given {
-                charter: self.bench.charter.clone(),
-                charter_digest: self.setup.charter_digest,
-                round: RoundId(self.rounds.saturating_add(1)),
-                pivot: self.setup.pivot_digest,
-                reference: reference.digest(),
-                items: u64::try_from(reference.items().len()).unwrap_or(u64::MAX),
-                previous_release: self.previous_release,
-            },
-        );
-        let text = |error: &dyn std::fmt::Display| error.to_string();
-        manifest
-            .obeys(&self.bench.charter)
-            .map_err(|error| text(&error))?;
-        let note = SignedNote::sign(
-            manifest.to_text().map_err(|error| text(&error))?,
-            &self.setup.signer,
-        )
-        .map_err(|error| text(&error))?;
-        let blobs = &self.bench.blobs;
-        let digest = blobs
-            .put_bytes(note.to_string().as_bytes())
-            .map_err(|error| text(&error))?;
-        let start = fusion::initial_adapter(&self.setup.pivot, &manifest.training, manifest.seed)
-            .map_err(|error| text(&error))?;
-        let start = blobs.put_bytes(&start).map_err(|error| text(&error))?;
-        let round = manifest.round;
-        self.active = None;
-        self.rounds = round.0;
-        self.record(
-            at,
-            &Event::Opened {
-                manifest: digest,
-                start,
-            },
-        )
-        .map_err(|error| text(&error))?;
-        Ok((round, digest))
-    }
-
     fn apply(&mut self, index: u64, entry: &Entry) -> Result<(), StateError> {
         if let Event::Opened { manifest, start } = entry.event {
             let text = self.bench.blobs.read(&manifest, limits::DOCUMENT as u64)?;
@@ -397,6 +329,7 @@ impl State {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
+        let work = active.round.work();
         active.round.step(entry.at, &entry.event)?;
         match &entry.event {
             Event::Fused { targets, routing } => {
@@ -428,8 +361,24 @@ impl State {
             Event::Released { release, .. } => {
                 active.outcome = Some(index);
                 active.release = Some(*release);
-                self.previous_release = Some(*release);
-                self.write_release_proof(index, entry.round)?;
+                if let Some(Work::Judge {
+                    candidate,
+                    evaluations,
+                }) = work
+                {
+                    let manifest = active.round.manifest();
+                    self.last_release = Some(LastRelease {
+                        release: *release,
+                        adapter: candidate,
+                        pivot: manifest.pivot,
+                        training: manifest.training.clone(),
+                        evaluations,
+                    });
+                }
+                // The entry is logged, so the round is over whatever the disk says; the next start writes the proof.
+                if let Err(error) = self.write_release_proof(index, entry.round) {
+                    tracing::error!(%error, "the proof of the release could not be written");
+                }
             }
             Event::Rejected { reason } => {
                 active.outcome = Some(index);
@@ -465,120 +414,9 @@ impl State {
         }
         Ok(())
     }
-
-    /// What sessions may see.
-    #[must_use]
-    pub fn board(&self) -> Board {
-        let public = Arc::new(self.public.clone());
-        let Some(active) = &self.active else {
-            return Board {
-                public,
-                ..Board::default()
-            };
-        };
-        let round = &active.round;
-        let statuses = round
-            .manifest()
-            .members
-            .iter()
-            .filter_map(|who| Some((who.clone(), self.status(active, who)?)))
-            .collect();
-        let binding = (!is_over(round.phase())).then(|| round.manifest().binding(round.digest()));
-        let checks = active.adapter.map(|start| Checks {
-            manifest: Arc::new(round.manifest().clone()),
-            start,
-        });
-        Board {
-            statuses,
-            binding,
-            checks,
-            public,
-        }
-    }
-
-    fn status(&self, active: &Active, who: &InstitutionId) -> Option<Status> {
-        let logged = |index: u64| self.log.logged(index).ok();
-        let task = match active.round.task(who) {
-            RoundTask::Wait => Task::Wait,
-            RoundTask::Score { shards } => Task::Score { shards },
-            RoundTask::Distil { inner, part, .. } => Task::Distil {
-                inner,
-                start: logged(*active.merged.last().unwrap_or(&active.opened))?,
-                targets: logged(active.fused?)?,
-                part,
-            },
-            RoundTask::Evaluate { .. } => Task::Evaluate {
-                candidate: logged(*active.merged.last()?)?,
-            },
-            RoundTask::Finished => Task::Finished {
-                outcome: logged(active.outcome?)?,
-            },
-        };
-        Some(Status {
-            round: Some(logged(active.opened)?),
-            task,
-        })
-    }
-
-    /// Writes what the operator sees.
-    ///
-    /// # Errors
-    /// The file system's reason.
-    pub fn write_overview(
-        &self,
-        connections: &BTreeMap<InstitutionId, usize>,
-    ) -> std::io::Result<()> {
-        let overview = Overview {
-            consortium: self.bench.charter.consortium.to_string(),
-            listening: self.setup.listening.clone(),
-            log_size: self.log.size(),
-            round: self
-                .active
-                .as_ref()
-                .map(|active| overview(active, connections)),
-        };
-        request::write_atomically(&overview_path(&self.setup.data_dir), &overview)
-    }
 }
 
-fn overview(active: &Active, connections: &BTreeMap<InstitutionId, usize>) -> RoundOverview {
-    let round = &active.round;
-    let count = |kind: Kind, who: &InstitutionId| {
-        round
-            .contributions(kind)
-            .iter()
-            .filter(|(institution, ..)| institution == who)
-            .count()
-    };
-    RoundOverview {
-        round: round.manifest().round.0,
-        manifest: round.digest(),
-        phase: format!("{:?}", round.phase()),
-        merged: u32::try_from(active.merged.len()).unwrap_or(u32::MAX),
-        inner_rounds: round.manifest().training.inner_rounds,
-        truncation_ppm: active.truncation_ppm.clone(),
-        targets: active.targets,
-        routing: active.routing,
-        adapter: active.adapter,
-        release: active.release,
-        rejected: active.rejected.clone(),
-        members: round
-            .manifest()
-            .members
-            .iter()
-            .map(|who| MemberOverview {
-                institution: who.to_string(),
-                connections: connections.get(who).copied().unwrap_or(0),
-                capacity: round.capacity(who),
-                shards: count(Kind::Records, who),
-                adapters: count(Kind::Adapter, who),
-                evaluated: count(Kind::Evaluation, who) > 0,
-            })
-            .collect(),
-    }
-}
-
-fn is_over(phase: RoundPhase) -> bool {
+pub(super) fn is_over(phase: RoundPhase) -> bool {
     matches!(
         phase,
         RoundPhase::Released { .. } | RoundPhase::Rejected { .. }

@@ -15,7 +15,7 @@ use consilium_protocol::shard::Shard;
 use consilium_protocol::{Digest, InstitutionId};
 
 use crate::config::ReleaseConfig;
-use crate::fusion::{self, MergeInput, ShardRouting};
+use crate::fusion::{self, MergeInput, MergeOutput, ShardRouting};
 use crate::release::{self, Artefact, ReleaseInput, ReleaseKey, Verdict};
 use crate::store::Blobs;
 
@@ -43,6 +43,8 @@ pub struct SoFar {
     pub targets: Option<Digest>,
     /// Truncation error of each merge, in millionths.
     pub truncation_ppm: Vec<u32>,
+    /// Evaluations of the release that the manifest names as the previous one.
+    pub last_release: Vec<(InstitutionId, Digest)>,
 }
 
 /// What failed, in words for the operator's log.
@@ -125,28 +127,42 @@ impl Bench {
         momentum: Option<Digest>,
         adapters: &[(InstitutionId, Digest, u32)],
     ) -> Result<Event, WorkError> {
-        let start = self.read(start)?;
-        let momentum = momentum.map(|digest| self.read(digest)).transpose()?;
-        let contents = adapters
+        let start = self.verified(start)?;
+        let momentum = momentum.map(|digest| self.verified(digest)).transpose()?;
+        let paths = adapters
             .iter()
-            .map(|(who, digest, weight)| Ok((who.clone(), self.read(*digest)?, *weight)))
+            .map(|(_, digest, _)| self.verified(*digest))
             .collect::<Result<Vec<_>, WorkError>>()?;
-        let adapters: Vec<_> = contents
+        let adapters: Vec<_> = adapters
             .iter()
-            .map(|(who, bytes, weight)| (who.clone(), bytes.as_slice(), *weight))
+            .zip(&paths)
+            .map(|((who, _, weight), path)| (who.clone(), path.as_path(), *weight))
             .collect();
-        let merged = fusion::merge(MergeInput {
-            training: &manifest.training,
-            start: &start,
-            momentum: momentum.as_deref(),
-            adapters: &adapters,
-        })
+        let draft = || self.blobs.draft().map_err(failed("storing an artefact"));
+        let (adapter, velocity) = (draft()?, draft()?);
+        let truncation = fusion::merge(
+            MergeInput {
+                training: &manifest.training,
+                start: &start,
+                momentum: momentum.as_deref(),
+                adapters: &adapters,
+            },
+            MergeOutput {
+                adapter: adapter.file(),
+                momentum: velocity.file(),
+            },
+        )
         .map_err(failed("merging adapters"))?;
+        let keep = |draft| {
+            self.blobs
+                .keep(draft)
+                .map_err(failed("storing an artefact"))
+        };
         Ok(Event::Merged {
             inner,
-            adapter: self.put(&merged.adapter)?,
-            momentum: self.put(&merged.momentum)?,
-            truncation_ppm: merged.truncation.ppm(),
+            adapter: keep(adapter)?,
+            momentum: keep(velocity)?,
+            truncation_ppm: truncation.ppm(),
         })
     }
 
@@ -157,15 +173,9 @@ impl Bench {
         evaluations: &[(InstitutionId, Digest)],
         so_far: &SoFar,
     ) -> Result<Event, WorkError> {
-        let evaluations = evaluations
-            .iter()
-            .map(|(who, digest)| {
-                let bytes = self.read(*digest)?;
-                let parsed = Evaluation::parse(&bytes).map_err(failed("reading an evaluation"))?;
-                Ok((who.clone(), parsed))
-            })
-            .collect::<Result<Vec<_>, WorkError>>()?;
-        let verdict: Verdict = release::judge(&self.charter, &evaluations, None);
+        let evaluations = self.evaluations(evaluations)?;
+        let before = self.evaluations(&so_far.last_release)?;
+        let verdict: Verdict = release::judge(&self.charter, &evaluations, &before);
         if let Some(reason) = verdict.rejected {
             return Ok(Event::Rejected { reason });
         }
@@ -182,7 +192,7 @@ impl Bench {
                 )
             })
             .collect();
-        let adapter = self.read(candidate)?;
+        let adapter = self.verified(candidate)?;
         let published = release::publish(ReleaseInput {
             releases: &self.releases,
             manifest: round.manifest(),
@@ -192,6 +202,7 @@ impl Bench {
             truncation_ppm: &so_far.truncation_ppm,
             verdict: &verdict,
             adapter: &adapter,
+            adapter_digest: candidate,
             base_model: &self.release.base_model,
             license: &self.release.license,
             key: &self.release_key,
@@ -203,6 +214,20 @@ impl Bench {
         })
     }
 
+    fn evaluations(
+        &self,
+        digests: &[(InstitutionId, Digest)],
+    ) -> Result<Vec<(InstitutionId, Evaluation)>, WorkError> {
+        digests
+            .iter()
+            .map(|(who, digest)| {
+                let bytes = self.read(*digest)?;
+                let parsed = Evaluation::parse(&bytes).map_err(failed("reading an evaluation"))?;
+                Ok((who.clone(), parsed))
+            })
+            .collect()
+    }
+
     fn shard(&self, digest: Digest) -> Result<Shard, WorkError> {
         Shard::parse(&self.read(digest)?).map_err(failed("reading a shard"))
     }
@@ -210,6 +235,12 @@ impl Bench {
     fn read(&self, digest: Digest) -> Result<Vec<u8>, WorkError> {
         self.blobs
             .read(&digest, limits::ARTEFACT)
+            .map_err(failed("reading an artefact"))
+    }
+
+    fn verified(&self, digest: Digest) -> Result<PathBuf, WorkError> {
+        self.blobs
+            .verified(&digest)
             .map_err(failed("reading an artefact"))
     }
 

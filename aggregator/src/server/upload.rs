@@ -163,10 +163,7 @@ async fn inspect(
         let Some(context) = context else {
             return Err(RejectCode::WrongRound);
         };
-        let checked = std::fs::read(complete.path())
-            .map_err(|_| RejectCode::Storage)
-            .and_then(|bytes| validate::contribution(&bench, &context, &statement, &bytes));
-        match checked {
+        match validate::contribution(&bench, &context, &statement, complete.path()) {
             Ok(()) => Ok(complete),
             Err(code) => {
                 if let Err(error) = complete.discard() {

@@ -1,5 +1,6 @@
 //! Whether a contribution's bytes are what its slot takes. Everything is checked before it is stored; fusion trusts it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use consilium_protocol::artefact::Kind;
@@ -7,9 +8,9 @@ use consilium_protocol::contribution::Statement;
 use consilium_protocol::evaluation::Evaluation;
 use consilium_protocol::manifest::Manifest;
 use consilium_protocol::shard::Shard;
-use consilium_protocol::{Digest, RejectCode, limits};
+use consilium_protocol::{Digest, RejectCode};
 
-use crate::fusion;
+use crate::fusion::{self, FusionError, Origin};
 use crate::rounds::Bench;
 
 /// What the open round says about its contributions.
@@ -21,7 +22,8 @@ pub struct Checks {
     pub start: Digest,
 }
 
-/// Checks one contribution.
+/// Checks one contribution, which lies in `file`. Records and evaluations are read into memory, as their kinds' limits
+/// allow; an adapter piece by piece.
 ///
 /// # Errors
 /// The code for the peer; the reason is in our log.
@@ -29,48 +31,44 @@ pub fn contribution(
     bench: &Bench,
     checks: &Checks,
     statement: &Statement,
-    bytes: &[u8],
+    file: &Path,
 ) -> Result<(), RejectCode> {
     let refuse = |code: RejectCode, problem: &dyn std::fmt::Display| {
         tracing::warn!(institution = %statement.institution, kind = statement.kind.name(),
             sequence = statement.sequence, %problem, "contribution does not pass");
         code
     };
+    let content = |problem: &dyn std::fmt::Display| refuse(RejectCode::Content, problem);
+    let read = || std::fs::read(file).map_err(|error| refuse(RejectCode::Storage, &error));
+    let (manifest, institution) = (&checks.manifest, &statement.institution);
     match statement.kind {
         Kind::Records => {
-            let shard = Shard::parse(bytes).map_err(|error| refuse(RejectCode::Content, &error))?;
-            if shard.header.reference != checks.manifest.reference {
-                return Err(refuse(
-                    RejectCode::WrongReference,
-                    &"made from another reference set",
-                ));
+            let shard = Shard::parse(&read()?).map_err(|error| content(&error))?;
+            if shard.header.reference != manifest.reference {
+                let problem = &"made from another reference set";
+                return Err(refuse(RejectCode::WrongReference, problem));
             }
-            let (manifest, index) = (&checks.manifest, statement.sequence);
-            fusion::check_shard(
-                manifest,
-                &bench.reference,
-                index,
-                &statement.institution,
-                &shard,
-            )
-            .map_err(|error| refuse(RejectCode::Content, &error))
+            let index = statement.sequence;
+            fusion::check_shard(manifest, &bench.reference, index, institution, &shard)
+                .map_err(|error| content(&error))
         }
         Kind::Adapter => {
-            let start = bench
-                .blobs
-                .read(&checks.start, limits::ARTEFACT)
-                .map_err(|error| refuse(RejectCode::Storage, &error))?;
-            fusion::check_adapter(
-                &checks.manifest.training,
-                &start,
-                &statement.institution,
-                bytes,
-            )
-            .map(|_| ())
-            .map_err(|error| refuse(RejectCode::Content, &error))
+            let start = bench.blobs.path(&checks.start);
+            match fusion::check_adapter(&manifest.training, &start, institution, file) {
+                Ok(_) => Ok(()),
+                // What fails here is ours: the sender's file is at fault only for what it says.
+                Err(
+                    error @ (FusionError::Io { .. }
+                    | FusionError::Format {
+                        origin: Origin::Start,
+                        ..
+                    }),
+                ) => Err(refuse(RejectCode::Storage, &error)),
+                Err(error) => Err(content(&error)),
+            }
         }
-        Kind::Evaluation => Evaluation::parse(bytes)
+        Kind::Evaluation => Evaluation::parse(&read()?)
             .map(|_| ())
-            .map_err(|error| refuse(RejectCode::Content, &error)),
+            .map_err(|error| content(&error)),
     }
 }

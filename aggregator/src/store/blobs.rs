@@ -5,13 +5,9 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use consilium_protocol::{Digest, InstitutionId};
-use sha2::{Digest as _, Sha256};
 
 use super::StoreError;
 use super::durable::{self, TEMPORARY, Temporary};
-
-/// Bytes hashed at a time.
-const BLOCK: usize = 1 << 18;
 
 /// `blobs/<first 2 hex digits>/<digest>` in a data folder, and `incoming/` for what is on its way.
 ///
@@ -20,6 +16,18 @@ const BLOCK: usize = 1 << 18;
 pub struct Blobs {
     blobs: PathBuf,
     incoming: PathBuf,
+}
+
+/// A file that is being written and becomes a blob by [`Blobs::keep`].
+#[derive(Debug)]
+pub struct Draft(Temporary);
+
+impl Draft {
+    /// The open file, empty at first.
+    #[must_use]
+    pub const fn file(&self) -> &File {
+        self.0.file()
+    }
 }
 
 impl Blobs {
@@ -69,6 +77,30 @@ impl Blobs {
             temporary.publish(&path)
         });
         written.map_err(|error| StoreError::io(&path, "write this file", error))?;
+        Ok(digest)
+    }
+
+    /// A new file for bytes that are made piece by piece; dropped, it is gone.
+    ///
+    /// # Errors
+    /// The file system's reason.
+    pub fn draft(&self) -> Result<Draft, StoreError> {
+        Temporary::new(&self.incoming)
+            .map(Draft)
+            .map_err(|error| StoreError::io(&self.incoming, "write into this folder", error))
+    }
+
+    /// Stores what was written to a draft.
+    ///
+    /// # Errors
+    /// The disk is full, or the file system's reason; no file is left then.
+    pub fn keep(&self, draft: Draft) -> Result<Digest, StoreError> {
+        let digest = hash_file(draft.0.path())?;
+        let path = self.prepare(&digest)?;
+        draft
+            .0
+            .publish(&path)
+            .map_err(|error| StoreError::io(&path, "write this file", error))?;
         Ok(digest)
     }
 
@@ -157,6 +189,20 @@ impl Blobs {
         }
     }
 
+    /// Path of a blob whose bytes were just read through and have its digest; for what is too long to be held in memory.
+    ///
+    /// # Errors
+    /// Missing, or damaged.
+    pub fn verified(&self, digest: &Digest) -> Result<PathBuf, StoreError> {
+        let path = self.path(digest);
+        let got = hash_file(&path)?;
+        if got == *digest {
+            Ok(path)
+        } else {
+            Err(StoreError::Damaged { path, got })
+        }
+    }
+
     /// Where an upload of `sender` is put together, and how many of its bytes are there from an earlier try. Each sender
     /// has a file of its own: nobody's bytes get into, or lock, what another one sends.
     ///
@@ -198,18 +244,7 @@ fn open(path: &Path) -> Result<File, StoreError> {
 }
 
 fn hash_file(path: &Path) -> Result<Digest, StoreError> {
-    let mut file = open(path)?;
-    let mut hash = Sha256::new();
-    let mut block = vec![0; BLOCK];
-    loop {
-        let read = match file.read(&mut block) {
-            Ok(0) => return Ok(Digest::from_bytes(hash.finalize().into())),
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(StoreError::io(path, "read this file", error)),
-        };
-        hash.update(block.get(..read).unwrap_or_default());
-    }
+    Digest::of_reader(open(path)?).map_err(|error| StoreError::io(path, "read this file", error))
 }
 
 #[cfg(test)]
@@ -300,7 +335,10 @@ mod tests {
     #[test]
     fn a_full_disk_is_told_from_other_failures() {
         let path = Path::new("file");
-        let full = StoreError::io(path, "write", io::ErrorKind::StorageFull.into());
+        // Every write to this device finds no space.
+        let mut device = File::options().write(true).open("/dev/full").unwrap();
+        let error = io::Write::write_all(&mut device, b"a byte").unwrap_err();
+        let full = StoreError::io(path, "write", error);
         assert!(
             full.is_full() && full.to_string().contains("file"),
             "{full}"

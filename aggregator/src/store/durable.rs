@@ -33,14 +33,25 @@ impl Temporary {
         })
     }
 
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file.
+    pub(crate) const fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Adds bytes and waits until the disk has them.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.file.sync_all()
     }
 
-    /// Gives the file its name, replacing what had it.
+    /// Waits until the disk has the bytes and gives the file its name, replacing what had it.
     pub(crate) fn publish(mut self, path: &Path) -> io::Result<()> {
+        self.file.sync_all()?;
         move_file(&self.path, path)?;
         self.published = true;
         Ok(())

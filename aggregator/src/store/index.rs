@@ -111,6 +111,12 @@ impl IndexedArtefact {
 #[derive(Debug)]
 pub struct Index {
     path: PathBuf,
+    /// None after a failed write: sled then refuses everything until it is opened again.
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
     db: sled::Db,
     slots: sled::Tree,
     artefacts: sled::Tree,
@@ -131,62 +137,50 @@ impl Index {
     ) -> Result<Self, StoreError> {
         let blobs = Blobs::beside(folder.parent().unwrap_or_else(|| Path::new("")));
         let (slots, artefacts) = rows(entries, &blobs);
-        let current = Self::load(folder).and_then(|index| {
-            let same = contents(&index.slots)? == slots && contents(&index.artefacts)? == artefacts;
-            Ok((index, same))
+        let current = Open::load(folder).and_then(|open| {
+            let same = contents(&open.slots)? == slots && contents(&open.artefacts)? == artefacts;
+            Ok((open, same))
         });
-        match current {
-            Ok((index, true)) => Ok(index),
-            Ok((index, false)) => {
+        let failed = |source| index_error(folder, source);
+        let open = match current {
+            Ok((open, true)) => open,
+            Ok((open, false)) => {
                 tracing::warn!(index = %folder.display(), slots = slots.len(),
                     "the index differs from the log and is made again");
-                index.replace(&slots, &artefacts)?;
-                Ok(index)
+                open.replace(&slots, &artefacts).map_err(failed)?;
+                open
             }
             Err(error) if is_corrupt(&error) => {
                 tracing::warn!(index = %folder.display(), %error,
                     "the index is corrupt and is made again from the log");
                 fs::remove_dir_all(folder)
                     .map_err(|error| StoreError::io(folder, "remove this folder", error))?;
-                let index = Self::load(folder).map_err(|source| index_error(folder, source))?;
-                index.replace(&slots, &artefacts)?;
-                Ok(index)
+                let open = Open::load(folder).map_err(failed)?;
+                open.replace(&slots, &artefacts).map_err(failed)?;
+                open
             }
-            Err(error) => Err(index_error(folder, error)),
-        }
-    }
-
-    /// Makes the index again from the log's entries.
-    ///
-    /// # Errors
-    /// The index cannot be written.
-    pub fn rebuild(
-        &self,
-        entries: impl IntoIterator<Item = (u64, Entry)>,
-    ) -> Result<(), StoreError> {
-        let blobs = Blobs::beside(self.path.parent().unwrap_or_else(|| Path::new("")));
-        let (slots, artefacts) = rows(entries, &blobs);
-        self.replace(&slots, &artefacts)
+            Err(error) => return Err(failed(error)),
+        };
+        Ok(Self {
+            path: folder.to_owned(),
+            open: Some(open),
+        })
     }
 
     /// Notes what fills a slot; durable on return. The entry may be the one that is logged next.
     ///
     /// # Errors
-    /// The index cannot be written.
-    pub fn insert(&self, slot: &Slot, filled: &IndexedSlot) -> Result<(), StoreError> {
-        let artefact = IndexedArtefact {
-            kind: slot.kind,
-            length: filled.length,
+    /// The index cannot be written; another try may succeed.
+    pub fn insert(&mut self, slot: &Slot, filled: &IndexedSlot) -> Result<(), StoreError> {
+        // One database at a time may hold the folder.
+        let open = match self.open.take() {
+            Some(open) => open,
+            None => Open::load(&self.path).map_err(|error| index_error(&self.path, error))?,
         };
-        self.slots
-            .insert(slot.key(), filled.to_bytes())
-            .and_then(|_| {
-                let digest = filled.digest.as_bytes();
-                self.artefacts.insert(digest, artefact.to_bytes())
-            })
-            .and_then(|_| self.db.flush())
-            .map(drop)
-            .map_err(|source| index_error(&self.path, source))
+        open.insert(slot, filled)
+            .map_err(|error| index_error(&self.path, error))?;
+        self.open = Some(open);
+        Ok(())
     }
 
     /// What fills a slot.
@@ -194,8 +188,7 @@ impl Index {
     /// # Errors
     /// The index cannot be read.
     pub fn slot(&self, slot: &Slot) -> Result<Option<IndexedSlot>, StoreError> {
-        let found = self.slots.get(slot.key());
-        self.decode(found, IndexedSlot::from_bytes)
+        self.read(|open| decode(open.slots.get(slot.key())?, IndexedSlot::from_bytes))
     }
 
     /// What is known about an artefact.
@@ -203,8 +196,8 @@ impl Index {
     /// # Errors
     /// The index cannot be read.
     pub fn artefact(&self, digest: &Digest) -> Result<Option<IndexedArtefact>, StoreError> {
-        let found = self.artefacts.get(digest.as_bytes());
-        self.decode(found, IndexedArtefact::from_bytes)
+        let key = digest.as_bytes();
+        self.read(|open| decode(open.artefacts.get(key)?, IndexedArtefact::from_bytes))
     }
 
     /// Number of slots that are filled.
@@ -212,52 +205,61 @@ impl Index {
     /// # Errors
     /// The index cannot be read.
     pub fn slots(&self) -> Result<u64, StoreError> {
-        let slots = contents(&self.slots).map_err(|source| index_error(&self.path, source))?;
-        Ok(slots.len() as u64)
+        self.read(|open| Ok(contents(&open.slots)?.len() as u64))
     }
 
+    fn read<T>(&self, f: impl FnOnce(&Open) -> sled::Result<T>) -> Result<T, StoreError> {
+        let read = match &self.open {
+            Some(open) => f(open),
+            None => Open::load(&self.path).and_then(|open| f(&open)),
+        };
+        read.map_err(|error| index_error(&self.path, error))
+    }
+}
+
+impl Open {
     fn load(folder: &Path) -> sled::Result<Self> {
         let db = sled::Config::new()
             .path(folder)
             .cache_capacity(CACHE)
             .open()?;
         Ok(Self {
-            path: folder.to_owned(),
             slots: db.open_tree("slots")?,
             artefacts: db.open_tree("artefacts")?,
             db,
         })
     }
 
-    fn replace(&self, slots: &Rows, artefacts: &Rows) -> Result<(), StoreError> {
-        let write = || {
-            for (tree, rows) in [(&self.slots, slots), (&self.artefacts, artefacts)] {
-                tree.clear()?;
-                for (key, value) in rows {
-                    tree.insert(key, value.as_slice())?;
-                }
-            }
-            self.db.flush()
+    fn insert(&self, slot: &Slot, filled: &IndexedSlot) -> sled::Result<()> {
+        let artefact = IndexedArtefact {
+            kind: slot.kind,
+            length: filled.length,
         };
-        write()
-            .map(drop)
-            .map_err(|source| index_error(&self.path, source))
+        self.slots.insert(slot.key(), filled.to_bytes())?;
+        let digest = filled.digest.as_bytes();
+        self.artefacts.insert(digest, artefact.to_bytes())?;
+        self.db.flush().map(drop)
     }
 
-    fn decode<T>(
-        &self,
-        found: sled::Result<Option<sled::IVec>>,
-        parse: impl Fn(&[u8]) -> Option<T>,
-    ) -> Result<Option<T>, StoreError> {
-        let malformed = || sled::Error::Corruption { at: None, bt: () };
-        found
-            .and_then(|bytes| {
-                bytes
-                    .map(|bytes| parse(&bytes).ok_or_else(malformed))
-                    .transpose()
-            })
-            .map_err(|source| index_error(&self.path, source))
+    fn replace(&self, slots: &Rows, artefacts: &Rows) -> sled::Result<()> {
+        for (tree, rows) in [(&self.slots, slots), (&self.artefacts, artefacts)] {
+            tree.clear()?;
+            for (key, value) in rows {
+                tree.insert(key, value.as_slice())?;
+            }
+        }
+        self.db.flush().map(drop)
     }
+}
+
+fn decode<T>(
+    found: Option<sled::IVec>,
+    parse: impl Fn(&[u8]) -> Option<T>,
+) -> sled::Result<Option<T>> {
+    let malformed = || sled::Error::Corruption { at: None, bt: () };
+    found
+        .map(|bytes| parse(&bytes).ok_or_else(malformed))
+        .transpose()
 }
 
 /// Rows that the log calls for. The first entry of a slot counts, as in the round.
@@ -364,7 +366,7 @@ mod tests {
     /// A data folder with three contributions, the entries about them and an index made by inserts.
     fn filled(data: &Path) -> Vec<(u64, Entry)> {
         let blobs = Blobs::open(data).unwrap();
-        let index = Index::open(&data.join("index"), Vec::new()).unwrap();
+        let mut index = Index::open(&data.join("index"), Vec::new()).unwrap();
         let mut entries = Vec::new();
         for (entry, (who, sequence)) in (5..).zip([("north", 0), ("north", 1), ("south", 0)]) {
             let bytes = format!("{who} {sequence} {}", "x".repeat(sequence as usize));
@@ -383,7 +385,8 @@ mod tests {
 
     fn rows_of(index: &Index) -> (Rows, Rows) {
         let read = |tree| contents(tree).unwrap();
-        (read(&index.slots), read(&index.artefacts))
+        let open = index.open.as_ref().unwrap();
+        (read(&open.slots), read(&open.artefacts))
     }
 
     #[test]
@@ -395,9 +398,7 @@ mod tests {
         assert_eq!((before.0.len(), before.1.len()), (3, 3));
         fs::remove_dir_all(&folder).unwrap();
 
-        let index = Index::open(&folder, entries.clone()).unwrap();
-        assert_eq!(rows_of(&index), before);
-        index.rebuild(entries).unwrap();
+        let index = Index::open(&folder, entries).unwrap();
         assert_eq!(rows_of(&index), before);
         assert_eq!(index.slots().unwrap(), 3);
         let south = index.slot(&slot("south", 0)).unwrap().unwrap();

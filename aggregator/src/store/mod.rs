@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use consilium_protocol::Digest;
 
-pub use blobs::Blobs;
+pub use blobs::{Blobs, Draft};
 pub use index::{Index, IndexedArtefact, IndexedSlot, Slot};
 
 /// Why the store refused.

@@ -4,6 +4,7 @@
 #![cfg(test)]
 
 mod consortium;
+mod full_disk;
 mod node;
 mod refusals;
 
@@ -165,6 +166,66 @@ async fn a_round_reaches_a_signed_release_over_kills_and_restarts() {
 }
 
 #[tokio::test]
+async fn the_next_round_starts_from_the_last_release_and_has_to_beat_it() {
+    let mut consortium = Consortium::new(&MEMBERS, &[], 3);
+    consortium.start().await;
+    let mut nodes = join_all(&consortium, [None; 3]).await;
+    let mut outcomes = Vec::new();
+    for measures in [0.8, 0.8, 0.7] {
+        consortium.open_round(&[]);
+        for node in &mut nodes {
+            node.measures = measures;
+            node.until(|task| matches!(task, Task::Score { .. })).await;
+        }
+        for task in play_all(&mut nodes, |_| false).await {
+            assert!(matches!(task, Task::Finished { .. }), "{task:?}");
+        }
+        outcomes.push(consortium.entries().pop().unwrap().event);
+        // What the next round builds on is in the log.
+        consortium.kill();
+        consortium.start().await;
+        nodes = join_all(&consortium, nodes.map(|node| node.seen)).await;
+    }
+    let [
+        Event::Released { release, .. },
+        Event::Rejected {
+            reason: Reason::NoGain,
+        },
+        Event::Released { .. },
+    ] = outcomes.as_slice()
+    else {
+        panic!("{outcomes:?}")
+    };
+    let events: Vec<Event> = consortium.entries().into_iter().map(|e| e.event).collect();
+    let candidates = events.iter().filter_map(|event| match event {
+        Event::Merged {
+            inner: 1, adapter, ..
+        } => Some(*adapter),
+        _ => None,
+    });
+    let candidates: Vec<Digest> = candidates.collect();
+    let opened = |events: &[Event]| -> Vec<(Digest, Digest)> {
+        let opened = events.iter().filter_map(|event| match event {
+            Event::Opened { manifest, start } => Some((*manifest, *start)),
+            _ => None,
+        });
+        opened.collect()
+    };
+    let rounds = opened(&events);
+    assert_eq!(rounds.len(), 3);
+    for (manifest, start) in &rounds[1..] {
+        assert_eq!(*start, candidates[0], "the rejected one is nobody's start");
+        let text = nodes[0].fetch(*manifest).await;
+        assert!(String::from_utf8_lossy(&text).contains(&release.to_string()));
+    }
+    // An adapter of another rank cannot be the start, but remains what is to be beaten.
+    consortium.open_round(&["training.rank=1"]);
+    let events: Vec<Event> = consortium.entries().into_iter().map(|e| e.event).collect();
+    let (_, start) = *opened(&events).last().unwrap();
+    assert!(!candidates.contains(&start) && start != rounds[0].1);
+}
+
+#[tokio::test]
 async fn killed_again_and_again_it_loses_no_receipt_and_counts_none_twice() {
     let mut consortium = Consortium::new(&MEMBERS, &[], 3);
     consortium.start().await;
@@ -174,8 +235,9 @@ async fn killed_again_and_again_it_loses_no_receipt_and_counts_none_twice() {
     let mut kills: u64 = 0;
     loop {
         let mut nodes = join_all(&consortium, seen).await;
-        // Another stretch each time, so that the kill falls into another step.
-        let stretch = Duration::from_millis(20 + kills * 37 % 150);
+        // Another stretch each time, so that the kill falls into another step; and longer ones, so that a machine that is
+        // slow or busy gets on too.
+        let stretch = Duration::from_millis(20 + kills * 37 % 150 + kills * 10);
         let finished = tokio::select! {
             _ = play_all(&mut nodes, |_| false) => true,
             () = tokio::time::sleep(stretch) => false,

@@ -42,6 +42,8 @@ pub(crate) struct Node {
     pub(crate) connection: Connection,
     control: Stream,
     pub(crate) seen: Seen,
+    /// What it says that a candidate has on its holdout, in bits per byte.
+    pub(crate) measures: f64,
     status: Option<Status>,
     receipts: RefCell<Vec<Vec<u8>>>,
 }
@@ -77,6 +79,7 @@ impl Node {
             connection,
             control,
             seen: Some((now.size, now.root)),
+            measures: 0.8,
             status: None,
             receipts: RefCell::default(),
         }
@@ -137,7 +140,7 @@ impl Node {
                 }
                 Task::Evaluate { candidate } => {
                     self.fetch(self.adapter_of(candidate)).await;
-                    self.hand_over(Kind::Evaluation, 0, &evaluation())
+                    self.hand_over(Kind::Evaluation, 0, &evaluation(self.measures))
                         .await
                         .unwrap();
                 }
@@ -341,12 +344,12 @@ pub(crate) fn records(items: Range<u64>, probability: f64) -> Shard {
     shard
 }
 
-pub(crate) fn evaluation() -> Vec<u8> {
+pub(crate) fn evaluation(candidate: f64) -> Vec<u8> {
     let score = |bits_per_byte| Score {
         bits_per_byte,
         accuracy: Some(0.9),
     };
-    let (candidate, pivot, source) = (score(0.8), score(1.0), score(0.9));
+    let (candidate, pivot, source) = (score(candidate), score(1.0), score(0.9));
     Evaluation {
         candidate,
         pivot,

@@ -154,7 +154,7 @@ async fn content_that_breaks_a_rule_is_refused_and_the_round_goes_on() {
     tokio::join!(bank.play(evaluate), clinic.play(evaluate));
     let statement = bank.statement(Kind::Evaluation, 0, Digest::of(b"{}"));
     refuse(&bank, statement, b"{}", RejectCode::Content).await;
-    bank.hand_over(Kind::Evaluation, 0, &evaluation())
+    bank.hand_over(Kind::Evaluation, 0, &evaluation(0.8))
         .await
         .unwrap();
     let (a, b) = tokio::join!(bank.play(|_| false), clinic.play(|_| false));

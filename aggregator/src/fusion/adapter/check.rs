@@ -1,11 +1,12 @@
 //! The layout of an adapter, and whether a contribution has it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::Training;
 
-use super::tensors::{A, B, Tensors, floats};
+use super::tensors::{A, B, Tensors, pieces};
 use crate::fusion::error::{FusionError, Origin, TensorProblem};
 
 /// Largest magnitude of a contributed value.
@@ -24,7 +25,7 @@ pub struct AdapterLayout {
 
 impl AdapterLayout {
     /// Layout of the adapter that an inner round starts from.
-    pub(super) fn of(training: &Training, start: &Tensors<'_>) -> Result<Self, FusionError> {
+    pub(super) fn of(training: &Training, start: &Tensors) -> Result<Self, FusionError> {
         let rank = usize::try_from(training.rank).unwrap_or(usize::MAX);
         let mut matrices = BTreeMap::new();
         let mut whole = BTreeMap::new();
@@ -32,13 +33,13 @@ impl AdapterLayout {
             let shape = start.shape(name).unwrap_or(&[]);
             if let Some(layer) = name.strip_suffix(A) {
                 let b = format!("{layer}{B}");
-                start.data(name, &[rank, 0])?;
-                start.data(&b, &[0, rank])?;
+                start.expect(name, &[rank, 0])?;
+                start.expect(&b, &[0, rank])?;
                 if let (&[_, columns], Some(&[rows, _])) = (shape, start.shape(&b)) {
                     matrices.insert(layer.to_owned(), [rows, columns]);
                 }
             } else if let Some(layer) = name.strip_suffix(B) {
-                start.data(&format!("{layer}{A}"), &[rank, 0])?;
+                start.expect(&format!("{layer}{A}"), &[rank, 0])?;
             } else {
                 whole.insert(name.to_owned(), shape.to_vec());
             }
@@ -51,13 +52,13 @@ impl AdapterLayout {
     }
 
     /// Checks names and shapes of all tensors, not their values.
-    pub(super) fn check(&self, tensors: &Tensors<'_>) -> Result<(), FusionError> {
+    pub(super) fn check(&self, tensors: &Tensors) -> Result<(), FusionError> {
         for (layer, &[rows, columns]) in &self.matrices {
-            tensors.data(&format!("{layer}{A}"), &[self.rank, columns])?;
-            tensors.data(&format!("{layer}{B}"), &[rows, self.rank])?;
+            tensors.expect(&format!("{layer}{A}"), &[self.rank, columns])?;
+            tensors.expect(&format!("{layer}{B}"), &[rows, self.rank])?;
         }
         for (name, shape) in &self.whole {
-            tensors.data(name, shape)?;
+            tensors.expect(name, shape)?;
         }
         for name in tensors.names() {
             let layer = name.strip_suffix(A).or_else(|| name.strip_suffix(B));
@@ -72,27 +73,25 @@ impl AdapterLayout {
 }
 
 /// Whether a contributed adapter can be merged: same tensors as `start`, every value finite and at most 10,000 in
-/// magnitude. For admission, before it counts.
+/// magnitude. For admission, before it counts. Both are `adapter_model.safetensors` files; of `start` only the header is
+/// read, of the other one piece at a time.
 ///
 /// # Errors
-/// The first tensor that is missing, superfluous or malformed, in name order.
+/// A file that cannot be read, or the first tensor that is missing, superfluous or malformed, in name order.
 pub fn check_adapter(
     training: &Training,
-    start: &[u8],
+    start: &Path,
     institution: &InstitutionId,
-    adapter: &[u8],
+    adapter: &Path,
 ) -> Result<AdapterLayout, FusionError> {
-    let layout = AdapterLayout::of(training, &Tensors::parse(Origin::Start, start)?)?;
-    let tensors = Tensors::parse(Origin::Institution(institution.clone()), adapter)?;
+    let layout = AdapterLayout::of(training, &Tensors::open_adapter(Origin::Start, start)?)?;
+    let tensors = Tensors::open_adapter(Origin::Institution(institution.clone()), adapter)?;
     layout.check(&tensors)?;
     for name in tensors.names() {
-        let shape = tensors.shape(name).unwrap_or(&[]).to_vec();
-        for (index, value) in floats(tensors.data(name, &shape)?).iter().enumerate() {
-            if !value.is_finite() {
-                return Err(tensors.error(name, TensorProblem::NotFinite(index)));
-            }
-            if value.abs() > LARGEST {
-                return Err(tensors.error(name, TensorProblem::TooLarge(index)));
+        for piece in pieces(tensors.shape(name).unwrap_or(&[])) {
+            let values = tensors.values(name, piece.clone())?;
+            if let Some(index) = values.iter().position(|value| value.abs() > LARGEST) {
+                return Err(tensors.error(name, TensorProblem::TooLarge(piece.start + index)));
             }
         }
     }

@@ -1,33 +1,35 @@
 //! The adapter that a round's first inner round starts from.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
 use consilium_protocol::manifest::Training;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
+use super::output::Output;
 use super::pivot::Pivot;
-use super::tensors::{A, B, Output, PREFIX, serialize};
+use super::tensors::{A, B, PREFIX, pieces};
 use crate::fusion::error::FusionError;
 
 const DOMAIN: &[u8] = b"consilium/initial-adapter/1\0";
 
-/// `adapter_model.safetensors` of an untrained adapter on the pivot in `pivot`.
+/// Writes `adapter_model.safetensors` of an untrained adapter on the pivot in `pivot` to an empty file.
 ///
 /// For every `model.layers.*.<target>.weight` [out, in]: A [r, in] uniform in ±sqrt(3 / in), so that its rows have a
 /// norm of about 1, B [out, r] zero. The draws depend on the seed and the tensor's name only and are the same on every
 /// machine. Modules to save are the pivot's own tensors, widened to `f32`.
 ///
 /// # Errors
-/// A folder that cannot be read, or a module of the manifest that the pivot does not have.
+/// A folder that cannot be read, a module of the manifest that the pivot does not have, or a file that cannot be written.
 pub fn initial_adapter(
     pivot: &Path,
     training: &Training,
     seed: u64,
-) -> Result<Vec<u8>, FusionError> {
+    file: &File,
+) -> Result<(), FusionError> {
     let pivot = Pivot::open(pivot)?;
     let mut parts = BTreeMap::new();
     for target in &training.target_modules {
@@ -59,15 +61,14 @@ pub fn initial_adapter(
         }
     }
     let rank = usize::try_from(training.rank).unwrap_or(usize::MAX);
-    let outputs: Vec<Result<Vec<Output>, FusionError>> = parts
-        .into_par_iter()
-        .map(|(name, part)| part.tensors(&pivot, &name, rank, seed))
-        .collect();
-    let mut all = Vec::new();
-    for output in outputs {
-        all.extend(output?);
+    let shapes = parts
+        .iter()
+        .flat_map(|(name, part)| part.shapes(name, rank));
+    let mut output = Output::begin(file, shapes)?;
+    for (name, part) in &parts {
+        part.write(&pivot, name, rank, seed, &mut output)?;
     }
-    serialize(&all)
+    output.finish()
 }
 
 /// Whether a tensor is a parameter of a module with this name, such as `model.embed_tokens.weight` of `embed_tokens`.
@@ -84,37 +85,49 @@ enum Part {
 }
 
 impl Part {
-    fn tensors(
-        self,
+    fn shapes(&self, name: &str, rank: usize) -> Vec<(String, Vec<usize>)> {
+        match self {
+            Self::Matrix { rows, columns } => {
+                let [a, b] = factors(name);
+                vec![(a, vec![rank, *columns]), (b, vec![*rows, rank])]
+            }
+            Self::Whole(shape) => vec![(format!("{PREFIX}{name}"), shape.clone())],
+        }
+    }
+
+    fn write(
+        &self,
         pivot: &Pivot,
         name: &str,
         rank: usize,
         seed: u64,
-    ) -> Result<Vec<Output>, FusionError> {
+        output: &mut Output<'_>,
+    ) -> Result<(), FusionError> {
         match self {
             Self::Matrix { rows, columns } => {
-                let layer = name.strip_suffix(".weight").unwrap_or(name);
-                let a = format!("{PREFIX}{layer}{A}");
-                Ok(vec![
-                    Output {
-                        data: uniform(seed, &a, rank, columns),
-                        name: a,
-                        shape: vec![rank, columns],
-                    },
-                    Output {
-                        name: format!("{PREFIX}{layer}{B}"),
-                        shape: vec![rows, rank],
-                        data: vec![0; rows * rank * 4],
-                    },
-                ])
+                let [a, b] = factors(name);
+                let place = output.place(&a, &[rank, *columns]);
+                output.write(place, 0, &uniform(seed, &a, rank, *columns))?;
+                let place = output.place(&b, &[*rows, rank]);
+                output.write(place, 0, &vec![0.0; rows * rank])
             }
-            Self::Whole(shape) => Ok(vec![Output {
-                name: format!("{PREFIX}{name}"),
-                shape,
-                data: pivot.values(name)?,
-            }]),
+            Self::Whole(shape) => {
+                let place = output.place(&format!("{PREFIX}{name}"), shape);
+                let holder = pivot.holder(name);
+                let holder = holder.ok_or_else(|| FusionError::Saved(name.to_owned()))?;
+                for piece in pieces(shape) {
+                    output.write(place, piece.start, &holder.values(name, piece)?)?;
+                }
+                Ok(())
+            }
         }
     }
+}
+
+/// PEFT's names of the factors of a layer of the pivot.
+fn factors(name: &str) -> [String; 2] {
+    let layer = name.strip_suffix(".weight").unwrap_or(name);
+    [A, B].map(|factor| format!("{PREFIX}{layer}{factor}"))
 }
 
 /// Uniform in ±sqrt(3 / columns): 2^24 equally likely odd multiples of 2^-24, each rounded once.
@@ -123,7 +136,7 @@ impl Part {
     clippy::cast_possible_wrap,
     reason = "odd numbers below 2^24 are exact in f32, and lengths beyond 2^24 only round the bound"
 )]
-fn uniform(seed: u64, name: &str, rows: usize, columns: usize) -> Vec<u8> {
+fn uniform(seed: u64, name: &str, rows: usize, columns: usize) -> Vec<f32> {
     let mut hash = Sha256::new();
     hash.update(DOMAIN);
     hash.update(seed.to_le_bytes());
@@ -131,9 +144,9 @@ fn uniform(seed: u64, name: &str, rows: usize, columns: usize) -> Vec<u8> {
     let mut draws = ChaCha8Rng::from_seed(hash.finalize().into());
     let bound = (3.0 / columns as f32).sqrt();
     (0..rows * columns)
-        .flat_map(|_| {
+        .map(|_| {
             let odd = ((draws.next_u32() >> 8) as i32) * 2 + 1 - (1 << 24);
-            (odd as f32 / 16_777_216.0 * bound).to_le_bytes()
+            odd as f32 / 16_777_216.0 * bound
         })
         .collect()
 }

@@ -12,44 +12,44 @@
 //! theta' is a stack of known factors, truncated to the rank of the adapter and rotated onto the previous A. v' is kept
 //! as factors of at most four times that rank. Modules that are trained whole take the same step on full tensors.
 
+use std::fs::File;
+use std::path::Path;
+
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::Training;
 use rayon::prelude::*;
 
 use super::check::AdapterLayout;
-use super::lowrank::{Factors, Stack, align};
-use super::tensors::{A, B, Output, Tensors, serialize};
+use super::lowrank::{Factors, Stack, Truncated, align};
+use super::output::Output;
+use super::tensors::{A, B, Tensors, pieces};
 use crate::fusion::error::{FusionError, Origin, TensorProblem};
 
 const VELOCITY_A: &str = ".velocity_A.weight";
 const VELOCITY_B: &str = ".velocity_B.weight";
 /// Rank of the outer momentum in units of the adapter's rank.
 const VELOCITY_RANK: usize = 4;
-/// Elements of a whole tensor that one task takes.
-const CHUNK: usize = 1 << 16;
 
-/// One inner round.
+/// One inner round. All files are `adapter_model.safetensors` files or of that form.
 #[derive(Debug, Clone, Copy)]
 pub struct MergeInput<'a> {
     /// Rank and outer optimiser.
     pub training: &'a Training,
     /// The adapter that the nodes started from.
-    pub start: &'a [u8],
+    pub start: &'a Path,
     /// Outer optimiser's state after the previous inner round; `None` in the first.
-    pub momentum: Option<&'a [u8]>,
+    pub momentum: Option<&'a Path>,
     /// Trained adapters with their weights, in any order.
-    pub adapters: &'a [(InstitutionId, &'a [u8], u32)],
+    pub adapters: &'a [(InstitutionId, &'a Path, u32)],
 }
 
-/// What an inner round ends with.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Merged {
+/// Empty files for what an inner round ends with.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeOutput<'a> {
     /// `adapter_model.safetensors` that the next inner round starts from.
-    pub adapter: Vec<u8>,
+    pub adapter: &'a File,
     /// Outer optimiser's state for the next inner round.
-    pub momentum: Vec<u8>,
-    /// What recompression lost.
-    pub truncation: Truncation,
+    pub momentum: &'a File,
 }
 
 /// Norm of what recompression cut off, relative to the norm of the whole.
@@ -96,39 +96,46 @@ impl Truncation {
     }
 }
 
-/// Merges the adapters of one inner round.
+/// Merges the adapters of one inner round and says what recompression lost.
 ///
-/// The result is the same bytes for any order of `adapters` and any number of threads.
+/// Writes the same bytes for any order of `adapters` and any number of threads. In memory are the factors of one matrix for
+/// each thread, of all adapters, or one piece of a whole tensor: never an adapter.
 ///
 /// # Errors
 /// A contribution that lacks a tensor, has one too many, or one of the wrong type, shape or with values that are not
-/// finite; the error names contribution and tensor.
-pub fn merge(input: MergeInput<'_>) -> Result<Merged, FusionError> {
+/// finite; the error names contribution and tensor. Or a file that cannot be read or written.
+pub fn merge(input: MergeInput<'_>, output: MergeOutput<'_>) -> Result<Truncation, FusionError> {
     let round = Round::new(&input)?;
+    let mut adapter = Output::begin(output.adapter, round.shapes(A, B, round.layout.rank))?;
+    let most = VELOCITY_RANK * round.layout.rank;
+    let velocities = round.shapes(VELOCITY_A, VELOCITY_B, most);
+    let mut momentum = Output::begin(output.momentum, velocities)?;
     let matrices: Vec<_> = round.layout.matrices.iter().collect();
-    let merged: Vec<Result<_, FusionError>> = matrices
-        .into_par_iter()
-        .map(|(layer, &shape)| round.matrix(layer, shape))
-        .collect();
-    let mut adapter = Vec::new();
-    let mut momentum = Vec::new();
-    let mut truncations = Vec::new();
-    for matrix in merged {
-        let (tensors, velocity, truncation) = matrix?;
-        adapter.extend(tensors);
-        momentum.extend(velocity);
-        truncations.push(truncation);
+    let mut truncations = Vec::with_capacity(matrices.len());
+    for batch in matrices.chunks(rayon::current_num_threads()) {
+        let merged: Vec<Result<_, FusionError>> = batch
+            .into_par_iter()
+            .map(|(layer, shape)| round.matrix(layer, **shape))
+            .collect();
+        for ((layer, _), matrix) in batch.iter().zip(merged) {
+            let matrix = matrix?;
+            adapter.matrix(&format!("{layer}{A}"), &matrix.new.at, true)?;
+            adapter.matrix(&format!("{layer}{B}"), &matrix.new.b, false)?;
+            momentum.matrix(&format!("{layer}{VELOCITY_A}"), &matrix.velocity.v, true)?;
+            momentum.matrix(&format!("{layer}{VELOCITY_B}"), &matrix.velocity.us, false)?;
+            truncations.push(MatrixTruncation {
+                layer: (*layer).clone(),
+                product: matrix.lost,
+                velocity: matrix.velocity.error,
+            });
+        }
     }
     for (name, shape) in &round.layout.whole {
-        let (tensor, velocity) = round.whole(name, shape)?;
-        adapter.push(tensor);
-        momentum.push(velocity);
+        round.whole(name, shape, &mut adapter, &mut momentum)?;
     }
-    Ok(Merged {
-        adapter: serialize(&adapter)?,
-        momentum: serialize(&momentum)?,
-        truncation: Truncation::of(truncations),
-    })
+    adapter.finish()?;
+    momentum.finish()?;
+    Ok(Truncation::of(truncations))
 }
 
 /// Coefficients of theta_prev, of the mean and of v in a sum.
@@ -138,23 +145,31 @@ struct Step {
     velocity: f64,
 }
 
-struct Round<'a> {
+/// One matrix after the step.
+struct MergedMatrix {
+    new: Factors,
+    velocity: Truncated,
+    /// Truncation error of the product.
+    lost: f64,
+}
+
+struct Round {
     layout: AdapterLayout,
-    start: Tensors<'a>,
-    momentum: Option<Tensors<'a>>,
+    start: Tensors,
+    momentum: Option<Tensors>,
     /// Ascending by institution, shares sum to one.
-    adapters: Vec<(f64, Tensors<'a>)>,
+    adapters: Vec<(f64, Tensors)>,
     theta: Step,
     velocity: Step,
 }
 
-impl<'a> Round<'a> {
-    fn new(input: &MergeInput<'a>) -> Result<Self, FusionError> {
-        let start = Tensors::parse(Origin::Start, input.start)?;
+impl Round {
+    fn new(input: &MergeInput<'_>) -> Result<Self, FusionError> {
+        let start = Tensors::open_adapter(Origin::Start, input.start)?;
         let layout = AdapterLayout::of(input.training, &start)?;
         let momentum = input
             .momentum
-            .map(|bytes| Tensors::parse(Origin::Momentum, bytes))
+            .map(|path| Tensors::open_adapter(Origin::Momentum, path))
             .transpose()?;
         let mut sorted: Vec<_> = input.adapters.iter().collect();
         sorted.sort_by(|a, b| a.0.cmp(&b.0));
@@ -166,8 +181,9 @@ impl<'a> Round<'a> {
             return Err(FusionError::Nothing);
         }
         let mut adapters = Vec::with_capacity(sorted.len());
-        for (institution, bytes, weight) in sorted {
-            let tensors = Tensors::parse(Origin::Institution(institution.clone()), bytes)?;
+        for (institution, path, weight) in sorted {
+            let origin = Origin::Institution(institution.clone());
+            let tensors = Tensors::open_adapter(origin, path)?;
             layout.check(&tensors)?;
             adapters.push((f64::from(*weight) / total as f64, tensors));
         }
@@ -192,13 +208,30 @@ impl<'a> Round<'a> {
         })
     }
 
+    /// All tensors of a file whose factors have these endings, with the largest shapes that they can have.
+    fn shapes(&self, a: &str, b: &str, most: usize) -> Vec<(String, Vec<usize>)> {
+        let factors = self
+            .layout
+            .matrices
+            .iter()
+            .flat_map(|(layer, &[rows, columns])| {
+                [
+                    (format!("{layer}{a}"), vec![most, columns]),
+                    (format!("{layer}{b}"), vec![rows, most]),
+                ]
+            });
+        let whole = self.layout.whole.iter();
+        let whole = whole.map(|(name, shape)| (name.clone(), shape.clone()));
+        factors.chain(whole).collect()
+    }
+
     fn matrix(
         &self,
         layer: &str,
         [rows, columns]: [usize; 2],
-    ) -> Result<([Output; 2], [Output; 2], MatrixTruncation), FusionError> {
+    ) -> Result<MergedMatrix, FusionError> {
         let rank = self.layout.rank;
-        let read = |tensors: &Tensors<'_>, a: &str, b: &str, r: usize| {
+        let read = |tensors: &Tensors, a: &str, b: &str, r: usize| {
             Ok::<_, FusionError>(Factors {
                 b: tensors.matrix(&format!("{layer}{b}"), [rows, r], false)?,
                 at: tensors.matrix(&format!("{layer}{a}"), [r, columns], true)?,
@@ -229,26 +262,16 @@ impl<'a> Round<'a> {
             .weighted_sum(&self.coefficients(&self.velocity), VELOCITY_RANK * rank)
             .ok_or_else(diverged)?;
         let new = align(&product, previous.at.as_ref()).ok_or_else(diverged)?;
-        Ok((
-            [
-                Output::matrix(format!("{layer}{A}"), &new.at, true)?,
-                Output::matrix(format!("{layer}{B}"), &new.b, false)?,
-            ],
-            [
-                Output::matrix(format!("{layer}{VELOCITY_A}"), &moved.v, true)?,
-                Output::matrix(format!("{layer}{VELOCITY_B}"), &moved.us, false)?,
-            ],
-            MatrixTruncation {
-                layer: layer.to_owned(),
-                product: product.error,
-                velocity: moved.error,
-            },
-        ))
+        Ok(MergedMatrix {
+            new,
+            velocity: moved,
+            lost: product.error,
+        })
     }
 
     fn read_velocity(
         &self,
-        momentum: &Tensors<'_>,
+        momentum: &Tensors,
         layer: &str,
         [rows, columns]: [usize; 2],
     ) -> Result<Factors, FusionError> {
@@ -277,69 +300,62 @@ impl<'a> Round<'a> {
     }
 
     /// The step on a whole tensor, element by element in `f64`.
-    fn whole(&self, name: &str, shape: &[usize]) -> Result<(Output, Output), FusionError> {
-        let mut sources = vec![(&self.start, self.start.data(name, shape)?)];
-        for (_, tensors) in &self.adapters {
-            sources.push((tensors, tensors.data(name, shape)?));
-        }
-        if let Some(momentum) = &self.momentum {
-            sources.push((momentum, momentum.data(name, shape)?));
+    fn whole(
+        &self,
+        name: &str,
+        shape: &[usize],
+        adapter: &mut Output<'_>,
+        momentum: &mut Output<'_>,
+    ) -> Result<(), FusionError> {
+        let mut sources = vec![&self.start];
+        sources.extend(self.adapters.iter().map(|(_, tensors)| tensors));
+        sources.extend(&self.momentum);
+        for source in &sources {
+            source.expect(name, shape)?;
         }
         let theta = self.coefficients(&self.theta);
         let velocity = self.coefficients(&self.velocity);
-        let length = sources.first().map_or(0, |(_, data)| data.len());
-        let mut new = vec![0; length];
-        let mut moved = vec![0; length];
-        let failures: Vec<Option<FusionError>> = new
-            .par_chunks_mut(4 * CHUNK)
-            .zip(moved.par_chunks_mut(4 * CHUNK))
-            .enumerate()
-            .map(|(index, (new, moved))| {
-                let from = index * CHUNK;
-                combine(name, &sources, &theta, from, new)
-                    .and_then(|()| combine(name, &sources, &velocity, from, moved))
-                    .err()
+        let places = [adapter.place(name, shape), momentum.place(name, shape)];
+        let (adapter, momentum) = (&*adapter, &*momentum);
+        let pieces: Vec<_> = pieces(shape).collect();
+        let failures: Vec<Option<FusionError>> = pieces
+            .into_par_iter()
+            .map(|piece| {
+                let step = || {
+                    let values = sources
+                        .iter()
+                        .map(|source| source.values(name, piece.clone()))
+                        .collect::<Result<Vec<_>, _>>()?;
+                    adapter.write(places[0], piece.start, &combine(name, &values, &theta)?)?;
+                    momentum.write(places[1], piece.start, &combine(name, &values, &velocity)?)
+                };
+                step().err()
             })
             .collect();
-        if let Some(failure) = failures.into_iter().flatten().next() {
-            return Err(failure);
-        }
-        let output = |data| Output {
-            name: name.to_owned(),
-            shape: shape.to_vec(),
-            data,
-        };
-        Ok((output(new), output(moved)))
+        failures.into_iter().flatten().next().map_or(Ok(()), Err)
     }
 }
 
-/// `out[i] = sum of coefficient x source[from + i]`, in the order of the sources.
+/// Sums of coefficient x source, element by element, in the order of the sources.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "adapters are stored in f32; overflow is refused"
 )]
 fn combine(
     name: &str,
-    sources: &[(&Tensors<'_>, &[u8])],
+    sources: &[Vec<f32>],
     coefficients: &[f64],
-    from: usize,
-    out: &mut [u8],
-) -> Result<(), FusionError> {
-    for (offset, to) in out.as_chunks_mut().0.iter_mut().enumerate() {
-        let index = from + offset;
-        let mut sum = 0.0;
-        for ((tensors, data), coefficient) in sources.iter().zip(coefficients) {
-            let value = f32::from_le_bytes(data.as_chunks().0[index]);
-            if !value.is_finite() {
-                return Err(tensors.error(name, TensorProblem::NotFinite(index)));
-            }
-            sum += coefficient * f64::from(value);
+) -> Result<Vec<f32>, FusionError> {
+    let mut sums = vec![0.0; sources.first().map_or(0, Vec::len)];
+    for (source, coefficient) in sources.iter().zip(coefficients) {
+        for (sum, &value) in sums.iter_mut().zip(source) {
+            *sum += coefficient * f64::from(value);
         }
-        let value = sum as f32;
-        if !value.is_finite() {
-            return Err(FusionError::Overflow(name.to_owned()));
-        }
-        *to = value.to_le_bytes();
     }
-    Ok(())
+    let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
+    if sums.iter().all(|sum| sum.is_finite()) {
+        Ok(sums)
+    } else {
+        Err(FusionError::Overflow(name.to_owned()))
+    }
 }

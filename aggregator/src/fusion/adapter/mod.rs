@@ -5,6 +5,7 @@ pub(super) mod initial;
 mod linalg;
 mod lowrank;
 pub(super) mod merge;
+mod output;
 mod pivot;
 mod tensors;
 #[cfg(test)]

@@ -1,10 +1,15 @@
-//! Tensors of adapter files: `f32`, little-endian, row-major.
+//! Tensors of safetensors files, read piece by piece: a file is never in memory as a whole.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
+use consilium_protocol::limits;
 use faer::Mat;
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use crate::fusion::error::{FusionError, Origin, TensorProblem};
 
@@ -12,29 +17,39 @@ use crate::fusion::error::{FusionError, Origin, TensorProblem};
 pub(super) const PREFIX: &str = "base_model.model.";
 pub(super) const A: &str = ".lora_A.weight";
 pub(super) const B: &str = ".lora_B.weight";
+/// Elements of a whole tensor that are in memory at once.
+pub(super) const PIECE: usize = 1 << 16;
 
-/// A parsed file with the name of its owner for error messages.
-pub(super) struct Tensors<'a> {
+/// An open file whose header was read and checked, with the name of its owner for error messages.
+pub(super) struct Tensors {
     pub(super) origin: Origin,
-    views: BTreeMap<String, TensorView<'a>>,
+    file: File,
+    /// Where the tensors' bytes begin.
+    data: u64,
+    tensors: BTreeMap<String, TensorInfo>,
 }
 
-impl<'a> Tensors<'a> {
-    pub(super) fn parse(origin: Origin, bytes: &'a [u8]) -> Result<Self, FusionError> {
-        let parsed = match SafeTensors::deserialize(bytes) {
-            Ok(parsed) => parsed,
-            Err(error) => {
-                return Err(FusionError::Format {
-                    origin,
-                    problem: error.to_string(),
-                });
-            }
-        };
-        let views: BTreeMap<_, _> = parsed.tensors().into_iter().collect();
-        let tensors = Self { origin, views };
-        for (name, view) in &tensors.views {
-            if view.dtype() != Dtype::F32 {
-                let problem = TensorProblem::Type(format!("{:?}", view.dtype()));
+impl Tensors {
+    /// Reads the header: at most [`limits::TENSOR_HEADER`] bytes, whose tensors fill the file exactly.
+    pub(super) fn open(origin: Origin, path: &Path) -> Result<Self, FusionError> {
+        match read_header(path) {
+            Ok((file, data, tensors)) => Ok(Self {
+                origin,
+                file,
+                data,
+                tensors,
+            }),
+            Err(Unreadable::Io(source)) => Err(FusionError::Io { origin, source }),
+            Err(Unreadable::Problem(problem)) => Err(FusionError::Format { origin, problem }),
+        }
+    }
+
+    /// As [`Self::open`], for a file whose tensors must all be `f32`.
+    pub(super) fn open_adapter(origin: Origin, path: &Path) -> Result<Self, FusionError> {
+        let tensors = Self::open(origin, path)?;
+        for (name, info) in &tensors.tensors {
+            if info.dtype != Dtype::F32 {
+                let problem = TensorProblem::Type(format!("{:?}", info.dtype), "F32");
                 return Err(tensors.error(name, problem));
             }
         }
@@ -42,33 +57,71 @@ impl<'a> Tensors<'a> {
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.views.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.views.get(name).map(TensorView::shape)
+        self.tensors.get(name).map(|info| info.shape.as_slice())
     }
 
-    /// Bytes of a tensor of this shape; 0 in `expected` stands for any length.
-    pub(super) fn data(&self, name: &str, expected: &[usize]) -> Result<&'a [u8], FusionError> {
-        let view = self
-            .views
-            .get(name)
-            .ok_or_else(|| self.error(name, TensorProblem::Missing))?;
-        let fits = view.shape().len() == expected.len()
-            && view
-                .shape()
+    /// Shape of a tensor that must have this one; 0 in `expected` stands for any length.
+    pub(super) fn expect(&self, name: &str, expected: &[usize]) -> Result<&[usize], FusionError> {
+        let shape = &self.find(name)?.shape;
+        let fits = shape.len() == expected.len()
+            && shape
                 .iter()
                 .zip(expected)
                 .all(|(got, want)| *want == 0 || got == want);
         if fits {
-            Ok(view.data())
+            Ok(shape)
         } else {
             let problem = TensorProblem::Shape {
-                got: view.shape().to_vec(),
+                got: shape.clone(),
                 expected: expected.to_vec(),
             };
             Err(self.error(name, problem))
+        }
+    }
+
+    /// Elements `range` of a tensor in row-major order, widened to `f32`; every one is finite.
+    pub(super) fn values(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>, FusionError> {
+        let info = self.find(name)?;
+        let width = match info.dtype {
+            Dtype::F32 => 4,
+            Dtype::BF16 | Dtype::F16 => 2,
+            other => {
+                let problem = TensorProblem::Type(format!("{other:?}"), "F32, BF16 or F16");
+                return Err(self.error(name, problem));
+            }
+        };
+        let at = info.data_offsets.0.saturating_add(range.start * width);
+        let at = self.data.saturating_add(as_u64(at));
+        let mut raw = vec![0; range.len() * width];
+        self.file
+            .read_exact_at(&mut raw, at)
+            .map_err(|source| FusionError::Io {
+                origin: self.origin.clone(),
+                source,
+            })?;
+        let halves = || {
+            raw.as_chunks()
+                .0
+                .iter()
+                .map(|&half| u16::from_le_bytes(half))
+        };
+        let values: Vec<f32> = match info.dtype {
+            Dtype::BF16 => halves()
+                .map(|half| f32::from_bits(u32::from(half) << 16))
+                .collect(),
+            Dtype::F16 => halves().map(widen).collect(),
+            _ => {
+                let floats = raw.as_chunks().0.iter();
+                floats.map(|&bytes| f32::from_le_bytes(bytes)).collect()
+            }
+        };
+        match values.iter().position(|value| !value.is_finite()) {
+            Some(index) => Err(self.error(name, TensorProblem::NotFinite(range.start + index))),
+            None => Ok(values),
         }
     }
 
@@ -79,15 +132,10 @@ impl<'a> Tensors<'a> {
         expected: [usize; 2],
         transposed: bool,
     ) -> Result<Mat<f64>, FusionError> {
-        let data = self.data(name, &expected)?;
-        let shape = self.shape(name).unwrap_or(&[]);
-        let &[rows, columns] = shape else {
+        let &[rows, columns] = self.expect(name, &expected)? else {
             return Err(self.error(name, TensorProblem::Missing));
         };
-        let values = floats(data);
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            return Err(self.error(name, TensorProblem::NotFinite(index)));
-        }
+        let values = self.values(name, 0..rows * columns)?;
         let at = |i: usize, j: usize| f64::from(values[i * columns + j]);
         Ok(if transposed {
             Mat::from_fn(columns, rows, |i, j| at(j, i))
@@ -103,71 +151,106 @@ impl<'a> Tensors<'a> {
             problem,
         }
     }
-}
 
-/// Values of a tensor's bytes.
-pub(super) fn floats(data: &[u8]) -> Vec<f32> {
-    data.as_chunks()
-        .0
-        .iter()
-        .map(|&bytes| f32::from_le_bytes(bytes))
-        .collect()
-}
-
-/// A tensor to be written.
-pub(super) struct Output {
-    pub(super) name: String,
-    pub(super) shape: Vec<usize>,
-    pub(super) data: Vec<u8>,
-}
-
-impl Output {
-    /// A matrix in `f32`; with `transposed` the file holds the transpose of `values`.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "adapters are stored in f32; overflow is refused"
-    )]
-    pub(super) fn matrix(
-        name: String,
-        values: &Mat<f64>,
-        transposed: bool,
-    ) -> Result<Self, FusionError> {
-        let values = if transposed {
-            values.transpose()
-        } else {
-            values.as_ref()
-        };
-        let (rows, columns) = values.shape();
-        let mut data = Vec::with_capacity(rows * columns * 4);
-        for i in 0..rows {
-            for j in 0..columns {
-                let value = values[(i, j)] as f32;
-                if !value.is_finite() {
-                    return Err(FusionError::Overflow(name));
-                }
-                data.extend_from_slice(&value.to_le_bytes());
-            }
-        }
-        Ok(Self {
-            name,
-            shape: vec![rows, columns],
-            data,
-        })
+    fn find(&self, name: &str) -> Result<&TensorInfo, FusionError> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| self.error(name, TensorProblem::Missing))
     }
 }
 
-/// A safetensors file; equal tensors give equal bytes.
-pub(super) fn serialize(outputs: &[Output]) -> Result<Vec<u8>, FusionError> {
-    let encode = |error: safetensors::SafeTensorError| FusionError::Encode(error.to_string());
-    let views = outputs
-        .iter()
-        .map(|output| {
-            let view = TensorView::new(Dtype::F32, output.shape.clone(), &output.data)?;
-            Ok((output.name.as_str(), view))
-        })
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(encode)?;
-    // One key only: the order of a map's keys would reach the bytes.
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize(views, Some(metadata)).map_err(encode)
+/// Elements of a tensor, piece by piece.
+pub(super) fn pieces(shape: &[usize]) -> impl Iterator<Item = Range<usize>> + use<> {
+    let elements = shape.iter().product();
+    (0..elements)
+        .step_by(PIECE)
+        .map(move |from| from..elements.min(from + PIECE))
+}
+
+enum Unreadable {
+    Io(std::io::Error),
+    Problem(String),
+}
+
+impl From<std::io::Error> for Unreadable {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+fn read_header(path: &Path) -> Result<(File, u64, BTreeMap<String, TensorInfo>), Unreadable> {
+    let mut file = File::open(path)?;
+    let got = file.metadata()?.len();
+    let mut length = [0; 8];
+    if got < as_u64(length.len()) {
+        return Err(Unreadable::Problem(format!(
+            "{got} bytes are too few for safetensors"
+        )));
+    }
+    file.read_exact(&mut length)?;
+    let length = u64::from_le_bytes(length);
+    if length > limits::TENSOR_HEADER || length > got - 8 {
+        let problem = format!("a header of {length} bytes is too long");
+        return Err(Unreadable::Problem(problem));
+    }
+    let mut header = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+    file.read_exact(&mut header)?;
+    // Parsing checks that the tensors lie one after the other and have the bytes that their shapes ask for.
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|error| Unreadable::Problem(format!("header: {error}")))?;
+    let data = length + 8;
+    let expected = data.saturating_add(as_u64(metadata.data_len()));
+    if expected != got {
+        return Err(Unreadable::Problem(format!(
+            "{got} bytes, the header asks for {expected}"
+        )));
+    }
+    let tensors = metadata
+        .tensors()
+        .into_iter()
+        .map(|(name, info)| (name, info.clone()))
+        .collect();
+    Ok((file, data, tensors))
+}
+
+pub(super) fn as_u64(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}
+
+/// The `f32` of an IEEE half.
+fn widen(half: u16) -> f32 {
+    let sign = u32::from(half >> 15) << 31;
+    let exponent = u32::from(half >> 10) & 0x1f;
+    let fraction = u32::from(half) & 0x3ff;
+    match (exponent, fraction) {
+        (0, _) => {
+            // Exact: at most ten significant bits times a power of two.
+            let magnitude = f32::from(half & 0x3ff) * f32::from_bits(103 << 23);
+            f32::from_bits(sign | magnitude.to_bits())
+        }
+        (0x1f, _) => f32::from_bits(sign | 0x7f80_0000 | (fraction << 13)),
+        _ => f32::from_bits(sign | ((exponent + 112) << 23) | (fraction << 13)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::widen;
+
+    #[test]
+    fn halves_widen_exactly() {
+        for (half, value) in [
+            (0x0000, 0.0),
+            (0x3c00, 1.0),
+            (0xc000, -2.0),
+            (0x7bff, 65_504.0),
+            (0x0400, 1.0 / 16_384.0),
+            (0x0001, 5.960_464_5e-8),
+            (0x83ff, -6.097_555e-5),
+            (0x3555, 0.333_251_95),
+        ] {
+            assert_eq!(widen(half).to_bits(), f32::to_bits(value), "{half:#06x}");
+        }
+        assert!(widen(0x7c00).is_infinite() && widen(0x7e00).is_nan());
+    }
 }

@@ -1,6 +1,7 @@
 //! The merge against dense arithmetic in `f64`, and everything it promises about order, threads and bad input.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 
 use consilium_protocol::manifest::Training;
@@ -13,8 +14,7 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use super::check::check_adapter;
 use super::initial::initial_adapter;
-use super::merge::{MergeInput, Merged, merge};
-use super::tensors::{Output, floats, serialize};
+use super::merge::{MergeInput, MergeOutput, Truncation, merge};
 use crate::fusion::error::{FusionError, Origin, TensorProblem};
 
 const RANK: usize = 4;
@@ -65,12 +65,45 @@ fn adapter_of(shapes: &[(&str, usize, usize)], rank: usize, seed: u64, b_scale: 
         let seed = seed * 100 + index as u64;
         let a = random(seed, rank, columns, (3.0 / columns as f64).sqrt());
         let b = random(seed + 50, rows, rank, b_scale);
-        outputs.push(Output::matrix(format!("{layer}.lora_A.weight"), &a, false).unwrap());
-        outputs.push(Output::matrix(format!("{layer}.lora_B.weight"), &b, false).unwrap());
+        outputs.push(Tensor::matrix(format!("{layer}.lora_A.weight"), &a));
+        outputs.push(Tensor::matrix(format!("{layer}.lora_B.weight"), &b));
     }
     let head = random(seed * 100 + 99, HEAD_SHAPE[0], HEAD_SHAPE[1], 1.0);
-    outputs.push(Output::matrix(HEAD.to_owned(), &head, false).unwrap());
-    serialize(&outputs).unwrap()
+    outputs.push(Tensor::matrix(HEAD.to_owned(), &head));
+    serialize(&outputs)
+}
+
+struct Tensor {
+    name: String,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl Tensor {
+    fn matrix(name: String, values: &Mat<f64>) -> Self {
+        let (rows, columns) = values.shape();
+        let value = |i: usize| values[(i / columns, i % columns)] as f32;
+        Self {
+            name,
+            shape: vec![rows, columns],
+            data: (0..rows * columns)
+                .flat_map(|i| value(i).to_le_bytes())
+                .collect(),
+        }
+    }
+}
+
+fn serialize(tensors: &[Tensor]) -> Vec<u8> {
+    let views = tensors.iter().map(|t| {
+        let view = TensorView::new(Dtype::F32, t.shape.clone(), &t.data).unwrap();
+        (t.name.as_str(), view)
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+fn floats(data: &[u8]) -> Vec<f32> {
+    let floats = data.as_chunks().0.iter();
+    floats.map(|&bytes| f32::from_le_bytes(bytes)).collect()
 }
 
 fn tensor(bytes: &[u8], name: &str) -> Mat<f64> {
@@ -92,22 +125,70 @@ fn distance(a: &Mat<f64>, b: &Mat<f64>) -> f64 {
     (a - b).norm_l2() / b.norm_l2()
 }
 
+/// The merge's files as bytes.
+#[derive(Debug)]
+struct Merged {
+    adapter: Vec<u8>,
+    momentum: Vec<u8>,
+    truncation: Truncation,
+}
+
 fn merged(
     training: &Training,
     start: &[u8],
     momentum: Option<&[u8]>,
     adapters: &[(&str, &[u8], u32)],
 ) -> Result<Merged, FusionError> {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    };
+    let paths: Vec<_> = adapters
+        .iter()
+        .enumerate()
+        .map(|(index, (_, bytes, _))| write(&index.to_string(), bytes))
+        .collect();
     let adapters: Vec<_> = adapters
         .iter()
-        .map(|&(name, bytes, w)| (id(name), bytes, w))
+        .zip(&paths)
+        .map(|(&(name, _, weight), path)| (id(name), path.as_path(), weight))
         .collect();
-    merge(MergeInput {
-        training,
-        start,
-        momentum,
-        adapters: &adapters,
+    let output = |name: &str| File::create(folder.path().join(name)).unwrap();
+    let momentum = momentum.map(|bytes| write("before", bytes));
+    let truncation = merge(
+        MergeInput {
+            training,
+            start: &write("start", start),
+            momentum: momentum.as_deref(),
+            adapters: &adapters,
+        },
+        MergeOutput {
+            adapter: &output("adapter"),
+            momentum: &output("momentum"),
+        },
+    )?;
+    let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    Ok(Merged {
+        adapter: read("adapter"),
+        momentum: read("momentum"),
+        truncation,
     })
+}
+
+fn checked(training: &Training, start: &[u8], who: &str, bytes: &[u8]) -> Result<(), FusionError> {
+    let folder = tempfile::tempdir().unwrap();
+    let [before, adapter] = ["start", "adapter"].map(|name| folder.path().join(name));
+    std::fs::write(&before, start).unwrap();
+    std::fs::write(&adapter, bytes).unwrap();
+    check_adapter(training, &before, &id(who), &adapter).map(|_| ())
+}
+
+fn initial(pivot: &Path, training: &Training, seed: u64) -> Result<Vec<u8>, FusionError> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    initial_adapter(pivot, training, seed, file.as_file())?;
+    Ok(std::fs::read(file.path()).unwrap())
 }
 
 /// Dense reference of one outer step on one matrix.
@@ -138,13 +219,13 @@ fn one_adapter_without_momentum_comes_back_in_the_coordinates_of_the_start() {
         for (layer, rows, columns) in SHAPES {
             let name = format!("{layer}.lora_A.weight");
             let a = tensor(start, &name) + random(7, RANK, columns, 0.01);
-            outputs.push(Output::matrix(name, &a, false).unwrap());
+            outputs.push(Tensor::matrix(name, &a));
             let name = format!("{layer}.lora_B.weight");
             let b = tensor(start, &name) + random(8, rows, RANK, 0.05);
-            outputs.push(Output::matrix(name, &b, false).unwrap());
+            outputs.push(Tensor::matrix(name, &b));
         }
-        outputs.push(Output::matrix(HEAD.to_owned(), &tensor(start, HEAD), false).unwrap());
-        serialize(&outputs).unwrap()
+        outputs.push(Tensor::matrix(HEAD.to_owned(), &tensor(start, HEAD)));
+        serialize(&outputs)
     };
     let second = merged(&t, start, Some(&first.momentum), &[("a", &moved, 5)]).unwrap();
     for (layer, _, _) in SHAPES {
@@ -225,12 +306,12 @@ fn several_rounds_of_nesterov_are_exact_while_the_rank_suffices() {
             let b = &shared[index] * random(seed + 1000, 2, RANK, 1.0);
             assert_eq!(b.nrows(), rows);
             let a = random(seed + 2000, RANK, columns, 0.4);
-            outputs.push(Output::matrix(format!("{layer}.lora_A.weight"), &a, false).unwrap());
-            outputs.push(Output::matrix(format!("{layer}.lora_B.weight"), &b, false).unwrap());
+            outputs.push(Tensor::matrix(format!("{layer}.lora_A.weight"), &a));
+            outputs.push(Tensor::matrix(format!("{layer}.lora_B.weight"), &b));
         }
         let head = random(seed, HEAD_SHAPE[0], HEAD_SHAPE[1], 1.0);
-        outputs.push(Output::matrix(HEAD.to_owned(), &head, false).unwrap());
-        serialize(&outputs).unwrap()
+        outputs.push(Tensor::matrix(HEAD.to_owned(), &head));
+        serialize(&outputs)
     };
     let mut state = merged(&t, &adapter(1, 0.0), None, &[("a", &member(1), 1)]).unwrap();
     let mut references: Vec<_> = SHAPES
@@ -356,14 +437,14 @@ fn altered(bytes: &[u8], name: &str, new: Option<&(Vec<usize>, Vec<f32>)>) -> Ve
                 None if n == name => return None,
                 _ => (view.shape().to_vec(), view.data().to_vec()),
             };
-            Some(Output {
+            Some(Tensor {
                 name: n,
                 shape,
                 data,
             })
         })
         .collect();
-    serialize(&outputs).unwrap()
+    serialize(&outputs)
 }
 
 #[test]
@@ -380,16 +461,16 @@ fn a_bad_tensor_is_refused_by_name_and_institution() {
         let mut outputs: Vec<_> = parsed
             .tensors()
             .into_iter()
-            .map(|(name, view)| Output {
+            .map(|(name, view)| Tensor {
                 name,
                 shape: view.shape().to_vec(),
                 data: view.data().to_vec(),
             })
             .collect();
         let head = tensor(&good, HEAD);
-        outputs.push(Output::matrix(HEAD.to_owned(), &head, false).unwrap());
-        outputs.push(Output::matrix(stranger.clone(), &head, false).unwrap());
-        values = serialize(&outputs).unwrap();
+        outputs.push(Tensor::matrix(HEAD.to_owned(), &head));
+        outputs.push(Tensor::matrix(stranger.clone(), &head));
+        values = serialize(&outputs);
         values
     };
     let cases = [
@@ -424,7 +505,7 @@ fn a_bad_tensor_is_refused_by_name_and_institution() {
             ("clinic", bytes.as_slice(), 1),
         ];
         let merge = merged(&t, &start, None, &named).unwrap_err();
-        let check = check_adapter(&t, &start, &id("clinic"), &bytes).unwrap_err();
+        let check = checked(&t, &start, "clinic", &bytes).unwrap_err();
         for error in [merge, check] {
             let FusionError::Tensor {
                 origin,
@@ -444,7 +525,7 @@ fn a_bad_tensor_is_refused_by_name_and_institution() {
             );
         }
     }
-    assert!(check_adapter(&t, &start, &id("clinic"), &good).is_ok());
+    assert!(checked(&t, &start, "clinic", &good).is_ok());
     let twice = [("bank", good.as_slice(), 1), ("bank", good.as_slice(), 1)];
     assert!(matches!(
         merged(&t, &start, None, &twice),
@@ -484,9 +565,9 @@ fn the_initial_adapter_is_seeded_by_name_and_copies_saved_modules() {
     let folder = tempfile::tempdir().unwrap();
     write_pivot(folder.path());
     let t = training(700, 700);
-    let bytes = initial_adapter(folder.path(), &t, 1).unwrap();
-    assert_eq!(bytes, initial_adapter(folder.path(), &t, 1).unwrap());
-    assert_ne!(bytes, initial_adapter(folder.path(), &t, 2).unwrap());
+    let bytes = initial(folder.path(), &t, 1).unwrap();
+    assert_eq!(bytes, initial(folder.path(), &t, 1).unwrap());
+    assert_ne!(bytes, initial(folder.path(), &t, 2).unwrap());
     let parsed = SafeTensors::deserialize(&bytes).unwrap();
     let mut names = parsed.names();
     names.sort_unstable();
@@ -517,7 +598,7 @@ fn the_initial_adapter_is_seeded_by_name_and_copies_saved_modules() {
         ..t.clone()
     };
     assert!(matches!(
-        initial_adapter(folder.path(), &unknown, 1),
+        initial(folder.path(), &unknown, 1),
         Err(FusionError::Target(name)) if name == "w1"
     ));
     let tied = Training {
@@ -525,7 +606,7 @@ fn the_initial_adapter_is_seeded_by_name_and_copies_saved_modules() {
         ..t
     };
     assert!(matches!(
-        initial_adapter(folder.path(), &tied, 1),
+        initial(folder.path(), &tied, 1),
         Err(FusionError::Saved(name)) if name == "score"
     ));
 }

@@ -3,6 +3,7 @@
 mod chunks;
 mod frames;
 mod identities;
+mod strangers;
 mod throughput;
 mod transfers;
 
