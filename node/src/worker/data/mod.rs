@@ -31,6 +31,14 @@ pub enum DataError {
         /// What is wrong, and what would be right.
         reason: String,
     },
+    /// A file without a record.
+    #[error(
+        "{path}: holds no records; it takes one a line, as text or as JSON if its name ends in .jsonl"
+    )]
+    NoRecords {
+        /// File.
+        path: PathBuf,
+    },
     /// There is nothing to train on.
     #[error("no records")]
     Empty,
