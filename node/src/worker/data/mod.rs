@@ -14,7 +14,7 @@ pub use jsonl::read_records;
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file could not be read.
-    #[error("{path}: cannot read: {source}")]
+    #[error("{path}: cannot read")]
     Read {
         /// File.
         path: PathBuf,
@@ -53,7 +53,7 @@ pub enum DataError {
         length: usize,
     },
     /// Text could not be tokenised exactly.
-    #[error("record {index}: {source}")]
+    #[error("record {index}")]
     Tokenize {
         /// Index of the record.
         index: usize,
