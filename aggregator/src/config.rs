@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use consilium_certs::folder;
+use consilium_certs::{CertsError, folder};
 use consilium_protocol::charter::Charter;
 use consilium_protocol::transcript::note::SignedNote;
 use consilium_protocol::{ConsortiumId, Digest};
@@ -55,13 +55,18 @@ impl Default for ReleaseConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{}: cannot be read: {source}", path.display())]
+    #[error("{}: cannot be read", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The authority's key is not where the certificate should have brought it.
+    #[error(
+        "the folder `identity` is not complete; `consilium-certs sign aggregator` writes cert.pem, ca.pem and authority.pub"
+    )]
+    Identity(#[from] CertsError),
     /// The file does not say what it should.
     #[error("{}: {problem}", path.display())]
     Content {
@@ -120,9 +125,7 @@ impl Config {
     pub fn charter(&self) -> Result<(Charter, Vec<u8>, Digest), ConfigError> {
         let path = &self.charter;
         let wrong = |problem: String| ConfigError::content(path, problem);
-        let key = self.identity.join(folder::AUTHORITY_PUBLIC);
-        let key =
-            folder::read_verifier_key(&key).map_err(|error| ConfigError::content(&key, error))?;
+        let key = folder::read_verifier_key(&self.identity.join(folder::AUTHORITY_PUBLIC))?;
         let bytes = read(path)?;
         let note = SignedNote::parse(&bytes)
             .and_then(|note| note.verify(&[key]))

@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example consortium
 //! cargo run --release --example consortium -- --seeds 1,2,3
+//! cargo run --release --example consortium -- --tune 240,720   # how the arms' rates and steps were chosen
 //! ```
 //!
 //! The program starts itself as `consilium-aggregator` and `consilium-node`: real processes, real certificates, real QUIC
@@ -15,6 +16,7 @@ mod models;
 mod parallel;
 mod run;
 mod transcript;
+mod tune;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -42,6 +44,9 @@ struct Arguments {
     /// Folder that the run leaves behind; an earlier run's is replaced.
     #[arg(long, default_value = "consortium-run")]
     out: PathBuf,
+    /// Instead of a round: train SFT and the centralised bound for these counts of steps over a grid of rates.
+    #[arg(long, value_delimiter = ',', value_name = "STEPS")]
+    tune: Vec<u64>,
 }
 
 fn main() -> ExitCode {
@@ -63,8 +68,16 @@ fn main() -> ExitCode {
 /// Runs every seed and prints the report. True if every bar holds.
 fn consortium(arguments: &Arguments) -> Result<bool> {
     claim(&arguments.out)?;
+    if !arguments.tune.is_empty() {
+        for &seed in &arguments.seeds {
+            let folder = arguments.out.join(format!("tune-{seed}"));
+            clock::result(&tune::tune(seed, &arguments.tune, &folder)?);
+        }
+        return Ok(true);
+    }
     let mut report = Report {
         command: command(arguments),
+        training: run::training(),
         seeds: Vec::new(),
     };
     for &seed in &arguments.seeds {

@@ -90,6 +90,20 @@ impl NodeError {
     }
 }
 
+/// An error and what caused it, on one line. Some of our dependencies' errors repeat their cause; it is said once.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 const fn agent_code(error: &AgentError) -> &'static str {
     match error {
         AgentError::Locked(_) | AgentError::Lock { .. } => "NODE-LOCKED",

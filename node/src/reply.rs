@@ -6,11 +6,9 @@
     reason = "the answer goes to the terminal"
 )]
 
-use std::error::Error as _;
-
 use serde_json::{Value, json};
 
-use crate::error::NodeError;
+use crate::error::{NodeError, with_causes};
 
 /// Exit status of a question whose answer is no.
 const NO: u8 = 1;
@@ -121,15 +119,4 @@ fn plain(value: &Value) -> String {
     value
         .as_str()
         .map_or_else(|| value.to_string(), str::to_owned)
-}
-
-fn with_causes(error: &NodeError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -1,9 +1,10 @@
-//! The worker does the jobs of a spool folder without a network, takes orders to stop, and goes on where it was.
+//! The worker does the jobs of a spool folder where no socket can be made, takes orders to stop, and goes on where it was.
 
 #![cfg(test)]
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::num::NonZeroUsize;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -12,16 +13,18 @@ use std::time::Duration;
 use consilium_node::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 use consilium_node::worker::model::ModelConfig;
 use consilium_node::worker::tokenizer::train_bpe;
-use consilium_node::worker::{Folders, LoadedModel, RunOptions, Worker, run};
+use consilium_node::worker::{Folders, LoadedModel, Worker};
 use consilium_protocol::evaluation::Evaluation;
 use consilium_protocol::manifest::Training;
 use consilium_protocol::message::Part;
 use consilium_protocol::shard::Shard;
-use consilium_protocol::{Digest, RoundId};
+use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 const ITEMS: u64 = 40;
 const SHARD_ITEMS: u32 = 25;
-const FOLDER: &str = "CONSILIUM_TEST_WORKER_FOLDER";
+const COMMAND: &str = "CONSILIUM_TEST_COMMAND";
+const CONFIG: &str = "CONSILIUM_TEST_CONFIG";
 
 fn lines() -> Vec<String> {
     let words = ["dolin", "merak", "tamu", "sirel", "kavo"];
@@ -157,39 +160,32 @@ fn problem(outcome: Option<Outcome>) -> String {
     }
 }
 
-/// A worker process in a network namespace of its own, where that is allowed.
+/// The real program in a process where the kernel answers any attempt to make a socket with SIGSYS, which cannot be
+/// caught as an error and passed over.
 struct Process {
     child: Child,
-    isolated: bool,
 }
 
 impl Process {
-    fn start(folder: &Path) -> Self {
-        let isolated = Command::new("unshare")
-            .args(["-rn", "true"])
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success());
-        let exe = std::env::current_exe().unwrap();
-        let mut command = if isolated {
-            let mut command = Command::new("unshare");
-            command.arg("-rn").arg(exe);
-            command
-        } else {
-            Command::new(exe)
-        };
-        let child = command
-            .args([
-                "--exact",
-                "a_process_of_its_own",
-                "--ignored",
-                "--nocapture",
-            ])
-            .env(FOLDER, folder)
+    fn worker(folder: &Path) -> Self {
+        Self::start(folder, &["worker", "--supervised"])
+    }
+
+    fn start(folder: &Path, command: &[&str]) -> Self {
+        let config = folder.join("node.toml");
+        let (demo, clinic) = (ConsortiumId::new("demo"), InstitutionId::new("clinic"));
+        let text =
+            consilium_node::config::template(&demo.unwrap(), &clinic.unwrap(), "127.0.0.1:1")
+                .replace("# threads = 8", "threads = 1");
+        fs::write(&config, text).unwrap();
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_process_without_sockets", "--ignored"])
+            .env(COMMAND, command.join(" "))
+            .env(CONFIG, config)
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        Self { child, isolated }
+        Self { child }
     }
 
     fn wait_for(&mut self, spool: &Spool, id: &JobId) -> Option<Outcome> {
@@ -201,24 +197,6 @@ impl Process {
             spool.wait_for_change(Duration::from_millis(100)).unwrap();
         }
         panic!("no result of {id} in two minutes");
-    }
-
-    fn sockets(&self) -> Vec<String> {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id()))
-            .unwrap()
-            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
-            .map(|target| target.to_string_lossy().into_owned())
-            .filter(|target| target.starts_with("socket:"))
-            .collect()
-    }
-
-    /// Interfaces that the process sees.
-    fn interfaces(&self) -> Vec<String> {
-        let table = fs::read_to_string(format!("/proc/{}/net/dev", self.child.id())).unwrap();
-        let names = table.lines().skip(2);
-        names
-            .filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()))
-            .collect()
     }
 
     fn terminate(mut self) {
@@ -237,25 +215,50 @@ impl Process {
     }
 }
 
+/// Gives up every way to a socket, then becomes the program: a filter of system calls outlives `exec`.
 #[test]
-#[ignore = "the worker process of the other tests"]
-fn a_process_of_its_own() {
-    let Some(folder) = std::env::var_os(FOLDER) else {
+#[ignore = "the process of the other tests"]
+fn a_process_without_sockets() {
+    let (Some(command), Some(config)) = (std::env::var_os(COMMAND), std::env::var_os(CONFIG))
+    else {
         return;
     };
-    let options = RunOptions {
-        threads: NonZeroUsize::new(1),
-        end_with_parent: true,
-    };
-    run(folders(Path::new(&folder)), options).unwrap();
+    let fatal = [
+        libc::SYS_socket,
+        libc::SYS_socketpair,
+        libc::SYS_io_uring_setup,
+    ];
+    let filter = SeccompFilter::new(
+        BTreeMap::from(fatal.map(|call| (call, Vec::new()))),
+        SeccompAction::Allow,
+        SeccompAction::KillProcess,
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let program: BpfProgram = filter.unwrap().try_into().unwrap();
+    seccompiler::apply_filter_all_threads(&program).unwrap();
+    let error = Command::new(env!("CARGO_BIN_EXE_consilium-node"))
+        .args(command.to_str().unwrap().split(' '))
+        .arg("--config")
+        .arg(config)
+        .exec();
+    panic!("cannot become the program: {error}");
+}
+
+/// Without this the test below would pass on a machine that ignores the filter.
+#[test]
+fn the_agent_which_needs_sockets_is_killed_where_there_are_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = Process::start(folder.path(), &["agent"]);
+    let status = agent.child.wait().unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGSYS), "{status}");
 }
 
 #[test]
-fn a_whole_round_is_done_without_a_network() {
+fn a_whole_round_is_done_where_no_socket_can_be_made() {
     let folder = tempfile::tempdir().unwrap();
     let reference = site(folder.path());
     let spool = Spool::open(&folders(folder.path()).spool).unwrap();
-    let mut worker = Process::start(folder.path());
+    let mut worker = Process::worker(folder.path());
 
     let shards = [0, 1].map(|shard| spool.submit(&score(reference, shard, 8)).unwrap());
     let too_wide = spool.submit(&score(reference, 0, 9)).unwrap();
@@ -300,10 +303,6 @@ fn a_whole_round_is_done_without_a_network() {
         "withdrawn jobs have no result"
     );
 
-    assert_eq!(worker.sockets(), Vec::<String>::new());
-    if worker.isolated {
-        assert_eq!(worker.interfaces(), ["lo"]);
-    }
     worker.terminate();
 }
 
@@ -313,7 +312,7 @@ fn a_signal_ends_the_process_inside_of_a_job_which_stays_to_be_done() {
     let reference = site(folder.path());
     let spool = Spool::open(&folders(folder.path()).spool).unwrap();
     let start = first_adapter(folder.path(), &spool);
-    let mut worker = Process::start(folder.path());
+    let mut worker = Process::worker(folder.path());
     let shards = [0, 1].map(|shard| spool.submit(&score(reference, shard, 8)).unwrap());
     let shards = shards.map(|id| artefact(worker.wait_for(&spool, &id)));
     let endless = distil(reference, 0, start, &shards, 900_000);

@@ -187,7 +187,10 @@ fn model(texts: &[&str], tokens: usize, seed: u64, folder: &Path) -> Result<()> 
 }
 
 /// The folder of the programs, built once per test process with the profile of the test.
-fn binaries() -> Result<PathBuf> {
+///
+/// # Errors
+/// They cannot be built.
+pub fn binaries() -> Result<PathBuf> {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     if let Some(folder) = FOLDER.get() {
         return Ok(folder.clone());

@@ -1,7 +1,7 @@
 //! The charts of the page, each with the table of the numbers it draws.
 
 use super::{
-    Arm, Metric, Phase, Report, SeedReport, Spread, Traffic,
+    Arm, Metric, Phase, RULE_NOTE, Report, SeedReport, Spread, Traffic,
     format::{bytes, or_none, percent, seconds, three, two},
     metrics::wilson,
     svg::{Axis, Cell, Chart, Row, Shares, bars, shares},
@@ -12,7 +12,7 @@ use crate::world::{Domain, RuleSet};
 #[derive(Debug)]
 pub(super) struct Figure {
     pub(super) title: &'static str,
-    pub(super) caption: &'static str,
+    pub(super) caption: String,
     pub(super) svg: String,
     pub(super) table: Table,
 }
@@ -47,7 +47,9 @@ pub(super) fn learned(report: &Report) -> Vec<Figure> {
         ),
         Figure::of(
             "Rule accuracy by combination set",
-            "Two words decide a number. A: in private and public text. B: in public text only, with random numbers. C: in no training text.",
+            &format!(
+                "Two words decide a number. A: in private and public text. B: in public text only, with random numbers. C: in no training text. {RULE_NOTE}"
+            ),
             &by_arm(
                 report,
                 "Rule accuracy by arm and set",
@@ -87,10 +89,10 @@ pub(super) fn run(report: &Report) -> Vec<Figure> {
 }
 
 impl Figure {
-    fn of(title: &'static str, caption: &'static str, chart: &Chart, report: &Report) -> Self {
+    fn of(title: &'static str, caption: &str, chart: &Chart, report: &Report) -> Self {
         Self {
             title,
-            caption,
+            caption: caption.to_owned(),
             svg: bars(chart),
             table: table(chart, report),
         }
@@ -228,7 +230,8 @@ fn routing(report: &Report) -> Figure {
     }
     Figure {
         title: "Mean routing weights",
-        caption: "How the fused target was weighted, from the records alone. Owners are those whose private text holds the answer; mixed is the share of items with no weight above 0.9.",
+        caption: "How the fused target was weighted, from the records alone. Owners are those whose private text holds the answer; mixed is the share of items with no weight above 0.9."
+            .to_owned(),
         svg: shares(&chart),
         table,
     }

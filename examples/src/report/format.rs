@@ -41,6 +41,21 @@ pub(super) fn bytes(value: f64) -> String {
     }
 }
 
+/// Text in lines of at most `width` characters, broken at blanks.
+pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 /// A number or the dash.
 pub(super) fn or_none(value: Option<f64>, format: fn(f64) -> String) -> String {
     value.map_or_else(|| NONE.to_owned(), format)

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{
-    Arm, Metric, Report, SeedReport, Spread, bars,
+    Arm, Metric, RULE_NOTE, Report, SeedReport, Spread, bars,
     figures::{Figure, Table, learned, run},
     format::{NONE, escape, or_none, three, two},
     recovered,
@@ -16,8 +16,8 @@ const STYLE: &str = include_str!("style.css");
 const NOTES: &str = "<h2>How to read this</h2>
 <dl>
 <dt>Bits per byte</dt><dd>Negative log-likelihood of fresh text over its bytes, the end of a line counted as one byte. It does not depend on the tokenizer. Union is the mean of the three domains.</dd>
-<dt>SFT</dt><dd>The same pivot, adapters and steps, trained on the labels of the same public text. Its answers are random: this arm shows what the text alone can teach.</dd>
-<dt>Centralised</dt><dd>The same pivot, adapters and steps on all private text in one place, which no consortium may do: the bound to compare with.</dd>
+<dt>SFT</dt><dd>The same pivot and adapters, trained on the labels of the same public text. Its answers are random: this arm shows what the text alone can teach.</dd>
+<dt>Centralised</dt><dd>The same pivot and adapters on all private text in one place, which no consortium may do: the bound of bits and facts.</dd>
 <dt>Recovered</dt><dd>Share of the way from SFT to centralised training. 0 is no better than SFT, 1 is the bound.</dd>
 <dt>Permuted</dt><dd>The same round with records dealt to the wrong items. It must learn nothing: what is gained comes from the records, not from the pipeline.</dd>
 <dt>Bars and dots</dt><dd>With one seed, a bar is its value and the line on it the 95 % interval of the count behind it (Wilson). With several, a bar is the mean and each dot is one seed.</dd>
@@ -46,7 +46,9 @@ pub(super) fn render(report: &Report) -> String {
     }
     let _ = write!(
         page,
-        "</section>\n<section class=\"notes\">\n{NOTES}\n</section>\n"
+        "<p>{} {}</p>\n</section>\n<section class=\"notes\">\n{NOTES}\n</section>\n",
+        escape(&report.training),
+        escape(RULE_NOTE)
     );
     let _ = writeln!(
         page,
@@ -181,7 +183,7 @@ fn section(page: &mut String, title: &str, figures: &[Figure]) {
             page,
             "<figure>\n<h3>{}</h3>\n<figcaption>{}</figcaption>\n<div class=\"pair\">\n<div class=\"wide\">{}</div>\n",
             escape(figure.title),
-            escape(figure.caption),
+            escape(&figure.caption),
             figure.svg
         );
         numbers(page, figure.title, &figure.table);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Arm, Bar, Metric, Recovered, Report, SeedReport, Spread, bars, recovered};
+use super::{Arm, Bar, Metric, RULE_NOTE, Recovered, Report, SeedReport, Spread, bars, recovered};
 use crate::world::{Domain, RuleSet};
 
 const SCHEMA: &str = "consilium/example-report/1";
@@ -13,6 +13,8 @@ const SCHEMA: &str = "consilium/example-report/1";
 struct Document<'a> {
     schema: &'static str,
     command: &'a str,
+    training: &'a str,
+    rule_note: &'static str,
     passed: bool,
     seeds: Vec<Seed<'a>>,
     /// Arm, then metric; over all seeds.
@@ -33,6 +35,8 @@ pub(super) fn render(report: &Report) -> serde_json::Result<String> {
     let document = Document {
         schema: SCHEMA,
         command: &report.command,
+        training: &report.training,
+        rule_note: RULE_NOTE,
         passed: report.passed(),
         seeds: report
             .seeds

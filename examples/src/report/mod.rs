@@ -181,6 +181,11 @@ pub struct RoutingRow {
     pub mixed: f64,
 }
 
+/// Why the bound of bits and facts is none of rules: what the texts of [`crate::world`] hold.
+pub const RULE_NOTE: &str = "Centralised training bounds bits and facts but not the rules of sets B and C: private text \
+    shows a rule on set A alone, in one line of five, while public text asks for sets A and B in two lines of five and \
+    the sources' records answer there.";
+
 /// Wall-clock time of a part of the run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Phase {
@@ -228,6 +233,8 @@ impl SeedReport {
 pub struct Report {
     /// The command that makes these numbers.
     pub command: String,
+    /// How the arms beside the fused one were trained, in a sentence or two.
+    pub training: String,
     /// Runs, one per seed.
     pub seeds: Vec<SeedReport>,
 }

@@ -3,8 +3,8 @@
 use std::fs;
 
 use super::{
-    Arm, ArmResult, Metric, Phase, Report, RoutingRow, SeedReport, Tally, Traffic, bars, format,
-    metrics::wilson, recovered,
+    Arm, ArmResult, Metric, Phase, RULE_NOTE, Report, RoutingRow, SeedReport, Tally, Traffic, bars,
+    format, metrics::wilson, recovered,
 };
 use crate::world::{Domain, RuleSet};
 
@@ -151,6 +151,7 @@ fn seed(seed: u64, worse: f64) -> SeedReport {
 fn report(seeds: Vec<SeedReport>) -> Report {
     Report {
         command: "cargo run --release --example consortium".to_owned(),
+        training: "SFT and centralised: one trainer of 360 steps.".to_owned(),
         seeds,
     }
 }
@@ -301,6 +302,12 @@ fn all_faces_show_the_same_numbers() {
         }
     }
     assert!(text.contains("FAILS") && html.contains(">fails<"));
+    // Where the fused pivot lies above its bound, a reader is told why.
+    let plain = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    for note in [report.training.as_str(), RULE_NOTE] {
+        assert!(plain.contains(note), "{note}\n{text}");
+        assert!(html.contains(&format::escape(note)), "{note}");
+    }
     assert!(
         text.lines().all(|line| line.chars().count() <= 100),
         "{text}"

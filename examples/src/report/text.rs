@@ -3,14 +3,16 @@
 use std::fmt::Write as _;
 
 use super::{
-    Arm, Bar, Metric, Report, SeedReport, Traffic, bars,
-    format::{NONE, bytes, or_none, percent, seconds, three, two},
+    Arm, Bar, Metric, RULE_NOTE, Report, SeedReport, Traffic, bars,
+    format::{NONE, bytes, or_none, percent, seconds, three, two, wrapped},
     recovered,
 };
 use crate::world::{Domain, RuleSet};
 
 /// Width of the first column.
 const LABEL: usize = 22;
+/// Width of the page.
+const PAGE: usize = 100;
 
 pub(super) fn render(report: &Report, colour: bool) -> String {
     let mut page = Page {
@@ -18,7 +20,7 @@ pub(super) fn render(report: &Report, colour: bool) -> String {
         colour,
     };
     for seed in &report.seeds {
-        page.seed(seed);
+        page.seed(seed, &report.training);
     }
     if report.seeds.len() > 1 {
         page.summary(report);
@@ -51,7 +53,7 @@ impl Page {
         }
     }
 
-    fn seed(&mut self, seed: &SeedReport) {
+    fn seed(&mut self, seed: &SeedReport, training: &str) {
         self.heading(&format!("Seed {}", seed.seed));
         self.line("");
         self.arms(seed);
@@ -62,6 +64,11 @@ impl Page {
             or_none(recovered.bits, two),
             or_none(recovered.facts, two)
         ));
+        for note in [training, RULE_NOTE] {
+            for line in wrapped(note, PAGE) {
+                self.line(&line);
+            }
+        }
         self.traffic(&seed.traffic);
         self.routing(seed);
         self.time(seed);

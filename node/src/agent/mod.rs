@@ -68,7 +68,9 @@ pub enum AgentError {
         source: std::io::Error,
     },
     /// Keys and certificate.
-    #[error("identity of this node")]
+    #[error(
+        "identity of this node; cert.pem, ca.pem and authority.pub are the operator's answer to request.pem"
+    )]
     Identity(#[from] CertsError),
     /// The certificate is another institution's.
     #[error("{} holds the certificate of {found}, the configuration says {expected}", path.display())]

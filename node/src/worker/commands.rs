@@ -122,21 +122,25 @@ impl TrainFile {
             path: path.to_owned(),
             source,
         })?;
-        let refuse = |field, problem| WorkError::Setting { field, problem };
-        let mut file: Self =
-            toml::from_str(&text).map_err(|error| refuse("training file", error.to_string()))?;
+        let refuse = |problem: &str| WorkError::File {
+            path: path.to_owned(),
+            problem: problem.trim_end().to_owned(),
+        };
+        let mut file: Self = toml::from_str(&text).map_err(|error| refuse(&error.to_string()))?;
         if file.start.is_some() == file.new.is_some() {
-            let problem = "name a folder to start from, or describe a model in [new], not both";
-            return Err(refuse("start", problem.to_owned()));
+            return Err(refuse(
+                "start: name a folder to start from, or describe a model in [new], not both",
+            ));
         }
         if let Some(new) = &file.new
             && new.tokenizer.is_some() == new.vocabulary.is_some()
         {
-            let problem = "name its folder, or give the size of a new vocabulary, not both";
-            return Err(refuse("new.tokenizer", problem.to_owned()));
+            return Err(refuse(
+                "new.tokenizer: name its folder, or give new.vocabulary the size of one to make, not both",
+            ));
         }
         if file.stages.is_empty() {
-            return Err(refuse("stages", "at least one is needed".to_owned()));
+            return Err(refuse("stages: at least one [[stages]] is needed"));
         }
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
         let mut paths = vec![&mut file.output];
@@ -244,7 +248,10 @@ pub fn score(
         path: reference.to_owned(),
         source,
     })?;
-    let reference = ReferenceSet::parse(&bytes)?;
+    let reference = ReferenceSet::parse(&bytes).map_err(|error| WorkError::File {
+        path: reference.to_owned(),
+        problem: error.to_string(),
+    })?;
     let items = items.unwrap_or_else(|| 0..reference.items().len() as u64);
     let scored = score_shard(&source, &reference, items, shape, monitor)?;
     let bytes = scored.shard.to_bytes()?;
@@ -388,7 +395,10 @@ mod tests {
         ] {
             fs::write(at("bad.toml"), second.replacen(from, to, 1)).unwrap();
             let error = TrainFile::load(&at("bad.toml")).unwrap_err().to_string();
-            assert!(error.contains(named), "{error}");
+            assert!(
+                error.contains(named) && error.contains("bad.toml"),
+                "{error}"
+            );
         }
     }
 }

@@ -99,6 +99,14 @@ pub enum WorkError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file that does not say what it should.
+    #[error("{}: {problem}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Where, what is wrong, and what would be right.
+        problem: String,
+    },
     /// A setting that this version cannot do.
     #[error("{field}: {problem}")]
     Setting {

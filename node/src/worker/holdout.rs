@@ -37,10 +37,15 @@ pub enum HoldoutError {
         /// Why.
         source: std::io::Error,
     },
+    /// The file holds no items.
+    #[error("holdout {} holds no items; it takes one JSON object a line", .0.display())]
+    Empty(PathBuf),
     /// A line that is no item.
-    #[error("holdout, line {line}: {problem}")]
+    #[error("holdout {}, line {line}: {problem}", path.display())]
     Line {
-        /// Number from 1; 0 for the whole file.
+        /// The file.
+        path: PathBuf,
+        /// Number from 1.
         line: usize,
         /// What is wrong.
         problem: &'static str,
@@ -56,20 +61,20 @@ pub fn read(path: &Path) -> Result<Vec<HoldoutItem>, HoldoutError> {
         path: path.to_owned(),
         source,
     })?;
-    parse(&bytes)
+    parse(&bytes, path)
 }
 
-/// Parses the bytes of such a file.
-///
-/// # Errors
-/// The first line that is no item, or no items at all.
-pub fn parse(bytes: &[u8]) -> Result<Vec<HoldoutItem>, HoldoutError> {
+fn parse(bytes: &[u8], path: &Path) -> Result<Vec<HoldoutItem>, HoldoutError> {
     let mut items = Vec::new();
     for (line, text) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
         if text.trim_ascii().is_empty() {
             continue;
         }
-        let refuse = |problem| HoldoutError::Line { line, problem };
+        let refuse = |problem| HoldoutError::Line {
+            path: path.to_owned(),
+            line,
+            problem,
+        };
         let item: HoldoutItem = serde_json::from_slice(text).map_err(|_| {
             refuse("is no JSON object with the text fields context, target and the list choices")
         })?;
@@ -77,8 +82,7 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<HoldoutItem>, HoldoutError> {
         items.push(item);
     }
     if items.is_empty() {
-        let problem = "the file holds no items";
-        return Err(HoldoutError::Line { line: 0, problem });
+        return Err(HoldoutError::Empty(path.to_owned()));
     }
     Ok(items)
 }
@@ -107,7 +111,9 @@ mod tests {
     #[test]
     fn a_bad_line_is_named_but_never_quoted() {
         let good = r#"{"target":"ab","choices":["ab","cd"]}"#;
-        let items = parse(format!("{good}\n\n{{\"context\":\"x\",\"target\":\"y\"}}").as_bytes());
+        let file = Path::new("holdout.jsonl");
+        let both = format!("{good}\n\n{{\"context\":\"x\",\"target\":\"y\"}}");
+        let items = parse(both.as_bytes(), file);
         assert_eq!(items.unwrap().len(), 2);
         for bad in [
             r#"{"target":""}"#,
@@ -117,11 +123,11 @@ mod tests {
             r#"{"target":"secret","answer":1}"#,
             "secret",
         ] {
-            let error = parse(format!("{good}\n{bad}\n").as_bytes()).unwrap_err();
+            let error = parse(format!("{good}\n{bad}\n").as_bytes(), file).unwrap_err();
             let text = error.to_string();
-            assert!(text.contains("line 2"), "{bad}: {text}");
+            assert!(text.contains("holdout.jsonl, line 2"), "{bad}: {text}");
             assert!(!text.contains("secret"), "{text}");
         }
-        assert!(parse(b"\n").is_err());
+        assert!(matches!(parse(b"\n", file), Err(HoldoutError::Empty(_))));
     }
 }

@@ -1,7 +1,6 @@
 //! The jobs of the spool, one at a time.
 
 use std::collections::BTreeMap;
-use std::error::Error as _;
 use std::fmt;
 use std::fs;
 use std::path::PathBuf;
@@ -24,6 +23,7 @@ use super::source::LoadedModel;
 use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
 use crate::config::Config;
+use crate::error::with_causes;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 
 /// Begins the name of every state of an optimiser.
@@ -408,17 +408,4 @@ fn notes<const N: usize>(numbers: [(&str, f64); N]) -> BTreeMap<String, f64> {
         .into_iter()
         .map(|(name, number)| (name.to_owned(), number))
         .collect()
-}
-
-fn with_causes(error: &WorkError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -40,7 +40,7 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>, DataError> {
         records.push(record);
     }
     if records.is_empty() {
-        Err(DataError::Empty)
+        Err(DataError::NoRecords { path: path.into() })
     } else {
         Ok(records)
     }

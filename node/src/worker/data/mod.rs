@@ -14,7 +14,7 @@ pub use jsonl::read_records;
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file could not be read.
-    #[error("{path}: cannot read: {source}")]
+    #[error("{path}: cannot read")]
     Read {
         /// File.
         path: PathBuf,
@@ -31,6 +31,14 @@ pub enum DataError {
         /// What is wrong, and what would be right.
         reason: String,
     },
+    /// A file without a record.
+    #[error(
+        "{path}: holds no records; it takes one a line, as text or as JSON if its name ends in .jsonl"
+    )]
+    NoRecords {
+        /// File.
+        path: PathBuf,
+    },
     /// There is nothing to train on.
     #[error("no records")]
     Empty,
@@ -45,7 +53,7 @@ pub enum DataError {
         length: usize,
     },
     /// Text could not be tokenised exactly.
-    #[error("record {index}: {source}")]
+    #[error("record {index}")]
     Tokenize {
         /// Index of the record.
         index: usize,

@@ -1,0 +1,159 @@
+//! Jobs and how they end.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+
+use consilium_protocol::manifest::Training;
+use consilium_protocol::message::Part;
+use consilium_protocol::{Digest, RoundId};
+use serde::{Deserialize, Serialize};
+
+/// Name of a job, which follows from its content.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobId(String);
+
+impl JobId {
+    /// The name as text: `r<round>-<kind>-<sequence>-<digest of the content, shortened>`.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Work for the worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Job {
+    /// Score one shard of the reference set with the source; the artefact is a shard of records.
+    Score(ScoreJob),
+    /// Train the pivot's adapter for one inner round; the artefact is a PEFT adapter file.
+    Distil(DistilJob),
+    /// Measure a candidate on the private holdout; the artefact is an evaluation document.
+    Evaluate(EvaluateJob),
+}
+
+/// One shard to score.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScoreJob {
+    /// Round it is for.
+    pub round: RoundId,
+    /// Index of the shard.
+    pub shard: u32,
+    /// Items of the reference set that the shard covers, the end excluded.
+    pub items: Range<u64>,
+    /// The reference set, a blob.
+    pub reference: Digest,
+    /// Symbol slots of one position (K).
+    pub symbols: u16,
+    /// Mass that the slots hold before the rest goes to the tail, in thousandths.
+    pub fill_permille: u16,
+}
+
+/// One inner round of distillation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DistilJob {
+    /// Round it is for.
+    pub round: RoundId,
+    /// Manifest of the round; with another one the optimiser starts afresh.
+    pub manifest: Digest,
+    /// Inner round, from 0.
+    pub inner: u32,
+    /// Adapter to start from, a blob.
+    pub start: Digest,
+    /// Shards of targets in order, blobs.
+    pub targets: Vec<Digest>,
+    /// The reference set, a blob.
+    pub reference: Digest,
+    /// The node's part of the reference set.
+    pub part: Part,
+    /// How to train.
+    pub training: Training,
+    /// Seed of the round.
+    pub seed: u64,
+    /// Items of one shard.
+    pub shard_items: u32,
+    /// Items of the reference set.
+    pub items: u64,
+}
+
+/// Measurement of the candidate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluateJob {
+    /// Round it is for.
+    pub round: RoundId,
+    /// The merged adapter, a blob.
+    pub candidate: Digest,
+    /// Rank, alpha and modules of the adapter.
+    pub training: Training,
+}
+
+impl Job {
+    /// The name that follows from the content.
+    #[must_use]
+    pub fn id(&self) -> JobId {
+        let (round, slot) = match self {
+            Self::Score(job) => (job.round, format!("score-{:04}", job.shard)),
+            Self::Distil(job) => (job.round, format!("distil-{:02}", job.inner)),
+            Self::Evaluate(job) => (job.round, "evaluate".to_owned()),
+        };
+        // A job holds integers, digests and plain text, which JSON always carries.
+        let content = Digest::of(&serde_json::to_vec(self).unwrap_or_default()).to_string();
+        let content: String = content.chars().take(16).collect();
+        JobId(format!("r{round}-{slot}-{content}"))
+    }
+
+    /// The round it is for.
+    #[must_use]
+    pub const fn round(&self) -> RoundId {
+        match self {
+            Self::Score(job) => job.round,
+            Self::Distil(job) => job.round,
+            Self::Evaluate(job) => job.round,
+        }
+    }
+
+    /// Order in which jobs are done: by round, then as the phases of a round follow each other.
+    pub(super) const fn order(&self) -> (RoundId, u8, u32) {
+        match self {
+            Self::Score(job) => (job.round, 0, job.shard),
+            Self::Distil(job) => (job.round, 1, job.inner),
+            Self::Evaluate(job) => (job.round, 2, 0),
+        }
+    }
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Outcome {
+    /// The artefact is a blob.
+    Done {
+        /// Its digest.
+        artefact: Digest,
+        /// Time that it took.
+        seconds: f64,
+        /// Numbers worth logging, by name; they stay at the site.
+        notes: BTreeMap<String, f64>,
+    },
+    /// It cannot be done as things are.
+    Failed {
+        /// Why, with the fix where there is one; stays at the site.
+        problem: String,
+    },
+}
