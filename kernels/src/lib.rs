@@ -3,11 +3,14 @@
 //! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model
 //! permutes the rows of its output head once at load. Floats end where records begin: [`fusion`] is
 //! integer arithmetic on [`code`]s, so its results are the same bytes on every machine and any
-//! number of threads. Only [`matmul`] holds unsafe code.
+//! number of threads. Unsafe code is in [`matmul`],
+//! [`adapters::product`] and the choice of an instruction set.
 
+pub mod adapters;
 pub mod backend;
 pub mod code;
 mod cpu;
+pub mod element;
 pub mod error;
 pub mod fusion;
 pub mod loss;
@@ -21,6 +24,7 @@ mod trie;
 pub mod vocab;
 
 pub use backend::Backend;
-pub use error::{FusionError, LossError, RecordError, ScoreError, VocabError};
+pub use element::{Dtype, Element};
+pub use error::{AdapterError, FusionError, LossError, RecordError, ScoreError, VocabError};
 pub use records::{RecordShape, RecordView, Records, Symbol};
 pub use vocab::{TokenKind, Vocab};

@@ -4,8 +4,11 @@
 //! Rows are independent and run in parallel in fixed chunks; what chunks return is combined in
 //! order.
 
+pub(crate) mod adapters;
 mod exp;
 pub(crate) mod fusion;
 pub(crate) mod loss;
+pub(crate) mod multiversion;
+mod network;
 mod row;
 pub(crate) mod score;
