@@ -1,5 +1,8 @@
 //! Sorting many short columns at once: a network of comparisons between whole rows.
 
+/// Values that are compared at once.
+const LANES: usize = 16;
+
 /// Values whose minimum and maximum are one instruction each.
 pub(crate) trait Ordered: Copy {
     fn sorted(self, other: Self) -> (Self, Self);
@@ -57,8 +60,17 @@ pub(crate) fn sort_columns<T: Ordered>(rows: &mut [T], width: usize) {
 #[inline(always)]
 fn compare<T: Ordered>(rows: &mut [T], width: usize, low: usize, high: usize) {
     let (before, after) = rows.split_at_mut(high * width);
-    let low = &mut before[low * width..][..width];
-    for (low, high) in low.iter_mut().zip(&mut after[..width]) {
+    let (lows, low_rest) = before[low * width..][..width].as_chunks_mut::<LANES>();
+    let (highs, high_rest) = after[..width].as_chunks_mut::<LANES>();
+    for (low, high) in lows.iter_mut().zip(highs) {
+        // Copies, so that no store can change what is yet to be read: whole vectors.
+        let (mut least, mut most) = (*low, *high);
+        for (least, most) in least.iter_mut().zip(&mut most) {
+            (*least, *most) = least.sorted(*most);
+        }
+        (*low, *high) = (least, most);
+    }
+    for (low, high) in low_rest.iter_mut().zip(high_rest) {
         (*low, *high) = low.sorted(*high);
     }
 }
