@@ -1,6 +1,7 @@
 //! Merging 8 adapters of a 7B shape on one core, against the copy of all inputs.
 //!
 //! Twins are numpy and torch on an eighth of the layers, with ours timed on the same.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 use consilium_kernels::adapters::{Magnitudes, Merging, merge};
 use consilium_kernels::fusion::Robust;

@@ -2,6 +2,7 @@
 //!
 //! The floor of one source is the copy of its columns; twins are numpy and torch on records of the
 //! same statistics.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 use consilium_kernels::fusion::{
     Mixing, Robust, Routing, WEIGHT_UNITY, fuse, item_bits, route, route_causal,

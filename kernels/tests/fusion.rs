@@ -350,7 +350,7 @@ fn wild() -> impl Strategy<Value = Position> {
 /// side of what keeps every code.
 fn honest() -> impl Strategy<Value = Position> {
     let listed = prop::collection::btree_map(any::<u8>(), 0.0..1.0_f64, 1..9);
-    (listed, 0.0..0.02_f64, 0.0..0.02_f64, 1..6_i32, -1..=1_i16).prop_map(
+    (listed, 0.0..0.02_f64, 0.0..0.02_f64, 1..6_i32, -1..=1_i8).prop_map(
         |(listed, end, tail, power, step)| {
             let sum: f64 = listed.values().map(|mass| mass.powi(4 * power)).sum();
             let rest = 1.0 - end - tail;
@@ -358,7 +358,7 @@ fn honest() -> impl Strategy<Value = Position> {
             let listed: Vec<(u8, u8)> = listed
                 .iter()
                 .map(|(&byte, mass)| (byte, encode(rest * mass.powi(4 * power) / sum)))
-                .map(|(byte, code)| (byte, (i16::from(code) + step).clamp(0, 255) as u8))
+                .map(|(byte, code)| (byte, code.saturating_add_signed(step)))
                 .collect();
             (listed, encode(end), encode(tail))
         },

@@ -2,6 +2,7 @@
 //!
 //! `CONSILIUM_BENCH_SHARD` names a shard of records, a safetensors file; without it a shard with the statistics of a
 //! trained model's records is made up. Rates are medians of seven.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 use std::time::Instant;
 

@@ -85,7 +85,9 @@ mod tests {
         for count in 0..=12_usize {
             let width = 1 << count;
             let mut rows: Vec<u32> = (0..count)
-                .flat_map(|row| (0..width).map(move |column| (column >> row) as u32 & 1))
+                .flat_map(|row| {
+                    (0..width).map(move |column: usize| u32::from(column >> row & 1 == 1))
+                })
                 .collect();
             sort_columns(&mut rows, width);
             for column in 0..width {

@@ -110,10 +110,6 @@ impl Shares {
     #[inline(always)]
     fn divide(self, dividend: u64) -> (u64, u64) {
         let product = u128::from(dividend) * u128::from(self.inverse);
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the upper half of 128 bits"
-        )]
         let quotient = (product >> 64) as u64;
         let rest = dividend - quotient * self.total;
         let more = rest >= self.total;
