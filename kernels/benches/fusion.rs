@@ -125,6 +125,7 @@ fn routing(views: &[RecordView<'_>], target: &[u8]) {
 }
 
 /// A letter in proportion to a power law.
+#[expect(clippy::cast_possible_truncation, reason = "below 256")]
 fn observed(index: u64) -> u8 {
     let u = random(index) % 1000;
     b'a' + ((u * u * 26) / 1_000_000) as u8

@@ -103,6 +103,7 @@ fn rate(bytes: usize, mut work: impl FnMut() -> Fallible<()>) -> Fallible<f64> {
 }
 
 /// Columns of records: four used slots on average, and positions that come again as words do.
+#[expect(clippy::cast_possible_truncation, reason = "below 256")]
 fn made_up(positions: u64) -> Vec<u8> {
     let (mut symbols, mut codes, mut end, mut tail) = (vec![], vec![], vec![], vec![]);
     for position in 0..positions {
