@@ -95,7 +95,7 @@ impl Transcript {
                 for (who, kind, _, artefact) in self.accepted() {
                     if who.as_str() == node.name() {
                         let content = self.blobs.read(&artefact, limits::ARTEFACT)?;
-                        *bytes.entry(kind).or_default() += self.packed(kind, &content)?;
+                        *bytes.entry(kind).or_default() += Self::packed(kind, &content)?;
                     }
                 }
                 let of = |kind: Kind| bytes.get(&kind).copied().unwrap_or(0);
@@ -111,11 +111,10 @@ impl Transcript {
     }
 
     /// Bytes of the chunks that carry `content`.
-    fn packed(&self, kind: Kind, content: &[u8]) -> Result<u64> {
+    fn packed(kind: Kind, content: &[u8]) -> Result<u64> {
         let stride = match kind {
-            Kind::Records => Stride::of_width(usize::from(self.manifest.symbols)),
             Kind::Adapter => Stride::FLOATS,
-            Kind::Evaluation => Stride::BYTES,
+            Kind::Records | Kind::Evaluation => Stride::BYTES,
         };
         let mut packer = Packer::new(stride)?;
         let mut chunk = Vec::new();

@@ -67,6 +67,7 @@ const fn masses() -> [u32; 256] {
 
 /// `T[q] = round(2^(31 - q/16))`: the integer mass of a code, where 2^31 is certainty.
 #[must_use]
+#[inline]
 pub fn mass(code: u8) -> u32 {
     MASSES[usize::from(code)]
 }
@@ -99,6 +100,7 @@ pub fn decode(code: u8) -> f64 {
 ///
 /// Zero gives [`FLOOR`], masses of one and above give 0.
 #[must_use]
+#[inline]
 pub fn encode_mass(mass: u64, unity_bits: u32) -> u8 {
     if mass == 0 {
         return FLOOR;
@@ -112,18 +114,34 @@ pub fn encode_mass(mass: u64, unity_bits: u32) -> u8 {
 ///
 /// No value but a power of two has a rational logarithm here, so a tie never happens in fact.
 #[must_use]
+#[inline]
 pub fn log2_sixteenths(value: u64) -> u32 {
     if value == 0 {
         return 0;
     }
     let zeros = value.leading_zeros();
     let mantissa = value << zeros;
-    let steps = HALF_STEPS
-        .iter()
-        .take_while(|&&step| mantissa >= step)
-        .count();
-    16 * (63 - zeros) + u32::try_from(steps).unwrap_or(16)
+    // Half steps lie more than 1/64 of an octave apart, so that each such cell holds at most one.
+    let below = STEPS_BELOW[usize::try_from(mantissa >> 57).unwrap_or(0) % 64];
+    let next = HALF_STEPS.get(usize::from(below));
+    let steps = u32::from(below) + u32::from(next.is_some_and(|&step| mantissa >= step));
+    16 * (63 - zeros) + steps
 }
+
+/// Half steps at or below the start of each of 64 cells of a mantissa's range, 2^63 to 2^64.
+const STEPS_BELOW: [u8; 64] = {
+    let mut table = [0; 64];
+    let mut cell = 0;
+    while cell < 64 {
+        let start = (1 << 63) + ((cell as u64) << 57);
+        while (table[cell] as usize) < HALF_STEPS.len() && HALF_STEPS[table[cell] as usize] <= start
+        {
+            table[cell] += 1;
+        }
+        cell += 1;
+    }
+    table
+};
 
 #[cfg(test)]
 mod tests {

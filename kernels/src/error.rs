@@ -177,13 +177,22 @@ pub enum HeadError {
 /// Why records could not be fused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FusionError {
-    /// One weight per source.
-    #[error("{weights} weights for {sources} sources")]
+    /// One weight per source, or per position and source.
+    #[error("{weights} weights, expected {expected}")]
     Weights {
         /// Weights given.
         weights: usize,
-        /// Sources given.
-        sources: usize,
+        /// Weights that sources and positions ask for.
+        expected: usize,
+    },
+    /// A statistic of no sources.
+    #[error("no sources")]
+    Nothing,
+    /// A trimmed mean must leave something.
+    #[error("trim of {permille} permille at each end, allowed are 0 to 499")]
+    Trim {
+        /// Trim asked for.
+        permille: u32,
     },
     /// Weights are shares of 2^16.
     #[error("weights sum to {sum}, expected 65536")]
@@ -204,4 +213,86 @@ pub enum FusionError {
     /// The output or the shape is not a record's.
     #[error(transparent)]
     Record(#[from] RecordError),
+}
+
+/// Why adapters could not be merged.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AdapterError {
+    /// No adapters, or no values.
+    #[error("nothing to merge")]
+    Nothing,
+    /// Not one of something per adapter.
+    #[error("{got} {what}, expected {expected}")]
+    Count {
+        /// What is counted.
+        what: &'static str,
+        /// How many there are.
+        got: usize,
+        /// How many there must be.
+        expected: usize,
+    },
+    /// An adapter has another number of values than the result, or a factor another size.
+    #[error("adapter {adapter} has {got} values, expected {expected}")]
+    Length {
+        /// Index of the adapter.
+        adapter: usize,
+        /// Its values.
+        got: usize,
+        /// Values expected.
+        expected: usize,
+    },
+    /// A value is NaN or infinite.
+    #[error("value {index} of adapter {adapter} is not finite")]
+    NotFinite {
+        /// Index of the adapter.
+        adapter: usize,
+        /// Index of the value within the chunk or factor.
+        index: usize,
+    },
+    /// A weight or scale is NaN, infinite, or negative where that has no meaning.
+    #[error("the weight of adapter {adapter} is not finite, or negative where none may be")]
+    Weight {
+        /// Index of the adapter.
+        adapter: usize,
+    },
+    /// A threshold is NaN.
+    #[error("the threshold of adapter {adapter} is no number")]
+    Threshold {
+        /// Index of the adapter.
+        adapter: usize,
+    },
+    /// A trimmed mean must leave something.
+    #[error("trim of {permille} permille at each end, allowed are 0 to 499")]
+    Trim {
+        /// Trim asked for.
+        permille: u32,
+    },
+    /// A density must keep something.
+    #[error("density of {permille} permille, allowed are 1 to 1000")]
+    Density {
+        /// Density asked for.
+        permille: u32,
+    },
+    /// A second pass saw other values than the first.
+    #[error("the passes over the values saw different values")]
+    Changed,
+    /// A result is beyond the range of `f32`.
+    #[error("result {index} is beyond the range of f32")]
+    Overflow {
+        /// Index of the value.
+        index: usize,
+    },
+}
+
+impl AdapterError {
+    /// The same error where the values begin at `start`.
+    pub(crate) fn shifted(self, start: usize) -> Self {
+        match self {
+            Self::NotFinite { adapter, index } => Self::NotFinite {
+                adapter,
+                index: start + index,
+            },
+            other => other,
+        }
+    }
 }

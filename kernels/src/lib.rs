@@ -3,8 +3,10 @@
 //! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model
 //! permutes the rows of its output head once at load. Floats end where records begin: [`fusion`] is
 //! integer arithmetic on [`code`]s, so its results are the same bytes on every machine and any
-//! number of threads. Unsafe code is in [`matmul`] and the SIMD passes of the CPU backend.
+//! number of threads. Unsafe code is in [`matmul`], [`adapters::product`], the SIMD passes and the
+//! choice of an instruction set.
 
+pub mod adapters;
 pub mod backend;
 pub mod code;
 mod cpu;
@@ -25,7 +27,9 @@ pub mod vocab;
 
 pub use backend::Backend;
 pub use element::{Dtype, Element};
-pub use error::{FusionError, HeadError, LossError, RecordError, ScoreError, VocabError};
+pub use error::{
+    AdapterError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError,
+};
 pub use head::{Head, Weights};
 pub use records::{RecordShape, RecordView, Records, Symbol};
 pub use vocab::{TokenKind, Vocab};

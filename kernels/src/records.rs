@@ -17,9 +17,26 @@ mod sealed {
         unnameable_types,
         reason = "keeps the symbol spaces to the two that the format has"
     )]
-    pub trait Sealed {}
-    impl Sealed for u8 {}
-    impl Sealed for u32 {}
+    pub trait Sealed {
+        fn index(self) -> usize;
+        fn of(index: usize) -> Self;
+    }
+    impl Sealed for u8 {
+        fn index(self) -> usize {
+            usize::from(self)
+        }
+        fn of(index: usize) -> Self {
+            Self::try_from(index).unwrap_or(Self::MAX)
+        }
+    }
+    impl Sealed for u32 {
+        fn index(self) -> usize {
+            usize::try_from(self).unwrap_or(usize::MAX)
+        }
+        fn of(index: usize) -> Self {
+            Self::try_from(index).unwrap_or(Self::MAX)
+        }
+    }
 }
 
 /// What a record predicts: bytes (`u8`), or tokens of a shared tokenizer (`u32`).
@@ -206,15 +223,22 @@ impl<'a, S: Symbol> RecordView<'a, S> {
         })
     }
 
+    /// Used slots of a position: symbols, ascending, and their codes.
+    #[inline(always)]
+    pub(crate) fn used(&self, position: usize) -> (&'a [S], &'a [u8]) {
+        let slots = position * self.k..(position + 1) * self.k;
+        let (symbols, codes) = (&self.symbols[slots.clone()], &self.codes[slots]);
+        // Unused slots repeat the last symbol; counting them has no branch per slot.
+        let last = symbols[self.k - 1];
+        let equal = symbols.iter().filter(|&&symbol| symbol == last).count();
+        let used = (self.k + 1 - equal).min(self.k);
+        (&symbols[..used], &codes[..used])
+    }
+
     /// Listed symbols of a position with their codes, ascending.
     pub(crate) fn listed(&self, position: usize) -> impl Iterator<Item = (S, u8)> + use<'a, S> {
-        let slots = position * self.k..(position + 1) * self.k;
-        let symbols = &self.symbols[slots.clone()];
-        let used = used_slots(symbols);
-        symbols[..used]
-            .iter()
-            .copied()
-            .zip(self.codes[slots][..used].iter().copied())
+        let (symbols, codes) = self.used(position);
+        symbols.iter().copied().zip(codes.iter().copied())
     }
 
     /// Sum of the masses of a position, in units of 2^-31.
@@ -333,6 +357,14 @@ impl<S: Symbol> Records<S> {
         self.k
     }
 
+    /// Forgets all positions and keeps the memory.
+    pub fn clear(&mut self) {
+        self.symbols.clear();
+        self.codes.clear();
+        self.end.clear();
+        self.tail.clear();
+    }
+
     /// Adds the positions of another set with the same number of slots.
     ///
     /// # Errors
@@ -357,6 +389,94 @@ impl<S: Symbol> Records<S> {
     /// Adds one position. `listed` is ascending, holds 1 to `k` symbols; `end` is ignored among
     /// tokens.
     pub(crate) fn push(&mut self, listed: &[(S, u8)], end: u8, tail: u8) {
+        self.extend_by(1).write(0, listed, end, tail);
+    }
+
+    /// Adds positions that the caller must write, each once.
+    pub(crate) fn extend_by(&mut self, positions: usize) -> ColumnsMut<'_, S> {
+        let (before, ends) = (self.tail.len(), self.end.len());
+        let after = before + positions;
+        self.symbols.resize(after * self.k, S::default());
+        self.codes.resize(after * self.k, FLOOR);
+        self.end.resize(if S::HAS_END { after } else { 0 }, FLOOR);
+        self.tail.resize(after, FLOOR);
+        ColumnsMut {
+            k: self.k,
+            symbols: &mut self.symbols[before * self.k..],
+            codes: &mut self.codes[before * self.k..],
+            end: &mut self.end[ends..],
+            tail: &mut self.tail[before..],
+        }
+    }
+}
+
+/// Positions of [`Records`] that are being written.
+pub(crate) struct ColumnsMut<'a, S> {
+    pub(crate) k: usize,
+    pub(crate) symbols: &'a mut [S],
+    pub(crate) codes: &'a mut [u8],
+    pub(crate) end: &'a mut [u8],
+    pub(crate) tail: &'a mut [u8],
+}
+
+impl<'a, S: Symbol> ColumnsMut<'a, S> {
+    pub(crate) fn positions(&self) -> usize {
+        self.tail.len()
+    }
+
+    /// Some of the positions.
+    pub(crate) fn part(&mut self, range: Range<usize>) -> ColumnsMut<'_, S> {
+        let slots = range.start * self.k..range.end * self.k;
+        let ends = if S::HAS_END { range.clone() } else { 0..0 };
+        ColumnsMut {
+            k: self.k,
+            symbols: &mut self.symbols[slots.clone()],
+            codes: &mut self.codes[slots],
+            end: &mut self.end[ends],
+            tail: &mut self.tail[range],
+        }
+    }
+
+    /// Runs of `positions`, the last one shorter.
+    pub(crate) fn runs(self, positions: usize) -> Vec<Self> {
+        let mut runs = Vec::with_capacity(self.positions().div_ceil(positions));
+        let mut rest = self;
+        while rest.positions() > positions {
+            let (first, others) = rest.split(positions);
+            runs.push(first);
+            rest = others;
+        }
+        runs.push(rest);
+        runs
+    }
+
+    fn split(self, at: usize) -> (Self, Self) {
+        let k = self.k;
+        let (symbols, symbols_after) = self.symbols.split_at_mut(at * k);
+        let (codes, codes_after) = self.codes.split_at_mut(at * k);
+        let (end, end_after) = self.end.split_at_mut(at.min(self.end.len()));
+        let (tail, tail_after) = self.tail.split_at_mut(at);
+        let first = Self {
+            k,
+            symbols,
+            codes,
+            end,
+            tail,
+        };
+        let others = Self {
+            k,
+            symbols: symbols_after,
+            codes: codes_after,
+            end: end_after,
+            tail: tail_after,
+        };
+        (first, others)
+    }
+
+    /// Writes one position. `listed` is ascending, holds 1 to `k` symbols; `end` is ignored among
+    /// tokens.
+    #[inline]
+    pub(crate) fn write(&mut self, position: usize, listed: &[(S, u8)], end: u8, tail: u8) {
         debug_assert!(
             !listed.is_empty() && listed.len() <= self.k,
             "{} symbols",
@@ -366,16 +486,19 @@ impl<S: Symbol> Records<S> {
             listed.windows(2).all(|pair| pair[0].0 < pair[1].0),
             "symbols ascend"
         );
+        let slots = position * self.k..(position + 1) * self.k;
+        let (symbols, codes) = (&mut self.symbols[slots.clone()], &mut self.codes[slots]);
         let last = listed.last().map_or_else(S::default, |&(symbol, _)| symbol);
-        let unused = std::iter::repeat_n((last, FLOOR), self.k);
-        for (symbol, code) in listed.iter().copied().chain(unused).take(self.k) {
-            self.symbols.push(symbol);
-            self.codes.push(code);
+        symbols[listed.len()..].fill(last);
+        codes[listed.len()..].fill(FLOOR);
+        for ((symbol, code), &(listed, mass)) in symbols.iter_mut().zip(codes).zip(listed) {
+            *symbol = listed;
+            *code = mass;
         }
         if S::HAS_END {
-            self.end.push(end);
+            self.end[position] = end;
         }
-        self.tail.push(tail);
+        self.tail[position] = tail;
     }
 }
 

@@ -344,9 +344,9 @@ impl State {
                 let shards: TargetIndex =
                     serde_json::from_slice(&bytes).map_err(|error| problem(error.to_string()))?;
                 self.public.insert(*targets, Stride::BYTES);
-                let symbols = Stride::of_width(active.round.manifest().symbols.into());
                 let shards = shards.shards.into_iter();
-                self.public.extend(shards.map(|shard| (shard, symbols)));
+                self.public
+                    .extend(shards.map(|shard| (shard, Stride::BYTES)));
             }
             Event::Merged {
                 adapter,

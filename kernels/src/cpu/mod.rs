@@ -4,11 +4,14 @@
 //! loses small masses altogether. Rows are independent and run in parallel; what they return is
 //! combined in order.
 
+pub(crate) mod adapters;
 mod encode;
 pub(crate) mod fusion;
 mod leaves;
 pub(crate) mod loss;
 mod masses;
+pub(crate) mod multiversion;
+mod network;
 pub(crate) mod score;
 mod simd;
 #[cfg(test)]

@@ -1,54 +1,130 @@
 //! Fusion as the module of the public function states it, with maps and wide integers.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::code;
-use crate::fusion::MASS_BITS;
+use crate::fusion::{MASS_BITS, Mixing, Robust};
 use crate::records::{RecordShape, RecordView, Records, Symbol};
 
 pub(crate) fn fuse<S: Symbol>(
-    weights: &[u32],
+    mixing: Mixing<'_>,
     sources: &[RecordView<'_, S>],
     shape: &RecordShape,
     out: &mut Records<S>,
 ) {
     for position in 0..sources.first().map_or(0, RecordView::positions) {
-        let mut fused: BTreeMap<S, u64> = BTreeMap::new();
-        let mut end = 0_u64;
-        for (&weight, source) in weights
+        let shares: Vec<Shares<S>> = sources
             .iter()
-            .zip(sources)
-            .filter(|&(&weight, _)| weight > 0)
-        {
-            let total = u128::from(source.total_mass(position));
-            let share = |code: u8| {
-                let share = (u128::from(code::mass(code)) << 32) / total;
-                u64::from(weight) * u64::try_from(share).unwrap_or(u64::MAX)
-            };
-            for (symbol, code) in source.listed(position) {
-                *fused.entry(symbol).or_default() += share(code);
-            }
-            end += source.end().get(position).map_or(0, |&code| share(code));
-        }
-        let mut ranked: Vec<(S, u64)> = fused.into_iter().collect();
-        ranked.sort_by_key(|&(symbol, mass)| (Reverse(mass), symbol));
-        let full = u128::from(shape.fill_permille) << MASS_BITS;
-        let mut filled = end;
-        let mut kept = Vec::new();
-        for (symbol, mass) in ranked {
-            if kept.len() == shape.k || (!kept.is_empty() && u128::from(filled) * 1000 >= full) {
-                break;
-            }
-            filled += mass;
-            kept.push((symbol, code::encode_mass(mass, MASS_BITS)));
-        }
-        kept.sort_unstable();
-        let tail = (1 << MASS_BITS) - filled;
-        out.push(
-            &kept,
-            code::encode_mass(end, MASS_BITS),
-            code::encode_mass(tail, MASS_BITS),
-        );
+            .map(|source| Shares::of(source, position))
+            .collect();
+        let (fused, end) = match mixing {
+            Mixing::Robust(robust) => statistic(robust, &shares),
+            _ => weighted(mixing.weights(position, sources.len()), &shares),
+        };
+        keep(&fused, end, shape, out);
     }
+}
+
+/// Shares of a source at a position, out of 2^32.
+struct Shares<S> {
+    listed: BTreeMap<S, u64>,
+    end: u64,
+    tail: u64,
+    /// Share of a symbol that is not listed.
+    unlisted: u64,
+}
+
+impl<S: Symbol> Shares<S> {
+    fn of(source: &RecordView<'_, S>, position: usize) -> Self {
+        let total = u128::from(source.total_mass(position));
+        let share = |code: u8| {
+            u64::try_from((u128::from(code::mass(code)) << 32) / total).unwrap_or(u64::MAX)
+        };
+        let listed: BTreeMap<S, u64> = source
+            .listed(position)
+            .map(|(symbol, code)| (symbol, share(code)))
+            .collect();
+        let tail = share(source.tail()[position]);
+        let others = 256 - listed.len().min(256) as u64;
+        let unlisted = if S::HAS_END {
+            tail.checked_div(others).unwrap_or(0)
+        } else {
+            0
+        };
+        Self {
+            end: source.end().get(position).map_or(0, |&code| share(code)),
+            listed,
+            tail,
+            unlisted,
+        }
+    }
+}
+
+fn weighted<S: Symbol>(weights: &[u32], shares: &[Shares<S>]) -> (BTreeMap<S, u64>, u64) {
+    let mut fused = BTreeMap::new();
+    let mut end = 0;
+    for (&weight, source) in weights.iter().zip(shares).filter(|pair| *pair.0 > 0) {
+        for (&symbol, &share) in &source.listed {
+            *fused.entry(symbol).or_default() += u64::from(weight) * share;
+        }
+        end += u64::from(weight) * source.end;
+    }
+    (fused, end)
+}
+
+fn statistic<S: Symbol>(robust: Robust, shares: &[Shares<S>]) -> (BTreeMap<S, u64>, u64) {
+    let dropped = robust.dropped(shares.len());
+    let middle = |share: &dyn Fn(&Shares<S>) -> u64| {
+        let mut values: Vec<u64> = shares.iter().map(share).collect();
+        values.sort_unstable();
+        let rest = &values[dropped..values.len() - dropped];
+        rest.iter().sum::<u64>() / rest.len() as u64
+    };
+    let symbols: BTreeSet<S> = shares
+        .iter()
+        .flat_map(|source| source.listed.keys().copied())
+        .collect();
+    let of = |symbol: S| middle(&|source| *source.listed.get(&symbol).unwrap_or(&source.unlisted));
+    let end = middle(&|source| source.end);
+    let others = if S::HAS_END {
+        (256 - symbols.len() as u64) * middle(&|source| source.unlisted)
+    } else {
+        middle(&|source| source.tail)
+    };
+    let total = symbols.iter().map(|&symbol| of(symbol)).sum::<u64>() + end + others;
+    let renormalised = |mass: u64| {
+        u64::try_from((u128::from(mass) << MASS_BITS) / u128::from(total)).unwrap_or(u64::MAX)
+    };
+    let fused = symbols
+        .iter()
+        .map(|&symbol| (symbol, renormalised(of(symbol))))
+        .collect();
+    (fused, renormalised(end))
+}
+
+/// Appends the position that the fused masses make.
+fn keep<S: Symbol>(fused: &BTreeMap<S, u64>, end: u64, shape: &RecordShape, out: &mut Records<S>) {
+    let mut ranked: Vec<(S, u64)> = fused
+        .iter()
+        .map(|(&symbol, &mass)| (symbol, mass))
+        .collect();
+    ranked.sort_by_key(|&(symbol, mass)| (Reverse(mass), symbol));
+    let full = u128::from(shape.fill_permille) << MASS_BITS;
+    let mut filled = end;
+    let mut kept = Vec::new();
+    for (symbol, mass) in ranked {
+        if kept.len() == shape.k || (!kept.is_empty() && u128::from(filled) * 1000 >= full) {
+            break;
+        }
+        filled += mass;
+        kept.push((symbol, code::encode_mass(mass, MASS_BITS)));
+    }
+    kept.sort_unstable();
+    let tail = (1 << MASS_BITS) - filled;
+    out.push(
+        &kept,
+        code::encode_mass(end, MASS_BITS),
+        code::encode_mass(tail, MASS_BITS),
+    );
 }

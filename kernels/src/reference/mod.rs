@@ -1,6 +1,7 @@
 //! The operations as the formulas read: `f64`, whole vocabulary, no ranges. The other backends are
 //! held to these.
 
+pub(crate) mod adapters;
 pub(crate) mod fusion;
 pub(crate) mod loss;
 pub(crate) mod score;

@@ -261,7 +261,7 @@ impl Session<'_> {
             self.settled.insert(slot);
             return Ok(Next::Again);
         };
-        let sent = self.send(round, permit).await;
+        let sent = self.send(permit).await;
         let code = match sent {
             Ok(receipt) => {
                 self.receipt(&statement, &receipt).await?;
@@ -318,13 +318,12 @@ impl Session<'_> {
     }
 
     /// The only way out of the site: it takes a permit.
-    async fn send(&self, round: &OpenRound, permit: Permit) -> Result<Receipt, LinkError> {
+    async fn send(&self, permit: Permit) -> Result<Receipt, LinkError> {
         let (announced, file) = permit.into_upload(self.agent.member.signing.signing_key());
         let kind = announced.statement.claim().kind;
         let stride = match kind {
-            Kind::Records => Stride::of_width(usize::from(round.manifest.symbols)),
             Kind::Adapter => Stride::FLOATS,
-            Kind::Evaluation => Stride::BYTES,
+            Kind::Records | Kind::Evaluation => Stride::BYTES,
         };
         let mut progress = |sent: u64| {
             tracing::debug!(kind = kind.name(), sent, of = announced.length, "sending");

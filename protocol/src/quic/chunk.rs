@@ -6,7 +6,7 @@
 //!
 //! Integers are little-endian; the header is 41 bytes. Stride 0: the packed bytes are the raw ones. Stride s from 1: they
 //! are one zstd frame of the raw bytes in the order 0, s, 2s, ..., 1, s+1, ... within the whole rows of s bytes, followed
-//! by the rest. Columns of records or of floats compress where rows do not.
+//! by the rest. Columns of floats compress where rows do not.
 //!
 //! A packed chunk is shorter than its raw bytes, and only the last chunk of a transfer may be shorter than [`SHORTEST`].
 
@@ -22,6 +22,8 @@ pub const HEADER: usize = 41;
 pub const SHORTEST: usize = 64 * 1024;
 
 const LEVEL: i32 = 1;
+/// Bytes of a float.
+const FLOAT: usize = 4;
 /// Rows that are transposed at once: their source fits the first-level cache at any stride.
 const TILE: usize = 64;
 /// Chunks that are stored unasked after one that hardly became shorter.
@@ -58,7 +60,11 @@ pub enum ChunkError {
     Digest,
 }
 
-/// Distance between bytes that resemble each other: slots of a record, 4 for floats, 1 for text.
+/// Distance between bytes that resemble each other: 4 for floats, 1 for all else.
+///
+/// Records have slots, but are no columns: used slots vary from position to position, and what zstd
+/// finds are whole rows that come again. Records of a trained model, 16 slots: 5.5 bytes per
+/// position at stride 1, 10.2 at 16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stride(u8);
 
@@ -68,12 +74,10 @@ impl Stride {
     /// Little-endian floats of four bytes.
     pub const FLOATS: Self = Self(4);
 
-    /// The best stride for rows of `width` bytes: its largest divisor that fits, 1 for no rows.
+    /// Any distance; `None` for 0.
     #[must_use]
-    pub fn of_width(width: usize) -> Self {
-        let divides = |stride: &u8| width.is_multiple_of(usize::from(*stride));
-        let fits = (1..=u8::MAX).rev().find(divides);
-        Self(fits.filter(|_| width > 0).unwrap_or(1))
+    pub const fn new(bytes: u8) -> Option<Self> {
+        if bytes == 0 { None } else { Some(Self(bytes)) }
     }
 
     /// The distance in bytes, from 1.
@@ -314,6 +318,9 @@ fn transpose(raw: &[u8], stride: usize, out: &mut [u8]) {
     let (whole, rest) = raw.split_at(rows * stride);
     let (columns, end) = out.split_at_mut(rows * stride);
     end.copy_from_slice(rest);
+    if stride == FLOAT {
+        return split_floats(whole.as_chunks().0, columns);
+    }
     for (index, tile) in whole.chunks(TILE * stride).enumerate() {
         for column in 0..stride {
             let start = column * rows + index * TILE;
@@ -331,6 +338,9 @@ fn restore(columns: &[u8], stride: usize, out: &mut [u8]) {
     let (columns, rest) = columns.split_at(rows * stride);
     let (whole, end) = out.split_at_mut(rows * stride);
     end.copy_from_slice(rest);
+    if stride == FLOAT {
+        return join_floats(columns, whole.as_chunks_mut().0);
+    }
     for (index, tile) in whole.chunks_mut(TILE * stride).enumerate() {
         let height = tile.len() / stride;
         for column in 0..stride {
@@ -340,6 +350,38 @@ fn restore(columns: &[u8], stride: usize, out: &mut [u8]) {
                 *to = *from;
             }
         }
+    }
+}
+
+/// [`transpose`] for floats: loops over words, which compilers turn into vectors.
+fn split_floats(rows: &[[u8; FLOAT]], columns: &mut [u8]) {
+    let mut columns = columns.chunks_exact_mut(rows.len().max(1));
+    let (Some(a), Some(b), Some(c), Some(d)) = (
+        columns.next(),
+        columns.next(),
+        columns.next(),
+        columns.next(),
+    ) else {
+        return;
+    };
+    for ((((row, a), b), c), d) in rows.iter().zip(a).zip(b).zip(c).zip(d) {
+        [*a, *b, *c, *d] = *row;
+    }
+}
+
+/// The inverse of [`split_floats`].
+fn join_floats(columns: &[u8], rows: &mut [[u8; FLOAT]]) {
+    let mut columns = columns.chunks_exact(rows.len().max(1));
+    let (Some(a), Some(b), Some(c), Some(d)) = (
+        columns.next(),
+        columns.next(),
+        columns.next(),
+        columns.next(),
+    ) else {
+        return;
+    };
+    for ((((row, &a), &b), &c), &d) in rows.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        *row = [a, b, c, d];
     }
 }
 
@@ -374,15 +416,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn unpacking_gives_back_what_was_packed(raw in content(), width in 1_usize..300) {
-            let chunk = pack(&raw, Stride::of_width(width));
+        fn unpacking_gives_back_what_was_packed(raw in content(), width in 1_u8..) {
+            let chunk = pack(&raw, Stride::new(width).unwrap());
             prop_assert!(chunk.len() <= HEADER + raw.len());
             prop_assert_eq!(unpack(&chunk, raw.len() as u64).unwrap(), raw);
         }
 
         #[test]
-        fn every_flipped_bit_is_refused(raw in content(), width in 1_usize..40, at in any::<prop::sample::Index>(), bit in 0..8) {
-            let mut chunk = pack(&raw, Stride::of_width(width));
+        fn every_flipped_bit_is_refused(raw in content(), width in 1_u8..40, at in any::<prop::sample::Index>(), bit in 0..8) {
+            let mut chunk = pack(&raw, Stride::new(width).unwrap());
             let at = at.index(chunk.len());
             chunk[at] ^= 1_u8 << bit;
             // A flip that yields the same content by another way, such as an ignored bit of the zstd frame, is harmless.
@@ -441,6 +483,16 @@ mod tests {
     }
 
     #[test]
+    fn floats_become_shorter_by_their_stride() {
+        let floats: Vec<u8> = (0..65_536_u32)
+            .flat_map(|i| (1.0 + f32::from_bits(0x3400_0000 + i * 77)).to_le_bytes())
+            .collect();
+        let by_columns = pack(&floats, Stride::FLOATS).len();
+        assert!(by_columns < pack(&floats, Stride::BYTES).len());
+        assert_eq!(Stride::new(0), None);
+    }
+
+    #[test]
     fn a_bomb_writes_no_more_than_its_header_says() {
         let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 19).unwrap();
         for stride in [1, 4] {
@@ -455,18 +507,5 @@ mod tests {
             assert_eq!(refused, Err(ChunkError::Damaged));
             assert!(raw.capacity() <= 1 << 20, "{} bytes", raw.capacity());
         }
-    }
-
-    #[test]
-    fn records_and_floats_become_shorter_by_their_stride() {
-        let floats: Vec<u8> = (0..65_536_u32)
-            .flat_map(|i| (1.0 + f32::from_bits(0x3400_0000 + i * 77)).to_le_bytes())
-            .collect();
-        let by_columns = pack(&floats, Stride::FLOATS).len();
-        assert!(by_columns < pack(&floats, Stride::BYTES).len());
-        assert_eq!(Stride::of_width(32), Stride(32));
-        assert_eq!(Stride::of_width(256), Stride(128));
-        assert_eq!(Stride::of_width(257), Stride(1));
-        assert_eq!(Stride::of_width(0), Stride(1));
     }
 }

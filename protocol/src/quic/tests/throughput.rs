@@ -42,7 +42,7 @@ async fn megabytes_per_second_bare_and_in_chunks() {
         println!("bare stream: {rate:.0} MB/s");
         for (name, content, stride) in [
             ("floats", &floats, Stride::FLOATS),
-            ("records", &records, Stride::of_width(32)),
+            ("records", &records, Stride::BYTES),
             ("noise", &noise(LENGTH), Stride::BYTES),
         ] {
             let rate = chunked(&pair, Shared(Arc::new(content.clone())), stride).await;
