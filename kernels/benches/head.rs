@@ -18,27 +18,46 @@ const K: usize = 32;
 fn main() {
     one_thread();
     println!("head of width {WIDTH}, frozen; KL on {K} listed tokens and the rest");
-    println!("{:>8} {:>6} {:>6} {:>10} {:>10} {:>7} {:>10}", "V", "rows", "type", "ms/row", "torch", "ratio", "GFLOP/s");
+    println!(
+        "{:>8} {:>6} {:>6} {:>10} {:>10} {:>7} {:>10}",
+        "V", "rows", "type", "ms/row", "torch", "ratio", "GFLOP/s"
+    );
     let mut twin = Twin::start("head");
     for (len, rows) in [(32_000, 128), (151_936, 64)] {
         let (vocab, _) = vocabulary(len);
         let mut random = Random(1);
-        let weights: Vec<f32> = random.logits(len * WIDTH).iter().map(|value| value / 80.0).collect();
+        let weights: Vec<f32> = random
+            .logits(len * WIDTH)
+            .iter()
+            .map(|value| value / 80.0)
+            .collect();
         let hidden = random.logits(rows * WIDTH);
         let target = target(len, rows);
-        let terms = [Term::Tokens { target: target.view(), weight: 1.0, tail: Tail::Ghost }];
-        let items = [ItemLoss { tokens: &[], terms: &terms }];
+        let terms = [Term::Tokens {
+            target: target.view(),
+            weight: 1.0,
+            tail: Tail::Ghost,
+        }];
+        let items = [ItemLoss {
+            tokens: &[],
+            terms: &terms,
+        }];
         let mut grad = vec![0.0; hidden.len()];
-        let narrow: Vec<bf16> = weights.iter().map(|&weight| bf16::from_f32(weight)).collect();
+        let narrow: Vec<bf16> = weights
+            .iter()
+            .map(|&weight| bf16::from_f32(weight))
+            .collect();
         let mut no_twin = None;
         for (name, weights, twin) in [
             ("f32", Weights::F32(&weights), &mut twin),
             ("bf16", Weights::Bf16(&narrow), &mut no_twin),
         ] {
             let head = Head::new(&vocab, weights, WIDTH).expect("one row per token");
-            let (seconds, compared) = against_twin(twin, &format!("{rows} {len} {WIDTH} {K}"), || {
-                head.loss(&hidden, &items, &mut grad, None).expect("finite logits")
-            });
+            let (seconds, compared) =
+                against_twin(twin, &format!("{rows} {len} {WIDTH} {K}"), || {
+                    head.loss(&hidden, &items, &mut grad, None)
+                        .expect("finite logits")
+                });
             let millis = |seconds: f64| format!("{:.3}", seconds / rows as f64 * 1e3);
             println!(
                 "{len:>8} {rows:>6} {name:>6} {:>10} {:>10} {:>7} {:>10.1}",
@@ -63,5 +82,6 @@ fn target(len: usize, rows: usize) -> Records<u32> {
         }
         symbols.extend(ids);
     }
-    Records::from_columns(K, symbols, vec![80; rows * K], vec![], vec![80; rows]).expect("ascending ids")
+    Records::from_columns(K, symbols, vec![80; rows * K], vec![], vec![80; rows])
+        .expect("ascending ids")
 }

@@ -27,15 +27,26 @@ struct Setup {
 fn main() {
     one_thread();
     let floors = Floors::measure();
-    println!("read floor {:.1} GB/s; records of k = 16 with a branch row for every fourth token", floors.read / 1e9);
-    println!("{:<12} {:>8} {:>6} {:>6} {:>12} {:>12} {:>7} {:>8}", "operation", "V", "rows", "type", "us/row", "torch", "ratio", "of read");
+    println!(
+        "read floor {:.1} GB/s; records of k = 16 with a branch row for every fourth token",
+        floors.read / 1e9
+    );
+    println!(
+        "{:<12} {:>8} {:>6} {:>6} {:>12} {:>12} {:>7} {:>8}",
+        "operation", "V", "rows", "type", "us/row", "torch", "ratio", "of read"
+    );
     let mut twin = Twin::start("scoring");
     for (len, rows) in [(32_000, 1024), (151_936, 256)] {
         let (vocab, tokens) = vocabulary(len);
         let tokens = text(&vocab, &tokens, rows - 1);
         let branches = every_fourth(&vocab, &tokens);
         let path = write_for_twin(&format!("scoring-{len}"), &vocab, &tokens);
-        let setup = Setup { vocab, tokens, branches, floors };
+        let setup = Setup {
+            vocab,
+            tokens,
+            branches,
+            floors,
+        };
         let case = format!("{} {}", path.display(), setup.branches.len());
         let logits = Random(3).logits(rows * len);
         let after = Random(4).logits(setup.branches.len() * len);
@@ -51,18 +62,37 @@ fn every_fourth(vocab: &Vocab, tokens: &[u32]) -> Vec<Branch> {
     let mut branches = Vec::new();
     for (position, &token) in (0..).zip(tokens) {
         let bytes = vocab.token_bytes(token);
-        let rank = (0..vocab.byte_tokens()).find(|&rank| bytes.len() > 1 && vocab.token_bytes(rank) == &bytes[..1]);
+        let rank = (0..vocab.byte_tokens())
+            .find(|&rank| bytes.len() > 1 && vocab.token_bytes(rank) == &bytes[..1]);
         if let Some(rank) = rank.filter(|_| branches.len() * 4 <= position as usize) {
-            branches.push(Branch { position, taken: 1, rank });
+            branches.push(Branch {
+                position,
+                taken: 1,
+                rank,
+            });
         }
     }
     branches
 }
 
-fn measure<T: Element>(setup: &Setup, logits: &[f32], after: &[f32], twin: &mut Option<Twin>, case: &str) {
-    let stored = |values: &[f32]| values.iter().map(|&value| T::from_f32(value)).collect::<Vec<T>>();
+fn measure<T: Element>(
+    setup: &Setup,
+    logits: &[f32],
+    after: &[f32],
+    twin: &mut Option<Twin>,
+    case: &str,
+) {
+    let stored = |values: &[f32]| {
+        values
+            .iter()
+            .map(|&value| T::from_f32(value))
+            .collect::<Vec<T>>()
+    };
     let (logits, after) = (stored(logits), stored(after));
-    let items = [ItemTokens { tokens: &setup.tokens, branches: &setup.branches }];
+    let items = [ItemTokens {
+        tokens: &setup.tokens,
+        branches: &setup.branches,
+    }];
     let (seconds, compared) = against_twin(twin, case, || {
         let mut out = Records::new(SHAPE.k).expect("16 slots");
         records_of(&setup.vocab, &items, &logits, &after, &SHAPE, &mut out).expect("finite logits");
@@ -77,7 +107,13 @@ fn find(setup: &Setup, logits: &[f32]) {
     report::<f32>("branches", setup, seconds, None, size_of_val(logits));
 }
 
-fn report<T: Element>(name: &str, setup: &Setup, seconds: f64, compared: Option<common::Compared>, bytes: usize) {
+fn report<T: Element>(
+    name: &str,
+    setup: &Setup,
+    seconds: f64,
+    compared: Option<common::Compared>,
+    bytes: usize,
+) {
     let rows = setup.tokens.len() + 1;
     let micros = |seconds: f64| format!("{:.1}", seconds / rows as f64 * 1e6);
     println!(

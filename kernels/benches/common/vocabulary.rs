@@ -8,10 +8,10 @@ use std::path::PathBuf;
 use consilium_kernels::{TokenKind, Vocab};
 
 /// SplitMix64.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -19,17 +19,17 @@ impl Random {
     }
 
     /// In 0..1.
-    pub fn unit(&mut self) -> f64 {
+    pub(crate) fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
     /// In 0..bound, the first ones most often: the logarithm is uniform.
-    pub fn early(&mut self, bound: usize) -> usize {
+    pub(crate) fn early(&mut self, bound: usize) -> usize {
         ((bound as f64).powf(self.unit()) as usize).min(bound) - 1
     }
 
     /// Bell-shaped noise of standard deviation about 2.5.
-    pub fn logits(&mut self, count: usize) -> Vec<f32> {
+    pub(crate) fn logits(&mut self, count: usize) -> Vec<f32> {
         (0..count)
             .map(|_| {
                 let bits = self.next();
@@ -44,20 +44,30 @@ const LETTERS: &[u8] = b"etaoinshrdlucmfwypvbgkqjxz";
 
 /// A vocabulary of `len` tokens, the last of which ends a record, and the byte strings of the others
 /// in the order in which merges made them: all bytes, then longer ones, half of them after a space.
-pub fn vocabulary(len: usize) -> (Vocab, Vec<Vec<u8>>) {
+pub(crate) fn vocabulary(len: usize) -> (Vocab, Vec<Vec<u8>>) {
     let mut random = Random(7);
     let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
     let mut known: HashSet<Vec<u8>> = tokens.iter().cloned().collect();
-    let mut starts: [Vec<usize>; 2] = [vec![usize::from(b' ')], LETTERS.iter().map(|&letter| letter.into()).collect()];
+    let mut starts: [Vec<usize>; 2] = [
+        vec![usize::from(b' ')],
+        LETTERS.iter().map(|&letter| letter.into()).collect(),
+    ];
     while tokens.len() < len - 1 {
         let kind = random.next() as usize % 2;
         let mut token = if random.next() % 32 == 0 {
             // Scripts of several bytes per letter.
-            vec![0xe4 + (random.next() % 6) as u8, 0x80 + (random.next() % 64) as u8]
+            vec![
+                0xe4 + (random.next() % 6) as u8,
+                0x80 + (random.next() % 64) as u8,
+            ]
         } else {
             tokens[starts[kind][random.early(starts[kind].len())]].clone()
         };
-        token.push(if token[0] > 0x7f { 0x80 + (random.next() % 64) as u8 } else { LETTERS[random.early(26)] });
+        token.push(if token[0] > 0x7f {
+            0x80 + (random.next() % 64) as u8
+        } else {
+            LETTERS[random.early(26)]
+        });
         if token.len() <= 12 && known.insert(token.clone()) {
             starts[kind].push(tokens.len());
             tokens.push(token);
@@ -69,7 +79,7 @@ pub fn vocabulary(len: usize) -> (Vocab, Vec<Vec<u8>>) {
 }
 
 /// Ranks of a text in which tokens follow Zipf's law, one in ten a single letter.
-pub fn text(vocab: &Vocab, tokens: &[Vec<u8>], len: usize) -> Vec<u32> {
+pub(crate) fn text(vocab: &Vocab, tokens: &[Vec<u8>], len: usize) -> Vec<u32> {
     let mut random = Random(11);
     (0..len)
         .map(|_| {
@@ -83,12 +93,16 @@ pub fn text(vocab: &Vocab, tokens: &[Vec<u8>], len: usize) -> Vec<u32> {
 }
 
 /// Writes the tokens in rank order as hex lines, then the text as ranks, for a twin.
-pub fn write_for_twin(name: &str, vocab: &Vocab, text: &[u32]) -> PathBuf {
+pub(crate) fn write_for_twin(name: &str, vocab: &Vocab, text: &[u32]) -> PathBuf {
     let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
     let file = std::fs::File::create(&path).expect("the target folder is writable");
     let mut file = std::io::BufWriter::new(file);
     for rank in 0..vocab.byte_tokens() {
-        let hex: String = vocab.token_bytes(rank).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String = vocab
+            .token_bytes(rank)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         writeln!(file, "{hex}").expect("the target folder is writable");
     }
     let ranks: Vec<String> = text.iter().map(u32::to_string).collect();

@@ -4,6 +4,7 @@
 //! loses small masses altogether. Rows are independent and run in parallel; what they return is
 //! combined in order.
 
+pub(crate) mod blocks;
 mod encode;
 pub(crate) mod fusion;
 mod leaves;
