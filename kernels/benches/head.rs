@@ -1,4 +1,5 @@
 //! Hidden states to loss and gradient on one core, in turn with torch.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 #[path = "common/mod.rs"]
 mod common;
@@ -76,7 +77,7 @@ fn target(len: usize, rows: usize) -> Records<u32> {
     for _ in 0..rows {
         let mut ids = Vec::new();
         while ids.len() < K {
-            ids.push((random.next() % len as u64) as u32);
+            ids.push(random.below(len));
             ids.sort_unstable();
             ids.dedup();
         }

@@ -1,4 +1,5 @@
 //! Losses with their gradient in place on one core, in turn with torch.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 #[path = "common/mod.rs"]
 mod common;
@@ -80,7 +81,7 @@ fn token_target(vocab: &Vocab, labels: &[u32], k: usize) -> Records<u32> {
     for &label in labels {
         let mut ids = vec![vocab.id_of_rank()[label as usize]];
         while ids.len() < k {
-            ids.push((random.next() % vocab.len() as u64) as u32);
+            ids.push(random.below(vocab.len()));
             ids.sort_unstable();
             ids.dedup();
         }

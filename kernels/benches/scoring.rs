@@ -1,4 +1,5 @@
 //! Logits to next-byte records on one core, in turn with torch.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its table")]
 
 #[path = "common/mod.rs"]
 mod common;

@@ -1,5 +1,10 @@
 //! A made-up vocabulary shaped like that of a byte-level BPE, and text spelled with it.
 #![allow(dead_code, reason = "each benchmark uses a part of this")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "random numbers below small bounds"
+)]
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -16,6 +21,11 @@ impl Random {
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
+    }
+
+    /// In 0..bound.
+    pub(crate) fn below(&mut self, bound: usize) -> u32 {
+        (self.next() % bound as u64) as u32
     }
 
     /// In 0..1.
@@ -54,7 +64,7 @@ pub(crate) fn vocabulary(len: usize) -> (Vocab, Vec<Vec<u8>>) {
     ];
     while tokens.len() < len - 1 {
         let kind = random.next() as usize % 2;
-        let mut token = if random.next() % 32 == 0 {
+        let mut token = if random.next().is_multiple_of(32) {
             // Scripts of several bytes per letter.
             vec![
                 0xe4 + (random.next() % 6) as u8,

@@ -67,13 +67,13 @@ impl Targets {
             _ => u32::try_from(case.random.below(case.vocab.live())).unwrap(),
         });
         let labels = labels.collect();
-        let item = Case {
+        let mut item = Case {
             tokens: tokens.clone(),
             ..case.clone()
         };
         Self {
-            bytes: item.clone().target(k),
-            listed: item.clone().token_target(k),
+            bytes: item.target(k),
+            listed: item.token_target(k),
             labels,
             tokens,
         }
