@@ -149,7 +149,7 @@ impl<'a> Head<'a> {
         grad_hidden: &mut [f32],
     ) -> Option<f64> {
         let mut total = 0.0;
-        let most = (self.scratch / (self.block * size_of::<f32>())).max(1);
+        let most = (self.scratch / (2 * self.block * size_of::<f32>())).max(1);
         for start in (0..job.rows()).step_by(most) {
             let rows = start..job.rows().min(start + most);
             let values = rows.start * self.width..rows.end * self.width;
@@ -185,17 +185,12 @@ impl<'a> Head<'a> {
             .collect::<Option<Vec<_>>>()?;
         let hidden = View::new(hidden, count, self.width);
         let mut scratch = vec![0.0; count * self.block];
+        let mut by_column = scratch.clone();
         self.blocks(self.block, |first, weights| {
             let live = self.vocab.live().saturating_sub(first).min(weights.rows());
             let columns = weights.rows();
             let logits = &mut scratch[..count * columns];
-            abt(
-                ViewMut::new(logits, count, columns),
-                Write::Replace,
-                hidden,
-                weights,
-                1.0,
-            );
+            product(weights, hidden, &mut by_column, logits, columns);
             logits
                 .par_chunks_exact_mut(columns)
                 .zip(&mut passing)
@@ -348,9 +343,15 @@ impl<'a> Head<'a> {
     fn forward(&self, hidden: &[f32], logits: &mut [f32]) {
         let (rows, tokens) = (hidden.len() / self.width, self.vocab.len());
         let hidden = View::new(hidden, rows, self.width);
-        self.blocks(self.vocab.len(), |first, weights| {
-            let logits = ViewMut::new(logits, rows, tokens).columns(first, weights.rows());
-            abt(logits, Write::Replace, hidden, weights, 1.0);
+        let mut by_column = vec![0.0; rows * self.block.min(tokens)];
+        self.blocks(self.block, |first, weights| {
+            product(
+                weights,
+                hidden,
+                &mut by_column,
+                &mut logits[first..],
+                tokens,
+            );
         });
     }
 
@@ -404,6 +405,28 @@ impl<'a> Head<'a> {
             }
             let rows = weights.len() / self.width;
             work(index * most, View::new(&block, rows, self.width));
+        }
+    }
+}
+
+/// `logits = hidden weights^T`, rows `stride` values apart, by way of its transpose: hidden states are
+/// cheaper to pack for the product than weights.
+fn product(
+    weights: View<'_>,
+    hidden: View<'_>,
+    by_column: &mut [f32],
+    logits: &mut [f32],
+    stride: usize,
+) {
+    const SIDE: usize = 16;
+    let (columns, rows) = (weights.rows(), hidden.rows());
+    let out = ViewMut::new(by_column, columns, rows);
+    abt(out, Write::Replace, weights, hidden, 1.0);
+    for first in (0..columns).step_by(SIDE) {
+        for row in 0..rows {
+            for column in first..columns.min(first + SIDE) {
+                logits[row * stride + column] = by_column[column * rows + row];
+            }
         }
     }
 }
