@@ -8,7 +8,9 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
+use crate::cpu::blocks::{Passed, PassingRow};
 use crate::cpu::{self, Level};
 use crate::element::Element;
 use crate::error::{HeadError, LossError, ScoreError};
@@ -21,8 +23,12 @@ use crate::vocab::Vocab;
 /// Bytes of logits that exist at a time, unless a single row has more.
 pub const SCRATCH_BYTES: usize = 16 << 20;
 
-/// Rows of weights that are widened to `f32` at a time, where they are stored in fewer bits.
-const WIDENED: usize = 1024;
+/// Rows of weights that are used, and widened to `f32` where they are stored in fewer bits, at a
+/// time: few enough to stay in a core's cache between logits and gradient.
+const BLOCK: usize = 512;
+
+/// Rows of logits that one task takes at least.
+const ROWS: usize = 8;
 
 /// Weights of an output head `[V, d]` by storage type, rows in rank order.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +57,9 @@ pub struct Head<'a> {
     vocab: &'a Vocab,
     weights: Weights<'a>,
     width: usize,
+    /// [`SCRATCH_BYTES`] and [`BLOCK`] but in tests.
+    pub(crate) scratch: usize,
+    pub(crate) block: usize,
 }
 
 impl<'a> Head<'a> {
@@ -72,6 +81,8 @@ impl<'a> Head<'a> {
             vocab,
             weights,
             width,
+            scratch: SCRATCH_BYTES,
+            block: BLOCK,
         })
     }
 
@@ -101,6 +112,11 @@ impl<'a> Head<'a> {
         if let Some(grad) = &grad_weight {
             loss::check_length("gradient of weights", grad.len(), self.weights.len())?;
         }
+        if grad_weight.is_none()
+            && let Some(total) = self.loss_in_blocks(&job, hidden, grad_hidden)
+        {
+            return Ok(total);
+        }
         let mut total = 0.0;
         self.chunks(hidden, |rows, hidden, logits| {
             let losses = cpu::loss::rows(Level::best(), &job, rows.clone(), logits)?;
@@ -122,6 +138,102 @@ impl<'a> Head<'a> {
             Ok::<(), LossError>(())
         })?;
         Ok(total)
+    }
+
+    /// [`Self::loss`] of a frozen head in one pass over the weights; `None` where a row does not
+    /// allow it.
+    fn loss_in_blocks(
+        &self,
+        job: &LossJob<'_>,
+        hidden: &[f32],
+        grad_hidden: &mut [f32],
+    ) -> Option<f64> {
+        let mut total = 0.0;
+        let most = (self.scratch / (2 * self.block * size_of::<f32>())).max(1);
+        for start in (0..job.rows()).step_by(most) {
+            let rows = start..job.rows().min(start + most);
+            let values = rows.start * self.width..rows.end * self.width;
+            let grads = &mut grad_hidden[values.clone()];
+            let passed = self.pass_blocks(job, rows, &hidden[values], grads)?;
+            total = passed.iter().fold(total, |sum, row| sum + row.loss);
+            grads
+                .par_chunks_exact_mut(self.width)
+                .zip(passed)
+                .for_each(|(grad, row)| {
+                    grad.iter_mut().for_each(|grad| *grad *= row.rest);
+                    for (column, factor) in row.listed {
+                        self.add_row(column as usize, factor, grad);
+                    }
+                });
+        }
+        Some(total)
+    }
+
+    /// Rows of a job whose logits pass by; `grads` becomes the sum of the exponentials times their
+    /// weights.
+    fn pass_blocks(
+        &self,
+        job: &LossJob<'_>,
+        rows: Range<usize>,
+        hidden: &[f32],
+        grads: &mut [f32],
+    ) -> Option<Vec<Passed>> {
+        let level = Level::best();
+        let count = rows.len();
+        let mut passing = rows
+            .map(|row| PassingRow::new(job, row))
+            .collect::<Option<Vec<_>>>()?;
+        let hidden = View::new(hidden, count, self.width);
+        let mut scratch = vec![0.0; count * self.block];
+        let mut by_column = scratch.clone();
+        self.blocks(self.block, |first, weights| {
+            let live = self.vocab.live().saturating_sub(first).min(weights.rows());
+            let columns = weights.rows();
+            let logits = &mut scratch[..count * columns];
+            product(weights, hidden, &mut by_column, logits, columns);
+            logits
+                .par_chunks_exact_mut(columns)
+                .zip(&mut passing)
+                .with_min_len(ROWS)
+                .for_each(|(logits, row)| {
+                    let (live, ignored) = logits.split_at_mut(live);
+                    row.pass(level, first, live);
+                    ignored.fill(0.0);
+                });
+            let write = if first == 0 {
+                Write::Replace
+            } else {
+                Write::Add
+            };
+            let grads = ViewMut::new(grads, count, self.width);
+            ab(
+                grads,
+                write,
+                View::new(logits, count, columns),
+                weights,
+                1.0,
+            );
+        });
+        passing
+            .into_par_iter()
+            .with_min_len(ROWS)
+            .map(|row| row.finish(level))
+            .collect()
+    }
+
+    /// `to += factor weights[row]`
+    fn add_row(&self, row: usize, factor: f32, to: &mut [f32]) {
+        fn add<T: Element>(weights: &[T], factor: f32, to: &mut [f32]) {
+            for (to, weight) in to.iter_mut().zip(weights) {
+                *to += factor * weight.to_f32();
+            }
+        }
+        let values = row * self.width..(row + 1) * self.width;
+        match self.weights {
+            Weights::F32(weights) => add(&weights[values], factor, to),
+            Weights::Bf16(weights) => add(&weights[values], factor, to),
+            Weights::F16(weights) => add(&weights[values], factor, to),
+        }
     }
 
     /// [`score::branches_of`] of hidden states `[P, d]`.
@@ -214,7 +326,7 @@ impl<'a> Head<'a> {
     ) -> Result<(), E> {
         let tokens = self.vocab.len();
         let rows = hidden.len() / self.width;
-        let most = (SCRATCH_BYTES / (tokens * size_of::<f32>())).max(1);
+        let most = (self.scratch / (tokens * size_of::<f32>())).max(1);
         let chunk = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
         let mut logits = vec![0.0; chunk.min(rows) * tokens];
         for start in (0..rows).step_by(chunk) {
@@ -231,9 +343,15 @@ impl<'a> Head<'a> {
     fn forward(&self, hidden: &[f32], logits: &mut [f32]) {
         let (rows, tokens) = (hidden.len() / self.width, self.vocab.len());
         let hidden = View::new(hidden, rows, self.width);
-        self.blocks(|first, weights| {
-            let logits = ViewMut::new(logits, rows, tokens).columns(first, weights.rows());
-            abt(logits, Write::Replace, hidden, weights, 1.0);
+        let mut by_column = vec![0.0; rows * self.block.min(tokens)];
+        self.blocks(self.block, |first, weights| {
+            product(
+                weights,
+                hidden,
+                &mut by_column,
+                &mut logits[first..],
+                tokens,
+            );
         });
     }
 
@@ -241,7 +359,7 @@ impl<'a> Head<'a> {
     fn backward(&self, logits: &[f32], grad_hidden: &mut [f32]) {
         let (rows, tokens) = (grad_hidden.len() / self.width, self.vocab.len());
         let logits = View::new(logits, rows, tokens);
-        self.blocks(|first, weights| {
+        self.blocks(self.vocab.len(), |first, weights| {
             let write = if first == 0 {
                 Write::Replace
             } else {
@@ -258,26 +376,57 @@ impl<'a> Head<'a> {
         });
     }
 
-    /// Gives `work` the weights in blocks of rows as `f32`, with the first row of each.
-    fn blocks(&self, work: impl FnMut(usize, View<'_>)) {
+    /// Gives `work` the weights in blocks of at most `most` rows as `f32`, with the first row of each.
+    fn blocks(&self, most: usize, work: impl FnMut(usize, View<'_>)) {
         match self.weights {
             Weights::F32(weights) => {
                 let mut work = work;
-                work(0, View::new(weights, self.vocab.len(), self.width));
+                for (index, weights) in weights.chunks(most * self.width).enumerate() {
+                    let rows = weights.len() / self.width;
+                    work(index * most, View::new(weights, rows, self.width));
+                }
             }
-            Weights::Bf16(weights) => self.widened(weights, work),
-            Weights::F16(weights) => self.widened(weights, work),
+            Weights::Bf16(weights) => self.widened(weights, most, work),
+            Weights::F16(weights) => self.widened(weights, most, work),
         }
     }
 
-    fn widened<T: Element>(&self, weights: &[T], mut work: impl FnMut(usize, View<'_>)) {
-        let mut block = vec![0.0; WIDENED.min(self.vocab.len()) * self.width];
-        for (index, weights) in weights.chunks(WIDENED * self.width).enumerate() {
+    fn widened<T: Element>(
+        &self,
+        weights: &[T],
+        most: usize,
+        mut work: impl FnMut(usize, View<'_>),
+    ) {
+        let most = most.min(self.block).min(self.vocab.len());
+        let mut block = vec![0.0; most * self.width];
+        for (index, weights) in weights.chunks(most * self.width).enumerate() {
             for (wide, weight) in block.iter_mut().zip(weights) {
                 *wide = weight.to_f32();
             }
             let rows = weights.len() / self.width;
-            work(index * WIDENED, View::new(&block, rows, self.width));
+            work(index * most, View::new(&block, rows, self.width));
+        }
+    }
+}
+
+/// `logits = hidden weights^T`, rows `stride` values apart, by way of its transpose: hidden states are
+/// cheaper to pack for the product than weights.
+fn product(
+    weights: View<'_>,
+    hidden: View<'_>,
+    by_column: &mut [f32],
+    logits: &mut [f32],
+    stride: usize,
+) {
+    const SIDE: usize = 16;
+    let (columns, rows) = (weights.rows(), hidden.rows());
+    let out = ViewMut::new(by_column, columns, rows);
+    abt(out, Write::Replace, weights, hidden, 1.0);
+    for first in (0..columns).step_by(SIDE) {
+        for row in 0..rows {
+            for column in first..columns.min(first + SIDE) {
+                logits[row * stride + column] = by_column[column * rows + row];
+            }
         }
     }
 }

@@ -16,10 +16,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 /// Repetitions after one that warms up; an odd number, so that the median is one of them.
-pub const REPETITIONS: usize = 7;
+pub(crate) const REPETITIONS: usize = 7;
 
 /// Seconds that one call takes.
-pub fn seconds<T>(work: impl FnOnce() -> T) -> f64 {
+pub(crate) fn seconds<T>(work: impl FnOnce() -> T) -> f64 {
     #[expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
     let start = Instant::now();
     black_box(work());
@@ -27,21 +27,21 @@ pub fn seconds<T>(work: impl FnOnce() -> T) -> f64 {
 }
 
 /// Middle value.
-pub fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]
 }
 
 /// Median seconds of an operation by itself.
-pub fn alone<T>(mut work: impl FnMut() -> T) -> f64 {
+pub(crate) fn alone<T>(mut work: impl FnMut() -> T) -> f64 {
     seconds(&mut work);
     let times: Vec<f64> = (0..REPETITIONS).map(|_| seconds(&mut work)).collect();
     median(&times)
 }
 
 /// Median seconds of two operations, repetition by repetition in turn, and the median of their quotients `b / a`.
-pub fn in_turn<A, B>(mut a: impl FnMut() -> A, mut b: impl FnMut() -> B) -> Compared {
+pub(crate) fn in_turn<A, B>(mut a: impl FnMut() -> A, mut b: impl FnMut() -> B) -> Compared {
     seconds(&mut a);
     seconds(&mut b);
     let pairs: Vec<(f64, f64)> = (0..REPETITIONS)
@@ -52,13 +52,13 @@ pub fn in_turn<A, B>(mut a: impl FnMut() -> A, mut b: impl FnMut() -> B) -> Comp
 
 /// Medians of paired repetitions.
 #[derive(Clone, Copy, Debug)]
-pub struct Compared {
+pub(crate) struct Compared {
     /// Seconds of the first.
-    pub ours: f64,
+    pub(crate) ours: f64,
     /// Seconds of the second.
-    pub theirs: f64,
+    pub(crate) theirs: f64,
     /// Times that the first is faster.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
 }
 
 impl Compared {
@@ -74,7 +74,7 @@ impl Compared {
 }
 
 /// A running twin.
-pub struct Twin {
+pub(crate) struct Twin {
     child: Child,
     ask: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -82,7 +82,7 @@ pub struct Twin {
 
 impl Twin {
     /// Starts `torch/NAME.py` on one thread; `None`, said aloud, where Python or its packages are missing.
-    pub fn start(name: &str) -> Option<Self> {
+    pub(crate) fn start(name: &str) -> Option<Self> {
         let python = std::env::var("CONSILIUM_BENCH_PYTHON").unwrap_or_else(|_| "python3".into());
         let script = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("benches/torch")
@@ -120,7 +120,7 @@ impl Twin {
     }
 
     /// Seconds of one repetition of a case; a case's first repetition also prepares its inputs, untimed.
-    pub fn repeat(&mut self, case: &str) -> Option<f64> {
+    pub(crate) fn repeat(&mut self, case: &str) -> Option<f64> {
         writeln!(self.ask, "{case}").ok()?;
         self.line()?.trim().parse().ok()
     }
@@ -139,7 +139,7 @@ impl Drop for Twin {
 }
 
 /// Times an operation in turn with a case of a twin.
-pub fn against_twin<T>(
+pub(crate) fn against_twin<T>(
     twin: &mut Option<Twin>,
     case: &str,
     mut work: impl FnMut() -> T,
@@ -164,16 +164,16 @@ pub fn against_twin<T>(
 
 /// Bytes per second of this machine's memory on one core, arrays far beyond the caches.
 #[derive(Clone, Copy, Debug)]
-pub struct Floors {
+pub(crate) struct Floors {
     /// Sequential read.
-    pub read: f64,
+    pub(crate) read: f64,
     /// Copy, counting bytes read and bytes written.
-    pub copy: f64,
+    pub(crate) copy: f64,
 }
 
 impl Floors {
     /// Measures both.
-    pub fn measure() -> Self {
+    pub(crate) fn measure() -> Self {
         const WORDS: usize = 64 << 20;
         let source: Vec<u64> = (0..WORDS as u64).collect();
         let mut copy = vec![0u64; WORDS];
@@ -200,7 +200,7 @@ impl Floors {
 }
 
 /// Pins nothing, but makes rayon run on the calling thread alone: all figures are of one core.
-pub fn one_thread() {
+pub(crate) fn one_thread() {
     rayon::ThreadPoolBuilder::new()
         .num_threads(1)
         .build_global()

@@ -131,13 +131,17 @@ impl Leaves {
         (largest, mass.sum())
     }
 
-    /// Sums some leaves again, against their own largest logit.
+    /// Sums some leaves again, against the largest logit of all; leaves that are lower stay, since a
+    /// coefficient in a higher scale may leave the range of floats.
     fn lower<T: Element>(&mut self, level: Level, row: &[T], leaves: Range<usize>) {
-        let bounds = &self.bounds[leaves.start..=leaves.end];
-        let columns = bounds[0] as usize..bounds[bounds.len() - 1] as usize;
+        let columns = self.bounds[leaves.start] as usize..self.bounds[leaves.end] as usize;
         let shift = largest(level, &row[columns]);
-        sum_exp(level, row, bounds, shift, &mut self.mass[leaves.clone()]);
         for leaf in leaves {
+            if shift >= self.shift[leaf] {
+                continue;
+            }
+            let bounds = &self.bounds[leaf..leaf + 2];
+            sum_exp(level, row, bounds, shift, &mut self.mass[leaf..=leaf]);
             let change = f64::from(shift) - f64::from(self.shift[leaf]);
             self.coefficient[leaf] *= change.exp();
             self.shift[leaf] = shift;

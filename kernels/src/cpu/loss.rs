@@ -35,9 +35,9 @@ pub(crate) fn rows<T: Element>(
 
 /// Buffers of one thread.
 #[derive(Debug, Default)]
-struct Worker {
-    groups: Groups,
-    leaves: Leaves,
+pub(super) struct Worker {
+    pub(super) groups: Groups,
+    pub(super) leaves: Leaves,
 }
 
 impl Worker {
@@ -51,17 +51,23 @@ impl Worker {
         let (item, place) = job.place(row);
         self.groups.set(job.vocab, item, place);
         let (live, ignored) = logits.split_at_mut(job.vocab.live());
+        let loss = self.run(level, live)?;
+        ignored.fill(T::default());
+        Ok(loss)
+    }
+
+    /// Loss of the groups that were set, whose row becomes the gradient.
+    pub(super) fn run<T: Element>(&mut self, level: Level, live: &mut [T]) -> Result<f64, usize> {
         let supports = self.groups.list.iter().map(|group| &group.support);
         let classes = self.groups.classes.iter().map(|class| &class.ranks);
-        self.leaves
-            .cut(job.vocab.end_ranks().end, supports.chain(classes));
+        let end = u32::try_from(live.len()).expect("ranks are u32");
+        self.leaves.cut(end, supports.chain(classes));
         self.leaves.sum(level, live)?;
         let mut loss = 0.0;
         for index in 0..self.groups.list.len() {
             loss += self.group(level, index, live);
         }
         self.leaves.write(level, live);
-        ignored.fill(T::default());
         Ok(loss)
     }
 

@@ -5,6 +5,7 @@
 //! combined in order.
 
 pub(crate) mod adapters;
+pub(crate) mod blocks;
 mod encode;
 pub(crate) mod fusion;
 mod leaves;

@@ -163,7 +163,7 @@ pub(crate) fn records<T: Element>(
         .into_iter()
         .next_back()
         .map(|row| row.after)
-        .or(before.take());
+        .or_else(|| before.take());
     Ok(())
 }
 

@@ -55,7 +55,7 @@ impl Groups {
         for term in item.terms {
             match term {
                 Term::Trie { target, weight } => {
-                    self.trie(vocab, item.tokens, target, *weight, place)
+                    self.trie(vocab, item.tokens, target, *weight, place);
                 }
                 Term::Labels { labels, weight } => self.label(vocab, labels[place.index], *weight),
                 Term::Tokens {

@@ -118,7 +118,22 @@ pub(super) mod avx512 {
         use crate::cpu::simd::LANES;
         use crate::cpu::simd::body::EXP2;
         use crate::element::{Dtype, Element};
+        #[cfg_attr(
+            not(test),
+            expect(clippy::wildcard_imports, reason = "thirty intrinsics")
+        )]
         use std::arch::x86_64::*;
+
+        /// The first so many lanes.
+        const MASKS: [u16; LANES + 1] = {
+            let mut masks = [0; LANES + 1];
+            let mut count = 1;
+            while count <= LANES {
+                masks[count] = masks[count - 1] << 1 | 1;
+                count += 1;
+            }
+            masks
+        };
 
         macro_rules! ops {
             ($($name:ident($($argument:ident: $kind:ty),*) -> $result:ty = $value:expr;)*) => {$(
@@ -178,7 +193,7 @@ pub(super) mod avx512 {
         #[inline]
         pub(super) fn load_some<T: Element>(from: &[T]) -> __m512 {
             let count = from.len().min(LANES);
-            let mask = 0xffff_u16.checked_shr(16 - count as u32).unwrap_or(0);
+            let mask = MASKS[count];
             let fill = _mm512_set1_ps(f32::MIN);
             if T::DTYPE == Dtype::F32 {
                 // SAFETY: lanes beyond the slice are masked, and masked lanes are not read.
@@ -243,6 +258,10 @@ pub(super) mod avx2 {
         use crate::cpu::simd::LANES;
         use crate::cpu::simd::body::EXP2;
         use crate::element::{Dtype, Element};
+        #[cfg_attr(
+            not(test),
+            expect(clippy::wildcard_imports, reason = "thirty intrinsics")
+        )]
         use std::arch::x86_64::*;
 
         type V = [__m256; 2];

@@ -53,34 +53,34 @@ fn check_rows_sum_to_zero(case: &Case, grad: &[f32]) {
 }
 
 /// Targets of one item for terms of every kind.
-struct Targets {
-    tokens: Vec<u32>,
+pub(super) struct Targets {
+    pub(super) tokens: Vec<u32>,
     bytes: Records,
     labels: Vec<u32>,
     listed: Records<u32>,
 }
 
 impl Targets {
-    fn of(case: &mut Case, tokens: Vec<u32>, k: usize) -> Self {
+    pub(super) fn of(case: &mut Case, tokens: Vec<u32>, k: usize) -> Self {
         let labels = (0..=tokens.len()).map(|_| match case.random.below(4) {
             0 => NO_LABEL,
             _ => u32::try_from(case.random.below(case.vocab.live())).unwrap(),
         });
         let labels = labels.collect();
-        let item = Case {
+        let mut item = Case {
             tokens: tokens.clone(),
             ..case.clone()
         };
         Self {
-            bytes: item.clone().target(k),
-            listed: item.clone().token_target(k),
+            bytes: item.target(k),
+            listed: item.token_target(k),
             labels,
             tokens,
         }
     }
 
     /// A choice of terms by the bits of `kinds`; their weights sum to at most 2.
-    fn terms(&self, kinds: usize) -> Vec<Term<'_>> {
+    pub(super) fn terms(&self, kinds: usize) -> Vec<Term<'_>> {
         let target = self.listed.view();
         let all = [
             Term::Trie {

@@ -1,4 +1,5 @@
 //! Fast paths against the reference.
 
+mod head;
 mod loss;
 mod score;
