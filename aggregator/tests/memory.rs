@@ -168,8 +168,8 @@ fn write_adapter(path: &Path, layers: usize, seed: u64) {
     for _ in 0..offset / (4 * WIDTH) {
         let row: Vec<u8> = (0..WIDTH)
             .flat_map(|_| {
-                let value = f64::from(draws.next_u32()) / f64::from(1_u32 << 31) - 1.0;
-                (value as f32 / 64.0).to_le_bytes()
+                let value = u16::try_from(draws.next_u32() >> 16).unwrap();
+                ((f32::from(value) / 32_768.0 - 1.0) / 64.0).to_le_bytes()
             })
             .collect();
         file.write_all(&row).unwrap();

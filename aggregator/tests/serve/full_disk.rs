@@ -134,7 +134,7 @@ fn leave_free(ballast: &Path, free: u64) {
         .open(ballast)
         .unwrap();
     let full = loop {
-        if let Err(error) = file.write_all(&[1; PAGE as usize]) {
+        if let Err(error) = file.write_all(&[1; 4096]) {
             break error;
         }
     };

@@ -80,6 +80,10 @@ struct Tensor {
 }
 
 impl Tensor {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "adapters are stored in f32"
+    )]
     fn matrix(name: String, values: &Mat<f64>) -> Self {
         let (rows, columns) = values.shape();
         let value = |i: usize| values[(i / columns, i % columns)] as f32;
