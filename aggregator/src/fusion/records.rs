@@ -1,12 +1,14 @@
 //! Records become targets: routing from bits that are recomputed here, then a mixture, in integers only.
 //!
-//! A number that a node claims has no influence. Spans without labels do not count for the routing. Sources are taken in
-//! the order of their institutions and every item is fused on its own, so the result is the same bytes for any order of
-//! arrival, any number of threads and any machine.
+//! A number that a node claims has no influence. Spans without labels do not count for the routing; where the whole
+//! reference set declares none, softmax routing scores causally, each position by the bytes before it, so that an answer
+//! that nobody knows cannot spoil the weights of what precedes it. Sources are taken in the order of their institutions
+//! and every item is fused on its own, so the result is the same bytes for any order of arrival, any number of threads
+//! and any machine.
 
 use std::collections::BTreeMap;
 
-use consilium_kernels::fusion::{Bits, Routing, fuse_item, item_bits, route};
+use consilium_kernels::fusion::{Bits, Mixing, Routing, fuse, item_bits, route, route_causal};
 use consilium_kernels::{RecordShape, RecordView, Records};
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::{FusionRule, Manifest, SymbolSpace};
@@ -37,7 +39,8 @@ pub struct ShardRouting {
     pub institutions: Vec<InstitutionId>,
     /// First item of the shard.
     pub first: u64,
-    /// Per item, one weight per source; each item's weights sum to 65,536.
+    /// Per item, one weight per source; each item's weights sum to 65,536. Of an item that was routed causally, those
+    /// of its last position.
     pub weights: Vec<Vec<u32>>,
     /// Per item, the bits that each source needs for the labelled bytes and the end, in sixteenths.
     pub sixteenths: Vec<Vec<u64>>,
@@ -118,6 +121,10 @@ pub fn fuse_shard(
     let fuser = Fuser {
         manifest,
         views: &views,
+        causal: reference
+            .items()
+            .iter()
+            .all(|item| item.unlabeled.is_empty()),
     };
     let fused: Vec<Result<Fused, _>> = items
         .par_iter()
@@ -185,6 +192,8 @@ struct Fused {
 struct Fuser<'a> {
     manifest: &'a Manifest,
     views: &'a [RecordView<'a>],
+    /// Whether the reference set declares no span at all.
+    causal: bool,
 }
 
 impl Fuser<'_> {
@@ -217,9 +226,19 @@ impl Fuser<'_> {
             FusionRule::MinCe => Routing::MinCe,
             FusionRule::Uniform => Routing::Uniform,
         };
-        let weights = route(routing, &bits);
         let mut records = Records::new(shape.k)?;
-        fuse_item(&weights, &sources, &shape, &mut records)?;
+        let weights = match routing {
+            Routing::Softmax { sharpness } if self.causal => {
+                let rows = route_causal(sharpness, &sources, item.target.as_bytes())?;
+                fuse(Mixing::Positions(&rows), &sources, &shape, &mut records)?;
+                rows[rows.len() - sources.len()..].to_vec()
+            }
+            _ => {
+                let weights = route(routing, &bits);
+                fuse(Mixing::Item(&weights), &sources, &shape, &mut records)?;
+                weights
+            }
+        };
         Ok(Fused {
             weights,
             bits,
@@ -368,6 +387,16 @@ mod tests {
     /// Records that give each observed byte of the shard's items this probability; `blind` items get 1/8 instead.
     fn shard(manifest: &Manifest, index: u32, probability: f64, blind: &[usize]) -> Shard {
         let set = ReferenceSet::parse(TEXT.as_bytes()).unwrap();
+        shard_of(&set, manifest, index, probability, blind)
+    }
+
+    fn shard_of(
+        set: &ReferenceSet,
+        manifest: &Manifest,
+        index: u32,
+        probability: f64,
+        blind: &[usize],
+    ) -> Shard {
         let range = manifest.shard_range(index);
         let header = Header::new(
             set.digest(),
@@ -444,6 +473,26 @@ mod tests {
                 .offsets,
             [0, 2]
         );
+    }
+
+    #[test]
+    fn without_a_declared_span_each_position_follows_what_came_before_it() {
+        let text = "{\"target\":\"ab\"}\n{\"target\":\"cxxd\"}\n{\"target\":\"e\"}\n";
+        let set = ReferenceSet::parse(text.as_bytes()).unwrap();
+        let manifest = Manifest {
+            reference: set.digest(),
+            ..manifest(FusionRule::Softmax { sharpness: 20 })
+        };
+        let sources = [
+            (id("a"), shard_of(&set, &manifest, 0, 0.9, &[1])),
+            (id("b"), shard_of(&set, &manifest, 0, 0.9, &[0])),
+        ];
+        let fused = fuse_shard(&manifest, &set, 0, &sources).unwrap();
+        let (even, known) = (code::encode((0.9 + 0.125) / 2.0), code::encode(0.9));
+        let first_slots: Vec<u8> = fused.targets.codes.iter().copied().step_by(2).collect();
+        assert_eq!(first_slots[..2], [even, known]);
+        assert_eq!(first_slots[3..7], [even, known, known, known]);
+        assert_eq!(fused.routing.weights, [[65_536, 0], [0, 65_536]]);
     }
 
     #[test]
