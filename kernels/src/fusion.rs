@@ -17,6 +17,10 @@ use crate::backend::Backend;
 use crate::code;
 use crate::error::FusionError;
 use crate::records::{RecordShape, RecordView, Records, Symbol};
+#[cfg(feature = "cuda")]
+use crate::cuda;
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaError;
 use crate::{cpu, reference};
 
 /// Sum of the weights of an item's sources.
@@ -217,6 +221,10 @@ impl Backend {
         match self {
             Self::Reference => reference::fusion::fuse(weights, sources, shape, out),
             Self::Cpu => cpu::fusion::fuse(weights, sources, shape, out)?,
+            #[cfg(feature = "cuda")]
+            Self::Cuda => cuda::fuse(cuda::device()?, weights, sources, shape, out)?,
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(CudaError::NotBuilt.into()),
         }
         Ok(())
     }

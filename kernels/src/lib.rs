@@ -8,6 +8,9 @@
 pub mod backend;
 pub mod code;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod element;
 pub mod error;
 pub mod fusion;
 pub mod loss;
@@ -21,6 +24,7 @@ mod trie;
 pub mod vocab;
 
 pub use backend::Backend;
-pub use error::{FusionError, LossError, RecordError, ScoreError, VocabError};
+pub use element::{Dtype, Element};
+pub use error::{CudaError, FusionError, LossError, RecordError, ScoreError, VocabError};
 pub use records::{RecordShape, RecordView, Records, Symbol};
 pub use vocab::{TokenKind, Vocab};

@@ -33,6 +33,10 @@ use crate::code::{self, FLOOR};
 use crate::error::LossError;
 use crate::records::RecordView;
 use crate::vocab::Vocab;
+#[cfg(feature = "cuda")]
+use crate::cuda;
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaError;
 use crate::{cpu, reference};
 
 /// A row of [`cross_entropy`] without a label: no loss, gradient untouched.
@@ -95,6 +99,13 @@ impl Backend {
         let loss = match self {
             Self::Reference => reference::loss::trie_loss(&job, logits, grad),
             Self::Cpu => cpu::loss::trie_loss(&job, logits, grad),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => {
+                let terms = [cuda::Term::Trie { target, weight }];
+                return add_on_device(vocab, tokens, &terms, logits, grad);
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(CudaError::NotBuilt.into()),
         };
         Ok(loss?)
     }
@@ -121,9 +132,36 @@ impl Backend {
         let loss = match self {
             Self::Reference => reference::loss::cross_entropy(vocab, labels, logits, weight, grad),
             Self::Cpu => cpu::loss::cross_entropy(vocab, labels, logits, weight, grad),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => {
+                let Some(last) = labels.len().checked_sub(1) else {
+                    return Ok(0.0);
+                };
+                // Labels alone cut a row along themselves, so any tokens will do.
+                let terms = [cuda::Term::Labels { labels, weight }];
+                return add_on_device(vocab, &vec![0; last], &terms, logits, grad);
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(CudaError::NotBuilt.into()),
         };
         Ok(loss?)
     }
+}
+
+#[cfg(feature = "cuda")]
+fn add_on_device(
+    vocab: &Vocab,
+    tokens: &[u32],
+    terms: &[cuda::Term<'_>],
+    logits: &[f32],
+    grad: &mut [f32],
+) -> Result<f64, LossError> {
+    let mut rows = logits.to_vec();
+    let loss = cuda::host::loss_in_place(vocab, &[cuda::ItemLoss { tokens, terms }], &mut rows)?;
+    for (grad, value) in grad.iter_mut().zip(rows) {
+        *grad += value;
+    }
+    Ok(loss)
 }
 
 impl From<NotFinite> for LossError {

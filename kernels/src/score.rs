@@ -26,6 +26,10 @@ use crate::error::ScoreError;
 use crate::records::{RecordShape, Records};
 use crate::trie::Node;
 use crate::vocab::Vocab;
+#[cfg(feature = "cuda")]
+use crate::cuda;
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaError;
 use crate::{cpu, reference};
 
 /// A stop inside an observed token that wants a forward pass of its own.
@@ -114,6 +118,13 @@ impl Backend {
         let found = match self {
             Self::Reference => reference::score::branches(&item, threshold),
             Self::Cpu => cpu::score::branches(&item, threshold),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => {
+                let found = cuda::host::branches(vocab, &[tokens], logits, threshold)?;
+                return Ok(found.into_iter().flatten().collect());
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(CudaError::NotBuilt.into()),
         };
         Ok(found?)
     }
@@ -139,6 +150,14 @@ impl Backend {
         match self {
             Self::Reference => reference::score::records(&item, shape, out),
             Self::Cpu => cpu::score::records(&item, shape, out),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => {
+                let items = (&[tokens][..], &[branches][..]);
+                let missed = cuda::host::records(vocab, items, logits, branch_logits, shape, out)?;
+                Ok(missed.first().copied().unwrap_or_default())
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(CudaError::NotBuilt.into()),
         }
     }
 
@@ -156,6 +175,10 @@ impl Backend {
         let bits = match self {
             Self::Reference => reference::score::token_bits(&item),
             Self::Cpu => cpu::score::token_bits(&item),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => return Ok(cuda::host::token_bits(vocab, &[tokens], logits)?.iter().sum()),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(CudaError::NotBuilt.into()),
         };
         Ok(bits?)
     }
