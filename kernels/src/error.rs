@@ -149,12 +149,35 @@ pub enum LossError {
         /// Its rank.
         rank: u32,
     },
+    /// A symbol of a token-space target is no token of the vocabulary.
+    #[error("target position {position} lists token id {id}, which the vocabulary does not have")]
+    Symbol {
+        /// Position of the target.
+        position: usize,
+        /// Token id.
+        id: u32,
+    },
     /// The weight is NaN or infinite.
     #[error("weight is not finite")]
     Weight,
     /// The device failed.
     #[error(transparent)]
     Cuda(#[from] CudaError),
+}
+
+/// Why weights are not the head of a vocabulary.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeadError {
+    /// The number of weights is not that of `[tokens, width]`.
+    #[error("head has {got} weights, expected {tokens} tokens of width {width}")]
+    Weights {
+        /// Weights given.
+        got: usize,
+        /// Tokens of the vocabulary.
+        tokens: usize,
+        /// Values per token, at least one.
+        width: usize,
+    },
 }
 
 /// Why records could not be fused.

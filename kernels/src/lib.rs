@@ -3,7 +3,7 @@
 //! Logits are rows of `f32` in rank order, the byte-sorted order of [`vocab::Vocab`]; a model
 //! permutes the rows of its output head once at load. Floats end where records begin: [`fusion`] is
 //! integer arithmetic on [`code`]s, so its results are the same bytes on every machine and any
-//! number of threads. Only [`matmul`] holds unsafe code.
+//! number of threads. Unsafe code is in [`matmul`] and the SIMD passes of the CPU backend.
 
 pub mod backend;
 pub mod code;
@@ -13,10 +13,12 @@ pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod fusion;
+pub mod head;
 pub mod loss;
 pub mod matmul;
 pub mod records;
 mod reference;
+mod rows;
 pub mod score;
 #[cfg(test)]
 mod testing;
@@ -25,6 +27,7 @@ pub mod vocab;
 
 pub use backend::Backend;
 pub use element::{Dtype, Element};
-pub use error::{CudaError, FusionError, LossError, RecordError, ScoreError, VocabError};
+pub use error::{CudaError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError};
+pub use head::{Head, Weights};
 pub use records::{RecordShape, RecordView, Records, Symbol};
 pub use vocab::{TokenKind, Vocab};

@@ -274,13 +274,18 @@ impl<S: Symbol> Records<S> {
     /// Where `k` is 0 or beyond the symbol space's maximum.
     pub fn new(k: usize) -> Result<Self, RecordError> {
         check_slots::<S>(k)?;
-        Ok(Self {
+        Ok(Self::empty(k))
+    }
+
+    /// No positions yet, for a number of slots that was checked.
+    pub(crate) fn empty(k: usize) -> Self {
+        Self {
             k,
             symbols: Vec::new(),
             codes: Vec::new(),
             end: Vec::new(),
             tail: Vec::new(),
-        })
+        }
     }
 
     /// Checks and takes columns, as [`RecordView::new`] does.

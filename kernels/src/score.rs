@@ -21,15 +21,16 @@
 //! hold `fill_permille` of the mass or the slots are full, always at least one, then in ascending
 //! order.
 
+use std::iter::Peekable;
+use std::ops::Range;
+
 use crate::backend::{Backend, NotFinite};
+use crate::cpu::Level;
+use crate::element::Element;
 use crate::error::ScoreError;
 use crate::records::{RecordShape, Records};
-use crate::trie::Node;
+use crate::rows::Rows;
 use crate::vocab::Vocab;
-#[cfg(feature = "cuda")]
-use crate::cuda;
-#[cfg(not(feature = "cuda"))]
-use crate::error::CudaError;
 use crate::{cpu, reference};
 
 /// A stop inside an observed token that wants a forward pass of its own.
@@ -102,6 +103,56 @@ pub fn token_bits(vocab: &Vocab, tokens: &[u32], logits: &[f32]) -> Result<f64, 
     Backend::best().token_bits(vocab, tokens, logits)
 }
 
+/// Tokens of an item and the branches that were asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct ItemTokens<'a> {
+    /// Ranks of the m tokens of the target, without the end.
+    pub tokens: &'a [u32],
+    /// From [`branches_of`], or none for merely coupled records.
+    pub branches: &'a [Branch],
+}
+
+/// [`branches`] of several items, whose rows of logits follow each other.
+///
+/// # Errors
+/// As [`branches`]; rows are counted over all items.
+pub fn branches_of<T: Element>(
+    vocab: &Vocab,
+    items: &[&[u32]],
+    logits: &[T],
+    threshold: f32,
+) -> Result<Vec<Vec<Branch>>, ScoreError> {
+    Backend::best().branches_of(vocab, items, logits, threshold)
+}
+
+/// [`records`] of several items, whose rows of logits follow each other, as do those of their
+/// branches.
+///
+/// # Errors
+/// As [`records`]; rows are counted over all items.
+pub fn records_of<T: Element>(
+    vocab: &Vocab,
+    items: &[ItemTokens<'_>],
+    logits: &[T],
+    branch_logits: &[T],
+    shape: &RecordShape,
+    out: &mut Records,
+) -> Result<Vec<Missed>, ScoreError> {
+    Backend::best().records_of(vocab, items, logits, branch_logits, shape, out)
+}
+
+/// [`token_bits`] of several items, whose rows of logits follow each other.
+///
+/// # Errors
+/// As [`branches_of`].
+pub fn token_bits_of<T: Element>(
+    vocab: &Vocab,
+    items: &[&[u32]],
+    logits: &[T],
+) -> Result<Vec<f64>, ScoreError> {
+    Backend::best().token_bits_of(vocab, items, logits)
+}
+
 impl Backend {
     /// [`branches`] on this implementation.
     ///
@@ -114,19 +165,8 @@ impl Backend {
         logits: &[f32],
         threshold: f32,
     ) -> Result<Vec<Branch>, ScoreError> {
-        let item = ScoreItem::new(vocab, tokens, logits)?;
-        let found = match self {
-            Self::Reference => reference::score::branches(&item, threshold),
-            Self::Cpu => cpu::score::branches(&item, threshold),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => {
-                let found = cuda::host::branches(vocab, &[tokens], logits, threshold)?;
-                return Ok(found.into_iter().flatten().collect());
-            }
-            #[cfg(not(feature = "cuda"))]
-            Self::Cuda => return Err(CudaError::NotBuilt.into()),
-        };
-        Ok(found?)
+        let found = self.branches_of(vocab, &[tokens], logits, threshold)?;
+        Ok(found.into_iter().flatten().collect())
     }
 
     /// [`records`] on this implementation.
@@ -143,22 +183,9 @@ impl Backend {
         shape: &RecordShape,
         out: &mut Records,
     ) -> Result<Missed, ScoreError> {
-        let item = ScoreItem::new(vocab, tokens, logits)?;
-        let item = item.with_branches(branches, branch_logits)?;
-        shape.check::<u8>()?;
-        out.check_k(shape.k)?;
-        match self {
-            Self::Reference => reference::score::records(&item, shape, out),
-            Self::Cpu => cpu::score::records(&item, shape, out),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => {
-                let items = (&[tokens][..], &[branches][..]);
-                let missed = cuda::host::records(vocab, items, logits, branch_logits, shape, out)?;
-                Ok(missed.first().copied().unwrap_or_default())
-            }
-            #[cfg(not(feature = "cuda"))]
-            Self::Cuda => Err(CudaError::NotBuilt.into()),
-        }
+        let items = [ItemTokens { tokens, branches }];
+        let missed = self.records_of(vocab, &items, logits, branch_logits, shape, out)?;
+        Ok(missed[0])
     }
 
     /// [`token_bits`] on this implementation.
@@ -171,16 +198,209 @@ impl Backend {
         tokens: &[u32],
         logits: &[f32],
     ) -> Result<f64, ScoreError> {
-        let item = ScoreItem::new(vocab, tokens, logits)?;
-        let bits = match self {
-            Self::Reference => reference::score::token_bits(&item),
-            Self::Cpu => cpu::score::token_bits(&item),
+        Ok(self.token_bits_of(vocab, &[tokens], logits)?[0])
+    }
+
+    /// [`branches_of`] on this implementation.
+    ///
+    /// # Errors
+    /// As [`branches_of`].
+    pub fn branches_of<T: Element>(
+        self,
+        vocab: &Vocab,
+        items: &[&[u32]],
+        logits: &[T],
+        threshold: f32,
+    ) -> Result<Vec<Vec<Branch>>, ScoreError> {
+        let job = ScoreJob::new(vocab, items)?;
+        check_length(
+            "logits",
+            logits.len(),
+            job.rows().saturating_mul(vocab.len()),
+        )?;
+        match self {
+            Self::Reference => Ok(reference::score::branches(&job, logits, threshold)?),
+            Self::Cpu => {
+                let rows = 0..job.rows();
+                let found = cpu::score::branches(Level::best(), &job, rows, logits, threshold)?;
+                Ok(job.by_item(found))
+            }
             #[cfg(feature = "cuda")]
-            Self::Cuda => return Ok(cuda::host::token_bits(vocab, &[tokens], logits)?.iter().sum()),
+            Self::Cuda => crate::cuda::host::branches(vocab, items, logits, threshold),
             #[cfg(not(feature = "cuda"))]
-            Self::Cuda => return Err(CudaError::NotBuilt.into()),
+            Self::Cuda => Err(crate::error::CudaError::NotBuilt.into()),
+        }
+    }
+
+    /// [`records_of`] on this implementation.
+    ///
+    /// # Errors
+    /// As [`records_of`].
+    pub fn records_of<T: Element>(
+        self,
+        vocab: &Vocab,
+        items: &[ItemTokens<'_>],
+        logits: &[T],
+        branch_logits: &[T],
+        shape: &RecordShape,
+        out: &mut Records,
+    ) -> Result<Vec<Missed>, ScoreError> {
+        let tokens: Vec<&[u32]> = items.iter().map(|item| item.tokens).collect();
+        let score = ScoreJob::new(vocab, &tokens)?;
+        check_length(
+            "logits",
+            logits.len(),
+            score.rows().saturating_mul(vocab.len()),
+        )?;
+        let job = RecordsJob::new(score, items, shape)?;
+        let expected = job.branch_rows().saturating_mul(vocab.len());
+        check_length("branch logits", branch_logits.len(), expected)?;
+        out.check_k(shape.k)?;
+        match self {
+            Self::Reference => reference::score::records(&job, logits, branch_logits, out),
+            Self::Cpu => records_on_cpu(Level::best(), &job, logits, branch_logits, out),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => crate::cuda::host::records(vocab, items, logits, branch_logits, shape, out),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(crate::error::CudaError::NotBuilt.into()),
+        }
+    }
+
+    /// [`token_bits_of`] on this implementation.
+    ///
+    /// # Errors
+    /// As [`token_bits_of`].
+    pub fn token_bits_of<T: Element>(
+        self,
+        vocab: &Vocab,
+        items: &[&[u32]],
+        logits: &[T],
+    ) -> Result<Vec<f64>, ScoreError> {
+        let job = ScoreJob::new(vocab, items)?;
+        check_length(
+            "logits",
+            logits.len(),
+            job.rows().saturating_mul(vocab.len()),
+        )?;
+        let rows = 0..job.rows();
+        let bits = match self {
+            Self::Reference => reference::score::token_bits(&job, logits)?,
+            Self::Cpu => cpu::score::token_bits(Level::best(), &job, rows, logits)?,
+            #[cfg(feature = "cuda")]
+            Self::Cuda => return crate::cuda::host::token_bits(vocab, items, logits),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(crate::error::CudaError::NotBuilt.into()),
         };
-        Ok(bits?)
+        Ok(job.sums(&bits))
+    }
+}
+
+fn records_on_cpu<T: Element>(
+    level: Level,
+    job: &RecordsJob<'_>,
+    logits: &[T],
+    branch_logits: &[T],
+    out: &mut Records,
+) -> Result<Vec<Missed>, ScoreError> {
+    let roots =
+        cpu::score::roots(level, job.score.vocab, 0, branch_logits).map_err(branch_error)?;
+    let mut parts = RecordParts::new(job);
+    parts.add(level, 0..job.score.rows(), logits, &roots)?;
+    parts.finish(out)
+}
+
+/// Names a cell among the logits of branches.
+pub(crate) fn branch_error(NotFinite { row, column }: NotFinite) -> ScoreError {
+    ScoreError::BranchNotFinite { row, column }
+}
+
+/// Records of a job whose rows come in several parts.
+#[derive(Debug)]
+pub(crate) struct RecordParts<'a> {
+    job: &'a RecordsJob<'a>,
+    before: Option<cpu::score::Boundary>,
+    means: Vec<Means>,
+    records: Records,
+}
+
+impl<'a> RecordParts<'a> {
+    pub(crate) fn new(job: &'a RecordsJob<'a>) -> Self {
+        Self {
+            job,
+            before: None,
+            means: vec![Means::default(); job.score.tokens.len()],
+            records: Records::empty(job.shape.k),
+        }
+    }
+
+    /// Takes the logits of the next rows.
+    pub(crate) fn add<T: Element>(
+        &mut self,
+        level: Level,
+        rows: Range<usize>,
+        logits: &[T],
+        roots: &[cpu::Dense],
+    ) -> Result<(), ScoreError> {
+        let Self {
+            job,
+            before,
+            means,
+            records,
+        } = self;
+        cpu::score::records(level, job, rows, logits, roots, before, means, records)
+    }
+
+    /// Appends all positions to `out`.
+    pub(crate) fn finish(self, out: &mut Records) -> Result<Vec<Missed>, ScoreError> {
+        out.append(self.records.view())?;
+        Ok(self.means.into_iter().map(Means::missed).collect())
+    }
+}
+
+/// Shares that an item's positions observe, in order.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Means {
+    short: Mean,
+    long: Mean,
+}
+
+impl Means {
+    pub(crate) fn observe(&mut self, short: &[f64], long: Option<f64>) {
+        for &share in short {
+            self.short.observe(share);
+        }
+        if let Some(share) = long {
+            self.long.observe(share);
+        }
+    }
+
+    pub(crate) fn missed(self) -> Missed {
+        Missed {
+            short: self.short.value(),
+            long: self.long.value(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Mean {
+    sum: f64,
+    count: u64,
+}
+
+impl Mean {
+    fn observe(&mut self, value: f64) {
+        self.sum += value;
+        self.count += 1;
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "a share, reported as f32")]
+    fn value(self) -> f32 {
+        if self.count == 0 {
+            0.0
+        } else {
+            (self.sum / self.count as f64) as f32
+        }
     }
 }
 
@@ -190,117 +410,148 @@ impl From<NotFinite> for ScoreError {
     }
 }
 
-/// Checked inputs of one item, but for the values of the logits.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ScoreItem<'a> {
+/// Checked tokens of some items, and where their rows are.
+#[derive(Clone, Debug)]
+pub(crate) struct ScoreJob<'a> {
     pub(crate) vocab: &'a Vocab,
-    pub(crate) tokens: &'a [u32],
-    logits: &'a [f32],
-    pub(crate) branches: &'a [Branch],
-    branch_logits: &'a [f32],
+    pub(crate) tokens: Vec<&'a [u32]>,
+    rows: Rows,
 }
 
-impl<'a> ScoreItem<'a> {
-    /// Checks tokens and sizes; no branches yet.
-    pub(crate) fn new(
-        vocab: &'a Vocab,
-        tokens: &'a [u32],
-        logits: &'a [f32],
-    ) -> Result<Self, ScoreError> {
-        check_length(
-            "logits",
-            logits.len(),
-            (tokens.len() + 1).saturating_mul(vocab.len()),
-        )?;
-        for (position, &rank) in tokens.iter().enumerate() {
-            if rank >= vocab.byte_tokens() {
-                return Err(ScoreError::NotAByteToken { position, rank });
+impl<'a> ScoreJob<'a> {
+    pub(crate) fn new(vocab: &'a Vocab, items: &[&'a [u32]]) -> Result<Self, ScoreError> {
+        for tokens in items {
+            for (position, &rank) in tokens.iter().enumerate() {
+                if rank >= vocab.byte_tokens() {
+                    return Err(ScoreError::NotAByteToken { position, rank });
+                }
             }
         }
         Ok(Self {
             vocab,
-            tokens,
-            logits,
-            branches: &[],
-            branch_logits: &[],
+            tokens: items.to_vec(),
+            rows: Rows::new(items.iter().map(|tokens| tokens.len() + 1)),
         })
     }
 
-    /// Checks branches and takes them.
-    pub(crate) fn with_branches(
-        self,
-        branches: &'a [Branch],
-        branch_logits: &'a [f32],
-    ) -> Result<Self, ScoreError> {
-        let expected = branches.len().saturating_mul(self.vocab.len());
-        check_length("branch logits", branch_logits.len(), expected)?;
-        let mut last = None;
-        for (index, branch) in branches.iter().enumerate() {
-            let place = (branch.position, branch.taken);
-            if last >= Some(place) || !self.is_interior_stop(branch) {
-                return Err(ScoreError::Branch { index });
-            }
-            last = Some(place);
+    /// Rows of all items.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Item of a row, and the row's index there.
+    pub(crate) fn place(&self, row: usize) -> (usize, usize) {
+        self.rows.find(row)
+    }
+
+    /// Rows of an item.
+    pub(crate) fn rows_of(&self, item: usize) -> Range<usize> {
+        self.rows.start(item)..self.rows.start(item + 1)
+    }
+
+    /// Token that a row predicts; `None` for the end.
+    pub(crate) fn token(&self, row: usize) -> Option<u32> {
+        let (item, index) = self.place(row);
+        self.tokens[item].get(index).copied()
+    }
+
+    /// Bytes of that token; none for the end.
+    pub(crate) fn bytes(&self, row: usize) -> &'a [u8] {
+        self.token(row)
+            .map_or(&[], |rank| self.vocab.token_bytes(rank))
+    }
+
+    /// What was found by row, ascending, as a list per item.
+    pub(crate) fn by_item<R>(&self, found: Vec<(usize, R)>) -> Vec<Vec<R>> {
+        let mut items: Vec<Vec<R>> = self.tokens.iter().map(|_| Vec::new()).collect();
+        for (row, value) in found {
+            items[self.place(row).0].push(value);
         }
-        Ok(Self {
-            branches,
-            branch_logits,
-            ..self
-        })
+        items
     }
 
-    fn is_interior_stop(&self, branch: &Branch) -> bool {
-        let Some(&token) = self.tokens.get(branch.position as usize) else {
-            return false;
-        };
-        let observed = self.vocab.token_bytes(token);
-        let stopped = self.vocab.token_bytes(branch.rank);
-        let taken = branch.taken as usize;
-        0 < taken && taken < observed.len() && observed.get(..taken) == Some(stopped)
-    }
-
-    /// Bytes of token `index`; empty past the last.
-    pub(crate) fn bytes(&self, index: usize) -> &'a [u8] {
-        self.tokens
-            .get(index)
-            .map_or(&[], |&rank| self.vocab.token_bytes(rank))
-    }
-
-    pub(crate) fn row(&self, index: usize) -> &'a [f32] {
-        let width = self.vocab.len();
-        &self.logits[index * width..(index + 1) * width]
-    }
-
-    pub(crate) fn branch_row(&self, index: usize) -> &'a [f32] {
-        let width = self.vocab.len();
-        &self.branch_logits[index * width..(index + 1) * width]
-    }
-
-    /// Index of the first branch at or after a token.
-    pub(crate) fn first_branch(&self, token: usize) -> usize {
-        self.branches
-            .partition_point(|branch| (branch.position as usize) < token)
-    }
-
-    /// Interior nodes of token `index`: bytes taken, and the node.
-    pub(crate) fn interior(
-        &self,
-        index: usize,
-    ) -> impl Iterator<Item = (usize, &'a Node)> + use<'a> {
-        let bytes = self.bytes(index);
-        let trie = self.vocab.trie();
-        let mut node = trie.root();
-        bytes[..bytes.len().saturating_sub(1)]
-            .iter()
-            .enumerate()
-            .map_while(move |(index, &byte)| {
-                node = trie.child(node, byte)?;
-                Some((index + 1, node))
-            })
+    /// Values per row, summed per item in order.
+    pub(crate) fn sums(&self, values: &[f64]) -> Vec<f64> {
+        (0..self.tokens.len())
+            .map(|item| values[self.rows_of(item)].iter().sum())
+            .collect()
     }
 }
 
-fn check_length(what: &'static str, got: usize, expected: usize) -> Result<(), ScoreError> {
+/// Checked items with branches.
+#[derive(Clone, Debug)]
+pub(crate) struct RecordsJob<'a> {
+    pub(crate) score: ScoreJob<'a>,
+    pub(crate) branches: Vec<&'a [Branch]>,
+    branch_rows: Rows,
+    pub(crate) shape: RecordShape,
+}
+
+impl<'a> RecordsJob<'a> {
+    pub(crate) fn new(
+        score: ScoreJob<'a>,
+        items: &[ItemTokens<'a>],
+        shape: &RecordShape,
+    ) -> Result<Self, ScoreError> {
+        shape.check::<u8>()?;
+        for item in items {
+            let mut last = None;
+            for (index, branch) in item.branches.iter().enumerate() {
+                let place = (branch.position, branch.taken);
+                if last >= Some(place) || !is_interior_stop(score.vocab, item.tokens, branch) {
+                    return Err(ScoreError::Branch { index });
+                }
+                last = Some(place);
+            }
+        }
+        Ok(Self {
+            score,
+            branches: items.iter().map(|item| item.branches).collect(),
+            branch_rows: Rows::new(items.iter().map(|item| item.branches.len())),
+            shape: *shape,
+        })
+    }
+
+    /// Rows of branch logits.
+    pub(crate) fn branch_rows(&self) -> usize {
+        self.branch_rows.len()
+    }
+
+    /// Rows of branch logits of an item.
+    pub(crate) fn branch_rows_of(&self, item: usize) -> Range<usize> {
+        self.branch_rows.start(item)..self.branch_rows.start(item + 1)
+    }
+
+    /// Branches of a row's token, with the rows of their logits.
+    pub(crate) fn branches(
+        &self,
+        row: usize,
+    ) -> Peekable<impl Iterator<Item = (usize, &'a Branch)>> {
+        let (item, index) = self.score.place(row);
+        let branches = self.branches[item];
+        let first = branches.partition_point(|branch| (branch.position as usize) < index);
+        let rows = self.branch_rows.start(item) + first..;
+        let here = branches[first..].iter();
+        rows.zip(here.take_while(move |branch| branch.position as usize == index))
+            .peekable()
+    }
+}
+
+fn is_interior_stop(vocab: &Vocab, tokens: &[u32], branch: &Branch) -> bool {
+    let Some(&token) = tokens.get(branch.position as usize) else {
+        return false;
+    };
+    let observed = vocab.token_bytes(token);
+    let stopped = vocab.token_bytes(branch.rank);
+    let taken = branch.taken as usize;
+    0 < taken && taken < observed.len() && observed.get(..taken) == Some(stopped)
+}
+
+pub(crate) fn check_length(
+    what: &'static str,
+    got: usize,
+    expected: usize,
+) -> Result<(), ScoreError> {
     if got == expected {
         Ok(())
     } else {

@@ -7,6 +7,7 @@
 use proptest::prelude::*;
 
 use crate::code::FLOOR;
+use crate::element::Element;
 use crate::records::Records;
 use crate::vocab::{TokenKind, Vocab};
 
@@ -92,6 +93,45 @@ impl Case {
         records
     }
 
+    /// The item's tokens as one to three items, some of them perhaps empty.
+    pub(crate) fn items(&mut self) -> Vec<Vec<u32>> {
+        let cuts = [(); 2].map(|()| self.random.below(self.tokens.len() + 1));
+        let (first, second) = (cuts[0].min(cuts[1]), cuts[0].max(cuts[1]));
+        let parts = [0..first, first..second, second..self.tokens.len()];
+        let count = 1 + self.random.below(3);
+        parts
+            .into_iter()
+            .rev()
+            .take(count)
+            .map(|part| self.tokens[part].to_vec())
+            .collect()
+    }
+
+    /// A token-space target of random codes over random ids, with a position per row.
+    pub(crate) fn token_target(&mut self, k: usize) -> Records<u32> {
+        let mut records = Records::new(k).unwrap();
+        for _ in 0..=self.tokens.len() {
+            let mut listed = std::collections::BTreeMap::new();
+            for _ in 0..=self.random.below(k) {
+                let id = self.random.below(self.vocab.len()) as u32;
+                listed.insert(id, self.random.below(256) as u8);
+            }
+            let listed: Vec<(u32, u8)> = listed.into_iter().collect();
+            let tail = self.random.below(300).min(255) as u8;
+            records.push(&listed, FLOOR, tail);
+        }
+        records
+    }
+
+    /// The token-space target that is certain of what was observed.
+    pub(crate) fn one_hot_tokens(&self) -> Records<u32> {
+        let mut records = Records::new(2).unwrap();
+        for &rank in self.tokens.iter().chain([&self.vocab.end_ranks().start]) {
+            records.push(&[(self.vocab.id_of_rank()[rank as usize], 0)], FLOOR, FLOOR);
+        }
+        records
+    }
+
     /// The target that is certain of what was observed.
     pub(crate) fn one_hot(&self) -> Records {
         let mut records = Records::new(2).unwrap();
@@ -101,6 +141,11 @@ impl Case {
         records.push(&[(7, FLOOR)], 0, FLOOR);
         records
     }
+}
+
+/// Values as they are stored in another type.
+pub(crate) fn stored<T: Element>(values: &[f32]) -> Vec<T> {
+    values.iter().map(|&value| T::from_f32(value)).collect()
 }
 
 /// Few byte values, so that prefixes and whole tokens collide; both ends of the range.

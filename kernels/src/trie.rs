@@ -19,6 +19,7 @@ pub(crate) struct Node {
 
 impl Node {
     /// All ranks below the node, itself included.
+    #[cfg(test)]
     pub(crate) fn all(&self) -> Range<usize> {
         self.start as usize..self.end as usize
     }

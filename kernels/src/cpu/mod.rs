@@ -1,11 +1,18 @@
-//! Portable fast path: one exponential pass per row, then sums over contiguous ranges.
+//! What runs: each logits row is read once, in order, by the widest vectors that the machine has.
 //!
-//! Sums are never differences of a cumulative sum, which in `f32` loses small masses altogether.
-//! Rows are independent and run in parallel in fixed chunks; what chunks return is combined in
-//! order.
+//! Sums run over contiguous ranges and are never differences of a cumulative sum, which in `f32`
+//! loses small masses altogether. Rows are independent and run in parallel; what they return is
+//! combined in order.
 
-mod exp;
+mod encode;
 pub(crate) mod fusion;
+mod leaves;
 pub(crate) mod loss;
-mod row;
+mod masses;
 pub(crate) mod score;
+mod simd;
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub(crate) use masses::Dense;
+pub(crate) use simd::Level;

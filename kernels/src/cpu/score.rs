@@ -1,531 +1,322 @@
-//! Records, a fixed run of tokens per task.
+//! Records, token bits and branches, a row per task.
+//!
+//! What a row says by itself is found in parallel; the first byte of a token, which also takes what
+//! the row before leaves running, in a second step. So neither threads nor the borders of a batch
+//! that comes in several parts change a result.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::backend::NotFinite;
-use crate::code;
-use crate::cpu::exp::max_finite;
-use crate::cpu::row::{Part, Row, Scratch};
+use crate::cpu::encode::encode;
+use crate::cpu::leaves::Leaves;
+use crate::cpu::masses::{Dense, Masses, Split, likeliest};
+use crate::cpu::simd::Level;
+use crate::element::Element;
 use crate::error::ScoreError;
-use crate::records::{RecordShape, Records};
-use crate::score::{Branch, Missed, ScoreItem};
+use crate::records::Records;
+use crate::score::{Branch, Means, RecordsJob, ScoreJob};
 use crate::trie::Node;
 use crate::vocab::Vocab;
 
-/// Rows of one task. Each task but the first exponentiates one row more than these, that of the
-/// token before.
-const ROWS: usize = 16;
+/// Rows that one task takes at least: below this, handing a row over costs more than a small row.
+const ROWS: usize = 8;
 
-/// Index of the end of the record in a distribution.
-const END: usize = 256;
-
-/// Masses of all bytes and the end.
-type Dense = [f64; 257];
-
-pub(crate) fn branches(item: &ScoreItem<'_>, threshold: f32) -> Result<Vec<Branch>, NotFinite> {
-    let found: Vec<Result<Vec<Branch>, NotFinite>> = runs(item)
-        .into_par_iter()
-        .map_init(Vec::new, |local, rows| {
-            let mut found = Vec::new();
-            for row in rows {
-                let logits = &item.row(row)[..item.vocab.live()];
-                max_finite(logits).map_err(|column| NotFinite { row, column })?;
-                interior_stops(item, row, f64::from(threshold), local, &mut found);
+/// Branches of some rows of a job: row of the job, and the branch.
+pub(crate) fn branches<T: Element>(
+    level: Level,
+    job: &ScoreJob<'_>,
+    rows: Range<usize>,
+    logits: &[T],
+    threshold: f32,
+) -> Result<Vec<(usize, Branch)>, NotFinite> {
+    let found = each_row(job, rows, logits, |masses: &mut Masses, index, row| {
+        let bytes = job.bytes(index);
+        let interior = &bytes[..bytes.len().saturating_sub(1)];
+        masses.read(level, job.vocab, interior, row)?;
+        let mut found = Vec::new();
+        for (taken, node) in (1..).zip(nodes(job.vocab, interior)) {
+            if node.stops().is_empty() {
+                continue;
             }
-            Ok(found)
-        })
-        .collect();
-    found.into_iter().try_fold(Vec::new(), |mut all, run| {
-        all.extend(run?);
-        Ok(all)
+            let split = masses.split(level, job.vocab, row, taken);
+            if split.stopped() > f64::from(threshold) {
+                let branch = Branch {
+                    position: narrow(job.place(index).1),
+                    taken: narrow(taken),
+                    rank: likeliest(row, node.start..node.stop),
+                };
+                found.push((index, branch));
+            }
+        }
+        Ok(found)
+    })?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// Bits of the observed class of each row.
+pub(crate) fn token_bits<T: Element>(
+    level: Level,
+    job: &ScoreJob<'_>,
+    rows: Range<usize>,
+    logits: &[T],
+) -> Result<Vec<f64>, NotFinite> {
+    let vocab = job.vocab;
+    each_row(job, rows, logits, |leaves: &mut Leaves, index, row| {
+        let observed = job.token(index).and_then(|rank| vocab.class(rank));
+        let class = observed.unwrap_or_else(|| vocab.ends());
+        let class = narrow(class.start)..narrow(class.end);
+        leaves.cut(vocab.end_ranks().end, [&class]);
+        leaves.sum(level, row)?;
+        let all = leaves.log_mass(level, row, leaves.span(&(0..vocab.end_ranks().end)));
+        let class = leaves.log_mass(level, row, leaves.span(&class));
+        Ok((all - class) / std::f64::consts::LN_2)
     })
 }
 
-fn interior_stops(
-    item: &ScoreItem<'_>,
-    row: usize,
-    threshold: f64,
-    local: &mut Vec<f32>,
-    found: &mut Vec<Branch>,
-) {
-    let logits = item.row(row);
-    for (taken, node) in item.interior(row) {
-        if node.stops().is_empty() {
-            continue;
-        }
-        let (part, total) = Part::of_logits(logits, node.all(), local);
-        if part.mass(node.stops()) > threshold * total {
-            let first = node.start;
-            let likeliest = (first..node.stop).fold(first, |best, rank| {
-                if logits[rank as usize] > logits[best as usize] {
-                    rank
-                } else {
-                    best
-                }
-            });
-            found.push(Branch {
-                position: index(row),
-                taken: index(taken),
-                rank: likeliest,
-            });
-        }
-    }
+/// Next-byte distributions at the root of each branch row.
+pub(crate) fn roots<T: Element>(
+    level: Level,
+    vocab: &Vocab,
+    first: usize,
+    logits: &[T],
+) -> Result<Vec<Dense>, NotFinite> {
+    let rows = logits
+        .par_chunks_exact(vocab.len())
+        .enumerate()
+        .with_min_len(ROWS);
+    let roots: Vec<Result<Dense, NotFinite>> = rows
+        .map_init(Masses::default, |masses, (row, logits)| {
+            let row = first + row;
+            masses
+                .read(level, vocab, &[], &logits[..vocab.live()])
+                .map_err(|column| NotFinite { row, column })?;
+            let mut root = [0.0; 257];
+            masses.root(vocab, &mut root);
+            Ok(root)
+        })
+        .collect();
+    roots.into_iter().collect()
 }
 
-pub(crate) fn records(
-    item: &ScoreItem<'_>,
-    shape: &RecordShape,
+/// What the row before leaves to the byte after its token.
+#[derive(Clone, Debug)]
+pub(crate) struct Boundary {
+    /// Share of its node that stops.
+    stopped: f64,
+    /// Share of its node that runs on, by byte.
+    running: Vec<(u8, f64)>,
+}
+
+/// What one row says by itself.
+struct RowScore {
+    root: Dense,
+    interior: Records,
+    short: Vec<f64>,
+    after: Boundary,
+}
+
+/// Appends the positions of some rows of a job to `out` and their shares to `means`; `before` is
+/// what the rows before left, and becomes what these leave.
+pub(crate) fn records<T: Element>(
+    level: Level,
+    job: &RecordsJob<'_>,
+    rows: Range<usize>,
+    logits: &[T],
+    roots: &[Dense],
+    before: &mut Option<Boundary>,
+    means: &mut [Means],
     out: &mut Records,
-) -> Result<Missed, ScoreError> {
-    let scored: Vec<Result<Scored, ScoreError>> = runs(item)
-        .into_par_iter()
-        .map_init(Scorer::default, |scorer, rows| {
-            scorer.run(item, rows, shape)
-        })
-        .collect();
-    let scored = scored.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let mut short = Mean::default();
-    let mut long = Mean::default();
-    for run in scored {
-        out.append(run.records.view())?;
-        short.add(run.short);
-        long.add(run.long);
-    }
-    Ok(Missed {
-        short: short.value(),
-        long: long.value(),
-    })
-}
-
-pub(crate) fn token_bits(item: &ScoreItem<'_>) -> Result<f64, NotFinite> {
-    let bits: Vec<Result<f64, NotFinite>> = (0..item.tokens.len() + 1)
-        .into_par_iter()
+) -> Result<(), ScoreError> {
+    let scored = each_row(
+        &job.score,
+        rows.clone(),
+        logits,
+        |worker: &mut Worker, index, row| worker.row(level, job, index, row, roots),
+    )?;
+    let firsts: Vec<(Records, Option<f64>)> = scored
+        .par_iter()
+        .enumerate()
         .with_min_len(ROWS)
-        .map_init(Scratch::default, |scratch, index| {
-            let vocab = item.vocab;
-            let mut row = Row::new(vocab, item.row(index), scratch)
-                .map_err(|column| NotFinite { row: index, column })?;
-            let observed = item.tokens.get(index).and_then(|&rank| vocab.class(rank));
-            let class = observed.unwrap_or_else(|| vocab.ends());
-            Ok((row.log_total() - row.log_mass(class)) / std::f64::consts::LN_2)
+        .map_init(Vec::new, |candidates, (index, row)| {
+            let before = index
+                .checked_sub(1)
+                .map_or(before.as_ref(), |index| Some(&scored[index].after));
+            let inside = job.score.place(rows.start + index).1 > 0;
+            let mut mass = row.root;
+            let observed = job.score.bytes(rows.start + index).first().copied();
+            let long = before
+                .filter(|_| inside)
+                .and_then(|before| couple(&mut mass, before, observed));
+            let mut first = Records::empty(job.shape.k);
+            encode(&mut mass, &job.shape, candidates, &mut first);
+            (first, long)
         })
         .collect();
-    bits.into_iter().sum()
-}
-
-/// Rows of an item in runs of [`ROWS`].
-fn runs(item: &ScoreItem<'_>) -> Vec<Range<usize>> {
-    let rows = item.tokens.len() + 1;
-    (0..rows)
-        .step_by(ROWS)
-        .map(|start| start..rows.min(start + ROWS))
-        .collect()
-}
-
-/// What one task found.
-struct Scored {
-    records: Records,
-    short: Mean,
-    long: Mean,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Mean {
-    sum: f64,
-    count: u64,
-}
-
-impl Mean {
-    fn observe(&mut self, value: f64) {
-        self.sum += value;
-        self.count += 1;
+    for ((index, row), (first, long)) in rows.zip(&scored).zip(&firsts) {
+        out.append(first.view())?;
+        out.append(row.interior.view())?;
+        means[job.score.place(index).0].observe(&row.short, *long);
     }
+    *before = scored
+        .into_iter()
+        .next_back()
+        .map(|row| row.after)
+        .or(before.take());
+    Ok(())
+}
 
-    fn add(&mut self, other: Self) {
-        self.sum += other.sum;
-        self.count += other.count;
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "a share, reported as f32")]
-    fn value(self) -> f32 {
-        if self.count == 0 {
-            0.0
-        } else {
-            (self.sum / self.count as f64) as f32
-        }
-    }
+/// Runs `work` on the live columns of every row, in order.
+fn each_row<T: Element, W: Default, R: Send>(
+    job: &ScoreJob<'_>,
+    rows: Range<usize>,
+    logits: &[T],
+    work: impl Fn(&mut W, usize, &[T]) -> Result<R, usize> + Sync,
+) -> Result<Vec<R>, NotFinite> {
+    let done: Vec<Result<R, NotFinite>> = logits
+        .par_chunks_exact(job.vocab.len())
+        .zip(rows)
+        .with_min_len(ROWS)
+        .map_init(W::default, |worker, (logits, row)| {
+            work(worker, row, &logits[..job.vocab.live()])
+                .map_err(|column| NotFinite { row, column })
+        })
+        .collect();
+    done.into_iter().collect()
 }
 
 /// Buffers of one thread.
-struct Scorer {
-    row: Scratch,
-    branch: Scratch,
-    /// Previous token: share of its node that runs on, by byte.
-    running: [f64; 256],
-    /// Previous token: share of its node that stops.
-    stopped: f64,
-    mass: Dense,
+#[derive(Default)]
+struct Worker {
+    masses: Masses,
     candidates: Vec<(f64, u8)>,
 }
 
-impl Default for Scorer {
-    fn default() -> Self {
-        Self {
-            row: Scratch::default(),
-            branch: Scratch::default(),
-            running: [0.0; 256],
-            stopped: 1.0,
-            mass: [0.0; 257],
-            candidates: Vec::with_capacity(256),
-        }
-    }
-}
-
-impl Scorer {
-    fn run(
+impl Worker {
+    fn row<T: Element>(
         &mut self,
-        item: &ScoreItem<'_>,
-        rows: Range<usize>,
-        shape: &RecordShape,
-    ) -> Result<Scored, ScoreError> {
-        let mut scored = Scored {
-            records: Records::new(shape.k)?,
-            short: Mean::default(),
-            long: Mean::default(),
+        level: Level,
+        job: &RecordsJob<'_>,
+        index: usize,
+        row: &[T],
+        roots: &[Dense],
+    ) -> Result<RowScore, usize> {
+        let vocab = job.score.vocab;
+        let bytes = job.score.bytes(index);
+        self.masses.read(level, vocab, bytes, row)?;
+        let mut score = RowScore {
+            root: [0.0; 257],
+            interior: Records::empty(job.shape.k),
+            short: Vec::with_capacity(bytes.len()),
+            after: Boundary {
+                stopped: 1.0,
+                running: Vec::new(),
+            },
         };
-        let vocab = item.vocab;
-        let mut scratch = std::mem::take(&mut self.row);
-        self.running = [0.0; 256];
-        self.stopped = 1.0;
-        if let Some(before) = rows.start.checked_sub(1) {
-            let mut row = self.row_at(item, before, &mut scratch)?;
-            self.boundary(vocab, &mut row, item.bytes(before));
-        }
-        for index in rows {
-            let mut row = self.row_at(item, index, &mut scratch)?;
-            root(&row, &mut self.mass);
-            self.couple();
-            let bytes = item.bytes(index);
-            if let (Some(&first), true) = (bytes.first(), index > 0) {
-                let kept_and_dropped = self.mass[usize::from(first)];
-                scored
-                    .long
-                    .observe(share(self.running[usize::from(first)], kept_and_dropped));
-            }
-            self.encode(shape, &mut scored.records);
-
-            let mut branch = item.first_branch(index);
-            for (taken, node) in item.interior(index) {
-                let expanded = item.branches.get(branch).is_some_and(|branch| {
-                    branch.position as usize == index && branch.taken as usize == taken
-                });
-                let mut stopped_root = None;
-                if expanded {
-                    let row = Row::new(vocab, item.branch_row(branch), &mut self.branch).map_err(
-                        |column| ScoreError::BranchNotFinite {
-                            row: branch,
-                            column,
-                        },
-                    )?;
-                    let mut dense = [0.0; 257];
-                    root(&row, &mut dense);
-                    stopped_root = Some(dense);
-                    branch += 1;
+        self.masses.root(vocab, &mut score.root);
+        let mut branches = job.branches(index);
+        for (taken, node) in (1..).zip(nodes(vocab, bytes)) {
+            let children = vocab.trie().children(node);
+            let split = self.masses.split(level, vocab, row, taken);
+            if taken == bytes.len() {
+                if !children.is_empty() {
+                    score.after = boundary(children, &split);
                 }
-                let observed = usize::from(bytes[taken]);
-                let short = interior(
-                    vocab,
-                    &mut row,
-                    node,
-                    stopped_root.as_ref(),
-                    observed,
-                    &mut self.mass,
-                );
-                scored.short.observe(short);
-                self.encode(shape, &mut scored.records);
-            }
-            self.boundary(vocab, &mut row, bytes);
-        }
-        self.row = scratch;
-        Ok(scored)
-    }
-
-    fn row_at<'a>(
-        &self,
-        item: &ScoreItem<'a>,
-        row: usize,
-        scratch: &'a mut Scratch,
-    ) -> Result<Row<'a>, ScoreError> {
-        Row::new(item.vocab, item.row(row), scratch)
-            .map_err(|column| ScoreError::NotFinite { row, column })
-    }
-
-    /// Takes down, for the byte after a token, how its node splits into stopping and running on.
-    fn boundary(&mut self, vocab: &Vocab, row: &mut Row<'_>, bytes: &[u8]) {
-        self.running = [0.0; 256];
-        self.stopped = 1.0;
-        let Some(node) = vocab.trie().find(bytes).filter(|node| node.has_children()) else {
-            return;
-        };
-        if bytes.is_empty() {
-            return;
-        }
-        let (part, total) = row.part(node.all());
-        self.stopped = part.mass(node.stops()) / total;
-        for child in vocab.trie().children(node) {
-            self.running[usize::from(child.byte)] = part.mass(child.all()) / total;
-        }
-    }
-
-    /// Turns the root in `mass` into the coupled boundary.
-    fn couple(&mut self) {
-        for (mass, running) in self.mass.iter_mut().zip(&self.running) {
-            *mass = *mass * self.stopped + running;
-        }
-        self.mass[END] *= self.stopped;
-    }
-
-    /// Lists the symbols of `mass`, a distribution, as one position.
-    fn encode(&mut self, shape: &RecordShape, records: &mut Records) {
-        let end = self.mass[END];
-        let fill = f64::from(shape.fill_permille) / 1000.0;
-        // Symbols below this hold less than the rest that the fill leaves, all of them together.
-        let cutoff = ((1.0 - fill) / 256.0).max(f64::MIN_POSITIVE);
-        self.candidates.clear();
-        for (byte, &mass) in (0..=u8::MAX).zip(&self.mass[..END]) {
-            if mass >= cutoff {
-                self.candidates.push((mass, byte));
-            }
-        }
-        if self.candidates.is_empty() {
-            let likeliest = (0..=u8::MAX).zip(&self.mass[..END]).fold(
-                (self.mass[0], 0),
-                |best, (byte, &mass)| {
-                    if mass > best.0 { (mass, byte) } else { best }
-                },
-            );
-            self.candidates.push(likeliest);
-        }
-        self.candidates
-            .sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        let mut filled = end;
-        let mut kept = 0;
-        for &(mass, byte) in self.candidates.iter().take(shape.k) {
-            if kept > 0 && filled >= fill {
                 break;
             }
-            filled += mass;
-            kept += 1;
-            self.mass[usize::from(byte)] = 0.0;
+            let stopped_root = branches
+                .next_if(|(_, branch)| branch.taken as usize == taken)
+                .map(|(root, _)| &roots[root]);
+            let mut mass = [0.0; 257];
+            let observed = usize::from(bytes[taken]);
+            score.short.push(interior(
+                children,
+                &split,
+                stopped_root,
+                observed,
+                &mut mass,
+            ));
+            encode(
+                &mut mass,
+                &job.shape,
+                &mut self.candidates,
+                &mut score.interior,
+            );
         }
-        let tail: f64 = self.mass[..END].iter().sum();
-        self.candidates.truncate(kept);
-        self.candidates.sort_unstable_by_key(|&(_, byte)| byte);
-        let mut listed = [(0, 0); 256];
-        for (slot, &(mass, byte)) in listed.iter_mut().zip(&self.candidates) {
-            *slot = (byte, code::encode(mass));
-        }
-        records.push(&listed[..kept], code::encode(end), code::encode(tail));
+        Ok(score)
     }
 }
 
-/// Next-byte distribution at the root.
-fn root(row: &Row<'_>, mass: &mut Dense) {
-    for (mass, first) in mass.iter_mut().zip(&row.first) {
-        *mass = first / row.total;
-    }
-    mass[END] = row.end / row.total;
+/// Nodes below the root along some bytes.
+fn nodes<'a>(vocab: &'a Vocab, bytes: &'a [u8]) -> impl Iterator<Item = &'a Node> {
+    let trie = vocab.trie();
+    bytes.iter().scan(trie.root(), move |node, &byte| {
+        *node = trie.child(node, byte)?;
+        Some(*node)
+    })
 }
 
-/// Next-byte distribution inside a token; returns the share missed as [`Missed::short`] defines it.
+/// How the node of a token splits into stopping and running on.
+fn boundary(children: &[Node], split: &Split<'_>) -> Boundary {
+    let total = split.total();
+    let running = children.iter().zip(split.children);
+    Boundary {
+        stopped: split.stopped(),
+        running: running
+            .map(|(child, mass)| (child.byte, mass / total))
+            .collect(),
+    }
+}
+
+/// Turns a root into the coupled boundary; returns the share of the observed byte that ran on.
+fn couple(mass: &mut Dense, before: &Boundary, observed: Option<u8>) -> Option<f64> {
+    for mass in mass.iter_mut() {
+        *mass *= before.stopped;
+    }
+    for &(byte, running) in &before.running {
+        mass[usize::from(byte)] += running;
+    }
+    let observed = observed?;
+    let running = before.running.iter().find(|&&(byte, _)| byte == observed);
+    Some(share(
+        running.map_or(0.0, |&(_, running)| running),
+        mass[usize::from(observed)],
+    ))
+}
+
+/// Next-byte distribution inside a token; returns the share missed as
+/// [`crate::score::Missed::short`] defines it.
 fn interior(
-    vocab: &Vocab,
-    row: &mut Row<'_>,
-    node: &Node,
+    children: &[Node],
+    split: &Split<'_>,
     stopped_root: Option<&Dense>,
     observed: usize,
     mass: &mut Dense,
 ) -> f64 {
-    *mass = [0.0; 257];
-    let (part, total) = row.part(node.all());
-    let stopped = part.mass(node.stops()) / total;
-    if let Some(root) = stopped_root {
-        for child in vocab.trie().children(node) {
-            mass[usize::from(child.byte)] = part.mass(child.all()) / total;
+    let total = split.total();
+    let stopped = split.stopped();
+    let Some(root) = stopped_root else {
+        for (child, longer) in children.iter().zip(split.children) {
+            mass[usize::from(child.byte)] = longer / split.longer;
         }
-        let kept = mass[observed];
-        let dropped = stopped * root[observed];
-        for (mass, root) in mass.iter_mut().zip(root) {
-            *mass += stopped * root;
-        }
-        return share(dropped, dropped + kept);
+        return stopped;
+    };
+    for (child, longer) in children.iter().zip(split.children) {
+        mass[usize::from(child.byte)] = longer / total;
     }
-    let (part, longer) = row.part(node.longer());
-    for child in vocab.trie().children(node) {
-        mass[usize::from(child.byte)] = part.mass(child.all()) / longer;
+    let kept = mass[observed];
+    let dropped = stopped * root[observed];
+    for (mass, root) in mass.iter_mut().zip(root) {
+        *mass += stopped * root;
     }
-    stopped
+    share(dropped, dropped + kept)
 }
 
 fn share(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole } else { 0.0 }
 }
 
-fn index(value: usize) -> u32 {
+fn narrow(value: usize) -> u32 {
     u32::try_from(value).expect("a target has fewer than 2^32 bytes")
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::backend::Backend;
-    use crate::records::RecordView;
-    use crate::reference;
-    use crate::testing::cases;
-
-    /// A code is right if it is that of a mass within this many sixteenths of a bit, or of one too
-    /// small to say.
-    const CODE_TOLERANCE: f64 = 1e-3;
-
-    fn check_code(code: u8, exact: f64, what: &str) {
-        let sixteenths = (-16.0 * exact.log2()).clamp(0.0, 255.0);
-        let error = (f64::from(code) - sixteenths).abs();
-        assert!(
-            error <= 0.5 + CODE_TOLERANCE,
-            "{what} has code {code}, mass {exact:e}"
-        );
-    }
-
-    fn check_position(view: RecordView<'_>, position: usize, exact: &[f64], shape: &RecordShape) {
-        let listed: Vec<(u8, u8)> = view.listed(position).collect();
-        let mut tail: f64 = exact[..END].iter().sum();
-        let mut filled = exact[END];
-        let mut least = f64::INFINITY;
-        for &(symbol, code) in &listed {
-            let mass = exact[usize::from(symbol)];
-            check_code(code, mass, "symbol");
-            filled += mass;
-            tail -= mass;
-            least = least.min(mass);
-        }
-        check_code(view.end()[position], exact[END], "end");
-        if tail > 1e-9 {
-            check_code(view.tail()[position], tail, "tail");
-        }
-        for (symbol, &mass) in (0..=u8::MAX).zip(exact) {
-            let is_listed = listed.iter().any(|&(listed, _)| listed == symbol);
-            assert!(
-                is_listed || mass <= least + 1e-6,
-                "{symbol} of mass {mass} is not listed"
-            );
-        }
-        let fill = f64::from(shape.fill_permille) / 1000.0;
-        assert!(
-            listed.len() == shape.k || filled >= fill - 1e-6,
-            "filled to {filled} only"
-        );
-        assert!(
-            listed.len() == 1 || filled - least < fill + 1e-6,
-            "filled to {filled} without {least}"
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn records_agree_with_the_reference(
-            mut case in cases(),
-            k in 1_usize..8,
-            fill_permille in prop::sample::select(&[0, 900, 995, 1000][..]),
-            threshold in prop::sample::select(&[0.0, 1e-3, 0.3, 2.0][..]),
-        ) {
-            let logits = case.logits();
-            let branches = Backend::Cpu
-                .branches(&case.vocab, &case.tokens, &logits, threshold)
-                .unwrap();
-            if threshold > 0.0 {
-                let exact = Backend::Reference
-                    .branches(&case.vocab, &case.tokens, &logits, threshold)
-                    .unwrap();
-                prop_assert_eq!(&branches, &exact);
-            }
-            let branch_logits = case.rows(branches.len());
-            let shape = RecordShape { k, fill_permille };
-            let mut records = Records::new(k).unwrap();
-            let missed = Backend::Cpu
-                .records(&case.vocab, &case.tokens, &logits, &branches, &branch_logits, &shape, &mut records)
-                .unwrap();
-
-            let item = ScoreItem::new(&case.vocab, &case.tokens, &logits).unwrap();
-            let item = item.with_branches(&branches, &branch_logits).unwrap();
-            let (exact, exact_missed) = reference::score::distributions(&item).unwrap();
-            prop_assert_eq!(records.positions(), case.bytes().len() + 1);
-            prop_assert_eq!(records.positions(), exact.len());
-            for (position, exact) in exact.iter().enumerate() {
-                let sum: f64 = exact.iter().sum();
-                prop_assert!((sum - 1.0).abs() < 1e-9, "mass of position {} is {}", position, sum);
-                check_position(records.view(), position, exact, &shape);
-            }
-            prop_assert_eq!(records.view().check_mass(), Ok(()));
-            // Beyond this scale the observed byte may have no mass that f32 can say, and nothing to
-            // share.
-            if case.scale < 100.0 {
-                prop_assert!((missed.short - exact_missed.short).abs() < 1e-5);
-                prop_assert!((missed.long - exact_missed.long).abs() < 1e-5);
-            }
-            prop_assert!((0.0..=1.0).contains(&missed.short) && (0.0..=1.0).contains(&missed.long));
-        }
-
-        #[test]
-        fn token_bits_are_the_cross_entropy(mut case in cases()) {
-            let logits = case.logits();
-            let mut labels = case.tokens.clone();
-            labels.push(case.vocab.end_ranks().start);
-            let mut grad = vec![0.0; logits.len()];
-            let nats = Backend::Reference
-                .cross_entropy(&case.vocab, &labels, &logits, 1.0, &mut grad)
-                .unwrap();
-            for backend in [Backend::Cpu, Backend::Reference] {
-                let bits = backend.token_bits(&case.vocab, &case.tokens, &logits).unwrap();
-                let exact = nats / std::f64::consts::LN_2;
-                prop_assert!((bits - exact).abs() <= 1e-6 * exact + 1e-4, "{} against {}", bits, exact);
-            }
-        }
-    }
-
-    #[test]
-    fn the_reference_lists_what_the_fast_path_lists() {
-        let mut random = crate::testing::Random(5);
-        let vocab = Vocab::new(
-            (0..=255_u8)
-                .map(|byte| [byte, b'x'])
-                .collect::<Vec<_>>()
-                .iter()
-                .flat_map(|pair| {
-                    [
-                        crate::TokenKind::Bytes(&pair[..1]),
-                        crate::TokenKind::Bytes(pair),
-                    ]
-                })
-                .chain([crate::TokenKind::EndOfRecord]),
-        )
-        .unwrap();
-        let tokens: Vec<u32> = (0..40).map(|_| index(random.below(512))).collect();
-        let logits = random.logits(41 * vocab.len(), 6.0);
-        let shape = RecordShape {
-            k: 16,
-            fill_permille: 995,
-        };
-        let [fast, exact] = [Backend::Cpu, Backend::Reference].map(|backend| {
-            let mut out = Records::new(16).unwrap();
-            backend
-                .records(&vocab, &tokens, &logits, &[], &[], &shape, &mut out)
-                .unwrap();
-            out
-        });
-        assert_eq!(fast.view().symbols(), exact.view().symbols());
-    }
 }

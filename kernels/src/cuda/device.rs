@@ -148,6 +148,38 @@ impl Device {
         Ok(f64::from(milliseconds) / 1e3)
     }
 
+    /// Bytes per second that a copy within the device reads and writes, the two added.
+    ///
+    /// # Errors
+    /// Where the driver fails.
+    pub fn copy_bandwidth(&self) -> Result<f64, CudaError> {
+        const BYTES: usize = 1 << 30;
+        let (from, to) = (self.filled::<u8>(BYTES, 1)?, self.filled::<u8>(BYTES, 2)?);
+        let mut best = f64::INFINITY;
+        for _ in 0..10 {
+            let seconds = self.time(|| {
+                // SAFETY: both buffers have as many bytes and live until the time is taken.
+                let status = unsafe {
+                    cudarc::driver::result::memcpy_dtod_async(
+                        to.address,
+                        from.address,
+                        BYTES,
+                        self.stream.cu_stream(),
+                    )
+                };
+                status.map_err(driver("copying on the device"))
+            })?;
+            best = best.min(seconds);
+        }
+        Ok(2.0 * BYTES as f64 / best)
+    }
+
+    /// Whether products run on cuBLAS.
+    #[must_use]
+    pub fn has_blas(&self) -> bool {
+        self.blas().is_ok()
+    }
+
     /// cuBLAS, where the machine has it.
     ///
     /// # Errors

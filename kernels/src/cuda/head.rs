@@ -6,11 +6,12 @@
 
 use crate::cuda::device::{Buffer, Device, bytes_of, count};
 use crate::cuda::gemm::{Product, multiply};
-use crate::cuda::loss::{ItemLoss, LossJob, Places, check_items, rows_of};
+use crate::cuda::loss::{LossJob, Places, rows_of};
 use crate::cuda::raw::Gemm;
 use crate::cuda::rows::width_of;
 use crate::element::{Dtype, Element};
 use crate::error::{CudaError, LossError};
+use crate::loss::{ItemLoss, check_length};
 use crate::vocab::Vocab;
 
 /// Rows of a chunk: enough to keep every multiprocessor busy with either product.
@@ -114,9 +115,9 @@ impl<'v> ResidentHead<'v> {
         hidden: &mut Hidden,
         mut weight_gradient: Option<&mut WeightGradient>,
     ) -> Result<f64, LossError> {
-        let rows = check_items(self.vocab, items)?;
+        let all = rows_of(self.vocab, items)?;
+        let rows = all.len();
         check_length("rows of hidden states", hidden.rows, rows)?;
-        let all = rows_of(self.vocab, items);
         let scratch = Scratch::new(self, rows.min(self.chunk))?;
         // All copies to the device come first: one between two chunks would wait for the first.
         let jobs = all
@@ -313,18 +314,6 @@ fn upload_padded<T: Element>(
         to[..width].copy_from_slice(from);
     }
     device.upload(bytes_of(&padded))
-}
-
-fn check_length(what: &'static str, got: usize, expected: usize) -> Result<(), LossError> {
-    if got == expected {
-        Ok(())
-    } else {
-        Err(LossError::Length {
-            what,
-            got,
-            expected,
-        })
-    }
 }
 
 fn at_row(error: LossError, first: usize) -> LossError {

@@ -1,11 +1,12 @@
 //! The operations on logits of the host: there and back. Moving logits costs more than the CPU takes to score them, so
 //! these serve tests and callers that have nothing better to do with their CPU.
 
-use crate::cuda::{BranchRows, ItemLoss, Logits, LossJob, Scoring, device};
+use crate::cuda::{BranchRows, Logits, LossJob, Scoring, device};
 use crate::element::Element;
 use crate::error::{LossError, ScoreError};
+use crate::loss::ItemLoss;
 use crate::records::{RecordShape, Records};
-use crate::score::{Branch, Missed};
+use crate::score::{Branch, ItemTokens, Missed};
 use crate::vocab::Vocab;
 
 /// Interior stops of every item above a threshold.
@@ -47,7 +48,7 @@ pub fn token_bits<T: Element>(
 /// As [`crate::score::records`], or where the device fails.
 pub fn records<T: Element>(
     vocab: &Vocab,
-    (items, branches): (&[&[u32]], &[&[Branch]]),
+    items: &[ItemTokens<'_>],
     logits: &[T],
     branch_logits: &[T],
     shape: &RecordShape,
@@ -56,10 +57,12 @@ pub fn records<T: Element>(
     let device = device()?;
     let logits = Logits::upload(device, logits)?;
     let branch_logits = Logits::upload(device, branch_logits)?;
-    let scoring = Scoring::new(device, vocab, items, &logits)?;
+    let tokens: Vec<&[u32]> = items.iter().map(|item| item.tokens).collect();
+    let branches: Vec<&[Branch]> = items.iter().map(|item| item.branches).collect();
+    let scoring = Scoring::new(device, vocab, &tokens, &logits)?;
     scoring.sum()?;
     let branches = BranchRows {
-        branches,
+        branches: &branches,
         logits: &branch_logits,
     };
     scoring.records(vocab, Some(branches), shape, out)

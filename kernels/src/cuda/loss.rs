@@ -11,7 +11,7 @@ use crate::cuda::rows::{Plan, RowsError, Sums, suffix};
 use crate::cuda::tries::{Path, ResidentTrie};
 use crate::element::Dtype;
 use crate::error::{CudaError, LossError};
-use crate::loss::{NO_LABEL, TrieJob, probability};
+use crate::loss::{self, ItemLoss, NO_LABEL, Place, Term, check_length, probability};
 use crate::records::RecordView;
 use crate::vocab::Vocab;
 
@@ -22,34 +22,6 @@ impl From<RowsError> for LossError {
             RowsError::Cuda(error) => error.into(),
         }
     }
-}
-
-/// One term of an item's loss.
-#[derive(Clone, Copy, Debug)]
-pub enum Term<'a> {
-    /// Trie loss against a target of bytes.
-    Trie {
-        /// One position per byte and one for the end.
-        target: RecordView<'a>,
-        /// Factor of the term.
-        weight: f32,
-    },
-    /// Cross-entropy of labels, one per row.
-    Labels {
-        /// Ranks, or [`NO_LABEL`].
-        labels: &'a [u32],
-        /// Factor of the term.
-        weight: f32,
-    },
-}
-
-/// Terms of one item along its tokens.
-#[derive(Clone, Copy, Debug)]
-pub struct ItemLoss<'a> {
-    /// Ranks of the item's tokens without the end.
-    pub tokens: &'a [u32],
-    /// What is summed.
-    pub terms: &'a [Term<'a>],
 }
 
 /// Terms of the rows of one launch, as they cross to the device.
@@ -104,14 +76,8 @@ impl<'d> LossJob<'d> {
         items: &[ItemLoss<'_>],
         logits: &'d mut Logits,
     ) -> Result<Self, LossError> {
-        let (got, expected) = (logits.len(), check_items(vocab, items)? * vocab.len());
-        if got != expected {
-            return Err(LossError::Length {
-                what: "logits",
-                got,
-                expected,
-            });
-        }
+        let rows = rows_of(vocab, items)?;
+        check_length("logits", logits.len(), rows.len().saturating_mul(vocab.len()))?;
         let place = (logits.address(), logits.dtype());
         let places = Places {
             logits: place,
@@ -119,7 +85,7 @@ impl<'d> LossJob<'d> {
             stride: vocab.len(),
             scale: 1.0,
         };
-        Ok(Self::of_rows(device, vocab, &rows_of(vocab, items), places)?)
+        Ok(Self::of_rows(device, vocab, &rows, places)?)
     }
 
     pub(super) fn of_rows(
@@ -214,67 +180,17 @@ impl<'d> LossJob<'d> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RowOf<'a> {
     item: ItemLoss<'a>,
-    index: usize,
-    /// Byte at which its token starts.
-    offset: usize,
+    place: Place,
 }
 
-/// All rows of items, m + 1 for an item of m tokens.
-pub(super) fn rows_of<'a>(vocab: &Vocab, items: &[ItemLoss<'a>]) -> Vec<RowOf<'a>> {
-    let mut rows = Vec::new();
-    for &item in items {
-        let mut offset = 0;
-        for index in 0..=item.tokens.len() {
-            rows.push(RowOf {
-                item,
-                index,
-                offset,
-            });
-            offset += item.tokens.get(index).map_or(0, |&rank| vocab.token_bytes(rank).len());
-        }
-    }
-    rows
-}
-
-/// What the kernels rely on: ranks that spell bytes, labels in range, one position per byte and one for the end.
-pub(super) fn check_items(vocab: &Vocab, items: &[ItemLoss<'_>]) -> Result<usize, LossError> {
-    let mut rows = 0;
-    for item in items {
-        for (position, &rank) in item.tokens.iter().enumerate() {
-            if rank >= vocab.byte_tokens() {
-                return Err(LossError::Label { position, rank });
-            }
-        }
-        for term in item.terms {
-            match *term {
-                Term::Trie { target, weight } => {
-                    TrieJob::new(vocab, item.tokens, target, weight)?;
-                }
-                Term::Labels { labels, weight } => check_labels(vocab, item.tokens, labels, weight)?,
-            }
-        }
-        rows += item.tokens.len() + 1;
-    }
-    Ok(rows)
-}
-
-fn check_labels(vocab: &Vocab, tokens: &[u32], labels: &[u32], weight: f32) -> Result<(), LossError> {
-    if !weight.is_finite() {
-        return Err(LossError::Weight);
-    }
-    let (got, expected) = (labels.len(), tokens.len() + 1);
-    if got != expected {
-        return Err(LossError::Length {
-            what: "labels",
-            got,
-            expected,
-        });
-    }
-    let wrong = |&(_, &rank): &(usize, &u32)| rank != NO_LABEL && rank as usize >= vocab.live();
-    match labels.iter().enumerate().find(wrong) {
-        Some((position, &rank)) => Err(LossError::Label { position, rank }),
-        None => Ok(()),
-    }
+/// All rows of checked items.
+pub(super) fn rows_of<'a>(vocab: &'a Vocab, items: &'a [ItemLoss<'a>]) -> Result<Vec<RowOf<'a>>, LossError> {
+    let job = loss::LossJob::new(vocab, items)?;
+    let rows = (0..job.rows()).map(|row| {
+        let (item, place) = job.place(row);
+        RowOf { item: *item, place }
+    });
+    Ok(rows.collect())
 }
 
 impl RowOf<'_> {
@@ -289,11 +205,11 @@ impl RowOf<'_> {
     /// Token along which the row is cut: the observed one where a trie target asks for it, else the label.
     fn path_token(&self, vocab: &Vocab) -> Option<u32> {
         if self.has_trie() {
-            return self.token(self.index);
+            return self.token(self.place.index);
         }
         let labels = self.item.terms.iter().filter_map(|term| match term {
-            Term::Labels { labels, .. } => labels.get(self.index).copied(),
-            Term::Trie { .. } => None,
+            Term::Labels { labels, .. } => labels.get(self.place.index).copied(),
+            Term::Trie { .. } | Term::Tokens { .. } => None,
         });
         labels.into_iter().find(|&label| label < vocab.byte_tokens())
     }
@@ -315,10 +231,15 @@ impl Terms {
                 match term {
                     Term::Trie { target, weight } => {
                         let positions = path_token.map_or(0, |rank| vocab.token_bytes(rank).len()) + 1;
-                        all.trie(target, row.offset..row.offset + positions, *weight)?;
+                        all.trie(target, row.place.offset..row.place.offset + positions, *weight)?;
+                    }
+                    Term::Tokens { .. } => {
+                        return Err(CudaError::Unsupported {
+                            what: "token-space targets",
+                        });
                     }
                     Term::Labels { labels, weight } => {
-                        let label = labels.get(row.index).copied().unwrap_or(NO_LABEL);
+                        let label = labels.get(row.place.index).copied().unwrap_or(NO_LABEL);
                         if let Some(segment) = segment_of(vocab, path, path_token, label)? {
                             all.terms.push(raw::Term {
                                 kind: TERM_LABEL,
@@ -334,13 +255,13 @@ impl Terms {
                 let token = row.token(index);
                 token.map_or(256, |rank| u32::from(vocab.token_bytes(rank)[0]))
             };
-            let previous = row.index.checked_sub(1).and_then(|index| row.token(index));
+            let previous = row.place.index.checked_sub(1).and_then(|index| row.token(index));
             all.rows.push(LossRow {
                 first_term,
                 terms: count(all.terms.len())? - first_term,
                 previous: previous.map_or(NONE, |rank| trie.path(Some(rank)).node),
-                first: first_byte(row.index),
-                next: first_byte(row.index + 1),
+                first: first_byte(row.place.index),
+                next: first_byte(row.place.index + 1),
             });
             paths.push(path);
         }

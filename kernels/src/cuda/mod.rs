@@ -20,6 +20,8 @@ mod loss;
 mod raw;
 mod rows;
 mod score;
+#[cfg(test)]
+mod tests;
 mod tries;
 
 pub use crate::error::CudaError;
@@ -27,5 +29,5 @@ pub use device::{Device, device};
 pub(crate) use fusion::fuse;
 pub use head::{Hidden, ResidentHead, WeightGradient};
 pub use logits::Logits;
-pub use loss::{ItemLoss, LossJob, Term};
+pub use loss::LossJob;
 pub use score::{BranchRows, Scoring};

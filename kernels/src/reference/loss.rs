@@ -1,9 +1,12 @@
 //! Trie loss and cross-entropy, node by node over the whole vocabulary.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use crate::backend::NotFinite;
-use crate::loss::{NO_LABEL, TrieJob, probability};
+use crate::element::Element;
+use crate::loss::{ItemLoss, LossJob, NO_LABEL, Place, Tail, Term, first_byte, probability};
+use crate::records::RecordView;
 use crate::reference::{log_mass, wide};
 use crate::vocab::Vocab;
 
@@ -19,85 +22,143 @@ enum Class {
     Removed,
 }
 
-pub(crate) fn trie_loss(
-    job: &TrieJob<'_>,
-    logits: &[f32],
-    grad: &mut [f32],
-) -> Result<f64, NotFinite> {
-    let mut loss = 0.0;
-    let mut offset = 0;
-    for index in 0..=job.tokens.len() {
-        let row = wide(job.vocab, logits, index)?;
-        let (row_loss, row_grad) = trie_row(job, index, offset, &row);
-        loss += row_loss;
-        add(&mut grad[index * job.vocab.len()..], &row_grad);
-        offset += job
-            .tokens
-            .get(index)
-            .map_or(0, |&token| job.vocab.token_bytes(token).len());
-    }
-    Ok(loss)
+/// Losses of some rows of a job, whose logits become gradients.
+pub(crate) fn rows<T: Element>(
+    job: &LossJob<'_>,
+    rows: Range<usize>,
+    logits: &mut [T],
+) -> Result<Vec<f64>, NotFinite> {
+    let width = job.vocab.len();
+    rows.zip(logits.chunks_exact_mut(width))
+        .map(|(index, logits)| {
+            let row = wide(job.vocab, logits, 0)
+                .map_err(|NotFinite { column, .. }| NotFinite { row: index, column })?;
+            let (item, place) = job.place(index);
+            let (loss, grad) = row_loss(job.vocab, item, place, &row);
+            logits.fill(T::default());
+            for (logit, value) in logits.iter_mut().zip(grad) {
+                #[expect(clippy::cast_possible_truncation, reason = "gradients are at most f32")]
+                let value = value as f32;
+                *logit = T::from_f32(value);
+            }
+            Ok(loss)
+        })
+        .collect()
 }
 
-pub(crate) fn cross_entropy(
+/// Loss and gradient of one row of an item.
+pub(crate) fn row_loss(
     vocab: &Vocab,
-    labels: &[u32],
-    logits: &[f32],
-    weight: f32,
-    grad: &mut [f32],
-) -> Result<f64, NotFinite> {
-    let weight = f64::from(weight);
-    let mut loss = 0.0;
-    for (index, &label) in labels.iter().enumerate() {
-        let row = wide(vocab, logits, index)?;
-        let Some(class) = (label != NO_LABEL).then(|| vocab.class(label)).flatten() else {
-            continue;
-        };
-        let total = log_mass(&row, |_| true);
-        let mass = log_mass(&row, |rank| class.contains(&rank));
-        loss += weight * (total - mass);
-        let row_grad: Vec<f64> = row
-            .iter()
-            .enumerate()
-            .map(|(rank, logit)| {
-                let inside = if class.contains(&rank) {
-                    (logit - mass).exp()
-                } else {
-                    0.0
-                };
-                weight * ((logit - total).exp() - inside)
-            })
-            .collect();
-        add(&mut grad[index * vocab.len()..], &row_grad);
-    }
-    Ok(loss)
-}
-
-/// Loss and gradient of row `index`, whose token starts at byte `offset`.
-pub(crate) fn trie_row(
-    job: &TrieJob<'_>,
-    index: usize,
-    offset: usize,
+    item: &ItemLoss<'_>,
+    place: Place,
     row: &[f64],
 ) -> (f64, Vec<f64>) {
     let mut grad = vec![0.0; row.len()];
-    let mut loss = root(job, index, offset, row, &mut grad);
+    let mut loss = 0.0;
+    for term in item.terms {
+        loss += match *term {
+            Term::Trie { target, weight } => {
+                let trie = TrieTerm {
+                    vocab,
+                    tokens: item.tokens,
+                    target,
+                    weight: f64::from(weight),
+                };
+                trie_row(&trie, place, row, &mut grad)
+            }
+            Term::Labels { labels, weight } => {
+                label_row(vocab, labels[place.index], weight, row, &mut grad)
+            }
+            Term::Tokens {
+                target,
+                weight,
+                tail,
+            } => {
+                let class_of = |rank: usize| {
+                    let bytes = token_bytes(vocab, rank).to_vec();
+                    let is_listed = target
+                        .listed(place.index)
+                        .any(|(id, _)| spelled(vocab, id).is_some_and(|listed| listed == bytes));
+                    Some(if is_listed {
+                        TokenClass::Listed(bytes)
+                    } else {
+                        TokenClass::Ghost
+                    })
+                };
+                let mut shares = BTreeMap::new();
+                for (id, code) in target.listed(place.index) {
+                    if let Some(bytes) = spelled(vocab, id) {
+                        *shares
+                            .entry(TokenClass::Listed(bytes.to_vec()))
+                            .or_default() += probability(code);
+                    }
+                }
+                if tail == Tail::Ghost {
+                    shares.insert(TokenClass::Ghost, probability(target.tail()[place.index]));
+                }
+                node(f64::from(weight), class_of, shares, row, &mut grad)
+            }
+        };
+    }
+    (loss, grad)
+}
+
+/// Class of a token in a token-space target: what it spells, nothing for an end.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum TokenClass {
+    Listed(Vec<u8>),
+    Ghost,
+}
+
+/// Bytes of a token id; `None` for ignored ones.
+fn spelled(vocab: &Vocab, id: u32) -> Option<&[u8]> {
+    let rank = vocab.rank_of_id()[id as usize];
+    ((rank as usize) < vocab.live()).then(|| vocab.token_bytes(rank))
+}
+
+fn label_row(vocab: &Vocab, label: u32, weight: f32, row: &[f64], grad: &mut [f64]) -> f64 {
+    let Some(class) = (label != NO_LABEL).then(|| vocab.class(label)).flatten() else {
+        return 0.0;
+    };
+    let weight = f64::from(weight);
+    let total = log_mass(row, |_| true);
+    let mass = log_mass(row, |rank| class.contains(&rank));
+    for (rank, logit) in row.iter().enumerate() {
+        grad[rank] += weight * (logit - total).exp();
+        if class.contains(&rank) {
+            grad[rank] -= weight * (logit - mass).exp();
+        }
+    }
+    weight * (total - mass)
+}
+
+/// A trie term with what it needs of its item.
+struct TrieTerm<'a> {
+    vocab: &'a Vocab,
+    tokens: &'a [u32],
+    target: RecordView<'a>,
+    weight: f64,
+}
+
+fn trie_row(job: &TrieTerm<'_>, place: Place, row: &[f64], grad: &mut [f64]) -> f64 {
+    let Place { index, offset } = place;
+    let mut loss = root(job, index, offset, row, grad);
     if let Some(&token) = job.tokens.get(index) {
         let bytes = job.vocab.token_bytes(token);
         for taken in 1..=bytes.len() {
             let next = if taken < bytes.len() {
                 None
             } else {
-                Some(job.first_byte(index + 1))
+                Some(first_byte(job.vocab, job.tokens, index + 1))
             };
-            loss += deeper(job, &bytes[..taken], offset + taken, next, row, &mut grad);
+            loss += deeper(job, &bytes[..taken], offset + taken, next, row, grad);
         }
     }
-    (loss, grad)
+    loss
 }
 
-fn root(job: &TrieJob<'_>, index: usize, position: usize, row: &[f64], grad: &mut [f64]) -> f64 {
-    let observed = job.first_byte(index);
+fn root(job: &TrieTerm<'_>, index: usize, position: usize, row: &[f64], grad: &mut [f64]) -> f64 {
+    let observed = first_byte(job.vocab, job.tokens, index);
     let listed: BTreeMap<u8, u8> = job.target.listed(position).collect();
     let continued: BTreeSet<u8> = match index.checked_sub(1) {
         Some(previous) => {
@@ -129,7 +190,7 @@ fn root(job: &TrieJob<'_>, index: usize, position: usize, row: &[f64], grad: &mu
 
 /// `next` is what followed the token where it stops here: a byte, or the end of the record.
 fn deeper(
-    job: &TrieJob<'_>,
+    job: &TrieTerm<'_>,
     prefix: &[u8],
     position: usize,
     next: Option<Option<u8>>,
@@ -169,14 +230,14 @@ fn deeper(
 }
 
 /// `-sum_c target_c ln(mass_c / M)` and its gradient over the tokens that have a class.
-fn node(
+fn node<C: Ord>(
     weight: f64,
-    class_of: impl Fn(usize) -> Option<Class>,
-    mut target: BTreeMap<Class, f64>,
+    class_of: impl Fn(usize) -> Option<C>,
+    mut target: BTreeMap<C, f64>,
     row: &[f64],
     grad: &mut [f64],
 ) -> f64 {
-    let present: BTreeSet<Class> = (0..row.len()).filter_map(&class_of).collect();
+    let present: BTreeSet<C> = (0..row.len()).filter_map(&class_of).collect();
     target.retain(|class, share| present.contains(class) && *share > 0.0);
     let sum: f64 = target.values().sum();
     if target.is_empty() {
@@ -189,11 +250,11 @@ fn node(
             grad[rank] += weight * (logit - total).exp();
         }
     }
-    for (&class, share) in &target {
-        let mass = log_mass(row, |rank| class_of(rank) == Some(class));
+    for (class, share) in &target {
+        let mass = log_mass(row, |rank| class_of(rank).as_ref() == Some(class));
         loss += weight * share / sum * (total - mass);
         for (rank, logit) in row.iter().enumerate() {
-            if class_of(rank) == Some(class) {
+            if class_of(rank).as_ref() == Some(class) {
                 grad[rank] -= weight * share / sum * (logit - mass).exp();
             }
         }
@@ -203,13 +264,4 @@ fn node(
 
 fn token_bytes(vocab: &Vocab, rank: usize) -> &[u8] {
     u32::try_from(rank).map_or(&[], |rank| vocab.token_bytes(rank))
-}
-
-fn add(grad: &mut [f32], row: &[f64]) {
-    for (grad, value) in grad.iter_mut().zip(row) {
-        #[expect(clippy::cast_possible_truncation, reason = "gradients are f32")]
-        {
-            *grad += *value as f32;
-        }
-    }
 }

@@ -8,16 +8,22 @@ pub(crate) mod score;
 use std::ops::Range;
 
 use crate::backend::NotFinite;
+use crate::element::Element;
 use crate::vocab::Vocab;
 
 /// A row of logits as `f64`, the tokens that carry mass only.
-pub(crate) fn wide(vocab: &Vocab, logits: &[f32], row: usize) -> Result<Vec<f64>, NotFinite> {
+pub(crate) fn wide<T: Element>(
+    vocab: &Vocab,
+    logits: &[T],
+    row: usize,
+) -> Result<Vec<f64>, NotFinite> {
     let start = row * vocab.len();
-    let live = &logits[start..start + vocab.live()];
-    if let Some(column) = live.iter().position(|logit| !logit.is_finite()) {
-        return Err(NotFinite { row, column });
+    let live = logits[start..start + vocab.live()].iter();
+    let wide: Vec<f64> = live.map(|&logit| f64::from(logit.to_f32())).collect();
+    match wide.iter().position(|logit| !logit.is_finite()) {
+        Some(column) => Err(NotFinite { row, column }),
+        None => Ok(wide),
     }
-    Ok(live.iter().map(|&logit| f64::from(logit)).collect())
 }
 
 /// `ln sum exp` over the ranks that `belongs` accepts; minus infinity over none.

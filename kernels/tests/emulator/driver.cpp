@@ -10,7 +10,6 @@ using u64 = unsigned long long;
 #include <vector>
 
 thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
-alignas(16) thread_local u8 memory[1 << 18];
 
 namespace emulator {
 namespace {
@@ -25,8 +24,10 @@ struct Fiber {
 };
 
 constexpr size_t STACK = 64 << 10;
+constexpr size_t SHARED = 256 << 10;
 thread_local std::vector<Fiber> fibers;
 thread_local std::vector<u8> stacks;
+thread_local std::vector<Quad> shared_memory;
 thread_local std::vector<Barrier> warps;
 thread_local Barrier block;
 thread_local std::vector<u8> shown;
@@ -114,6 +115,7 @@ std::map<std::string, Kernel> &kernels() {
 }
 } // namespace
 
+u8 *dynamic_memory() { return (u8 *)shared_memory.data(); }
 void yield() {
     u32 own = current;
     emulator_switch(&fibers[own].stack_pointer, scheduler);
@@ -164,7 +166,9 @@ Status cuModuleGetFunction(Handle *function, Handle, const char *name) {
 }
 Status cuFuncSetAttribute(Handle, int, int) { return 0; }
 Status cuFuncGetAttribute(int *value, int, Handle) { return *value = 0, 0; }
-Status cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Handle, int, size_t) { return *blocks = 2, 0; }
+Status cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, Handle, int, size_t, u32) {
+    return *blocks = 2, 0;
+}
 Status cuStreamCreate(Handle *stream, u32) { return *stream = (Handle)1, 0; }
 Status cuStreamDestroy_v2(Handle) { return 0; }
 Status cuStreamSynchronize(Handle) { return 0; }
@@ -197,7 +201,8 @@ Status cuGetErrorString(int, const char **text) { return *text = "emulator error
 
 Status cuLaunchKernel(Handle function, u32 gx, u32 gy, u32 gz, u32 bx, u32, u32, u32 shared, Handle, void **arguments,
                       void **) {
-    if (shared > sizeof memory) return 1;
+    if (shared > emulator::SHARED) return 1;
+    emulator::shared_memory.resize(emulator::SHARED / sizeof(Quad));
     gridDim = {gx, gy, gz};
     blockDim = {bx, 1, 1};
     emulator::running = (emulator::Kernel)function;

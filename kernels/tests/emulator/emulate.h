@@ -14,7 +14,7 @@
 #define __device__
 #define __global__
 #define __shared__ thread_local
-#define __align__(n) __attribute__((aligned(n)))
+#define DYNAMIC_SHARED(name) u8 *name = emulator::dynamic_memory()
 #define __launch_bounds__(...)
 
 struct Dim3 {
@@ -34,6 +34,7 @@ namespace emulator {
 void wait_for_warp();
 void wait_for_block();
 void yield();
+u8 *dynamic_memory();
 // Room for what the lanes of a warp show each other.
 unsigned char *exchange(u32 lane);
 

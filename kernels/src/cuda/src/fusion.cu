@@ -62,7 +62,7 @@ template <class S> __device__ u32 place_of(const S *symbols, u32 slots, S symbol
 }
 
 template <class S> __device__ void fuse(const Fusion &job) {
-    extern __shared__ __align__(16) u8 memory[];
+    DYNAMIC_SHARED(memory);
     Lists<S> list(memory, job.most);
     u32 lane = threadIdx.x % 32, position = blockIdx.x * WARPS + threadIdx.x / 32;
     if (position >= job.positions) return;

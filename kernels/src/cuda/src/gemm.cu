@@ -52,7 +52,7 @@ template <u32 Rows, bool Transposed> struct Tile {
 };
 
 template <class T, bool TransposedA, bool TransposedB> __device__ void gemm(const Gemm &job) {
-    extern __shared__ __align__(16) u8 memory[];
+    DYNAMIC_SHARED(memory);
     using TileA = Tile<TILE_M, TransposedA>;
     using TileB = Tile<TILE_N, TransposedB>;
     const u16 *a = (const u16 *)job.a, *b = (const u16 *)job.b;

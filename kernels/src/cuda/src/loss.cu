@@ -345,7 +345,7 @@ __device__ void write_gradient(const Loss &job, u32 row_index, const Row &row, u
 }
 
 template <class In, class Out> __device__ void loss_rows(const Loss &job) {
-    extern __shared__ __align__(16) u8 memory[];
+    DYNAMIC_SHARED(memory);
     __shared__ u32 drawn;
     const Rows &rows = job.rows;
     LossShared shared(rows, memory);

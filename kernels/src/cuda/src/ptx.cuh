@@ -1,6 +1,9 @@
 // Single instructions that CUDA C has no name for without the toolkit's headers.
 #pragma once
 
+// Shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
+
 struct alignas(16) Quad {
     u32 x, y, z, w;
 };

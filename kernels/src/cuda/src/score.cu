@@ -15,7 +15,7 @@ struct SumShared {
 
 // One block per slice of a row.
 template <class T> __device__ void sum_rows(const Rows &job) {
-    extern __shared__ __align__(16) u8 memory[];
+    DYNAMIC_SHARED(memory);
     SumShared shared(job, memory);
     u32 row_index = blockIdx.x / job.slices, slice = blockIdx.x % job.slices, skew;
     Row row = job.rows[row_index];

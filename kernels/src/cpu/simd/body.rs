@@ -1,0 +1,133 @@
+//! The passes, over any way to hold 16 lanes.
+
+use super::{LANES, Piece};
+use crate::element::Element;
+
+/// Vectors that one `f32` accumulator takes before it is added in `f64`: error does not grow with
+/// the row.
+const BLOCK: usize = 64;
+
+/// 16 lanes of `f32`. A value of an implementing type exists only where its instructions do.
+pub(super) trait Lanes: Copy {
+    type V: Copy;
+
+    fn splat(self, value: f32) -> Self::V;
+    fn load<T: Element>(self, from: &[T; LANES]) -> Self::V;
+    /// Fewer than 16 values; the other lanes are [`f32::MIN`].
+    fn load_some<T: Element>(self, from: &[T]) -> Self::V;
+    fn store<T: Element>(self, to: &mut [T; LANES], value: Self::V);
+    fn store_some<T: Element>(self, to: &mut [T], value: Self::V);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once or twice.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `2^x` for `x` up to 127; zero below -126, minus infinity included.
+    fn exp2(self, x: Self::V) -> Self::V;
+    /// Lanes added in halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+    fn sum(self, value: Self::V) -> f32;
+    fn largest(self, value: Self::V) -> f32;
+}
+
+/// Coefficients of `2^r`, lowest first, minimax for `r` in -1/2..1/2: relative error below 1.1e-7.
+pub(super) const EXP2: [f32; 6] = [
+    1.0,
+    0.693_147,
+    0.240_222_42,
+    0.055_507_336,
+    0.009_671_513,
+    0.001_326_472_7,
+];
+
+#[inline(always)]
+fn exp<L: Lanes>(lanes: L, values: L::V, shift: L::V) -> L::V {
+    let log2_e = lanes.splat(std::f32::consts::LOG2_E);
+    lanes.exp2(lanes.mul(lanes.sub(values, shift), log2_e))
+}
+
+#[inline(always)]
+pub(super) fn largest<L: Lanes, T: Element>(lanes: L, values: &[T]) -> f32 {
+    let mut best = [lanes.splat(f32::MIN); 4];
+    let (vectors, rest) = values.as_chunks::<LANES>();
+    let (quads, singles) = vectors.as_chunks::<4>();
+    for quad in quads {
+        for (best, vector) in best.iter_mut().zip(quad) {
+            *best = lanes.max(*best, lanes.load(vector));
+        }
+    }
+    for vector in singles {
+        best[0] = lanes.max(best[0], lanes.load(vector));
+    }
+    best[1] = lanes.max(best[1], lanes.load_some(rest));
+    lanes.largest(lanes.max(lanes.max(best[0], best[1]), lanes.max(best[2], best[3])))
+}
+
+#[inline(always)]
+pub(super) fn sum_exp<L: Lanes, T: Element>(
+    lanes: L,
+    row: &[T],
+    bounds: &[u32],
+    shift: f32,
+    out: &mut [f64],
+) -> bool {
+    let shift = lanes.splat(shift);
+    let zero = lanes.splat(0.0);
+    let mut poison = zero;
+    let mut start = bounds.first().map_or(0, |&start| start as usize);
+    for (out, &end) in out.iter_mut().zip(&bounds[bounds.len().min(1)..]) {
+        let end = end as usize;
+        let (vectors, rest) = row[start..end].as_chunks::<LANES>();
+        start = end;
+        let mut total = 0.0;
+        for block in vectors.chunks(BLOCK) {
+            let mut sums = [zero; 2];
+            let (pairs, single) = block.as_chunks::<2>();
+            for pair in pairs {
+                for (sum, vector) in sums.iter_mut().zip(pair) {
+                    let values = lanes.load(vector);
+                    // Zero for every finite value, NaN for the others; NaN stays.
+                    poison = lanes.mul_add(values, zero, poison);
+                    *sum = lanes.add(*sum, exp(lanes, values, shift));
+                }
+            }
+            for vector in single {
+                let values = lanes.load(vector);
+                poison = lanes.mul_add(values, zero, poison);
+                sums[0] = lanes.add(sums[0], exp(lanes, values, shift));
+            }
+            total += f64::from(lanes.sum(lanes.add(sums[0], sums[1])));
+        }
+        if !rest.is_empty() {
+            let values = lanes.load_some(rest);
+            poison = lanes.mul_add(values, zero, poison);
+            total += f64::from(lanes.sum(exp(lanes, values, shift)));
+        }
+        *out = total;
+    }
+    !lanes.sum(poison).is_nan()
+}
+
+#[inline(always)]
+pub(super) fn scale_exp<L: Lanes, T: Element>(lanes: L, row: &mut [T], pieces: &[Piece]) {
+    let mut start = 0;
+    for piece in pieces {
+        let end = piece.end as usize;
+        let values = &mut row[start..end];
+        start = end;
+        if piece.factor == 0.0 {
+            values.fill(T::default());
+            continue;
+        }
+        let (shift, factor) = (lanes.splat(piece.shift), lanes.splat(piece.factor));
+        let (vectors, rest) = values.as_chunks_mut::<LANES>();
+        for vector in vectors {
+            let scaled = lanes.mul(exp(lanes, lanes.load(vector), shift), factor);
+            lanes.store(vector, scaled);
+        }
+        if !rest.is_empty() {
+            let scaled = lanes.mul(exp(lanes, lanes.load_some(rest), shift), factor);
+            lanes.store_some(rest, scaled);
+        }
+    }
+}

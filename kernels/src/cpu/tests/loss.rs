@@ -1,0 +1,232 @@
+//! Losses against the reference, at every level and for every storage type.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+use crate::Backend;
+use crate::cpu::{self, Level};
+use crate::element::{Dtype, Element};
+use crate::loss::{ItemLoss, LossJob, NO_LABEL, Tail, Term};
+use crate::records::Records;
+use crate::reference;
+use crate::testing::{Case, cases, stored};
+
+/// Relative to the sum of the weights: gradients are sums of a few `f32` shares.
+const GRADIENT_TOLERANCE: f64 = 4e-6;
+
+/// What rounding to a storage type moves a gradient by, at most.
+fn rounding<T: Element>() -> (f64, f64) {
+    match T::DTYPE {
+        Dtype::F32 => (0.0, 0.0),
+        Dtype::Bf16 => (1.0 / 128.0, 0.0),
+        Dtype::F16 => (1.0 / 1024.0, 6.2e-8),
+    }
+}
+
+pub(crate) fn check_close<T: Element>(fast: (f64, &[T]), exact: (f64, &[T]), weight: f64) {
+    let (fast_loss, exact_loss) = (fast.0, exact.0);
+    assert!(
+        (fast_loss - exact_loss).abs() <= 2e-6 * exact_loss.abs() + 1e-5,
+        "loss {fast_loss} against {exact_loss}"
+    );
+    let (relative, absolute) = rounding::<T>();
+    for (index, (fast, exact)) in fast.1.iter().zip(exact.1).enumerate() {
+        let (fast, exact) = (f64::from(fast.to_f32()), f64::from(exact.to_f32()));
+        let allowed = GRADIENT_TOLERANCE * weight + relative * exact.abs() + absolute;
+        assert!(
+            (fast - exact).abs() <= allowed,
+            "gradient {index}: {fast} against {exact}"
+        );
+    }
+}
+
+fn check_rows_sum_to_zero(case: &Case, grad: &[f32]) {
+    for (row, grad) in grad.chunks(case.vocab.len()).enumerate() {
+        let sum: f64 = grad.iter().map(|&value| f64::from(value)).sum();
+        assert!(sum.abs() < 4e-5, "gradient of row {row} sums to {sum:e}");
+        let ignored = &grad[case.vocab.live()..];
+        assert!(
+            ignored.iter().all(|&value| value == 0.0),
+            "ignored tokens have a gradient"
+        );
+    }
+}
+
+/// Targets of one item for terms of every kind.
+struct Targets {
+    tokens: Vec<u32>,
+    bytes: Records,
+    labels: Vec<u32>,
+    listed: Records<u32>,
+}
+
+impl Targets {
+    fn of(case: &mut Case, tokens: Vec<u32>, k: usize) -> Self {
+        let labels = (0..=tokens.len()).map(|_| match case.random.below(4) {
+            0 => NO_LABEL,
+            _ => u32::try_from(case.random.below(case.vocab.live())).unwrap(),
+        });
+        let labels = labels.collect();
+        let item = Case {
+            tokens: tokens.clone(),
+            ..case.clone()
+        };
+        Self {
+            bytes: item.clone().target(k),
+            listed: item.clone().token_target(k),
+            labels,
+            tokens,
+        }
+    }
+
+    /// A choice of terms by the bits of `kinds`; their weights sum to at most 2.
+    fn terms(&self, kinds: usize) -> Vec<Term<'_>> {
+        let target = self.listed.view();
+        let all = [
+            Term::Trie {
+                target: self.bytes.view(),
+                weight: 0.9,
+            },
+            Term::Labels {
+                labels: &self.labels,
+                weight: 0.25,
+            },
+            Term::Tokens {
+                target,
+                weight: 0.5,
+                tail: Tail::Ghost,
+            },
+            Term::Tokens {
+                target,
+                weight: -0.35,
+                tail: Tail::Dropped,
+            },
+        ];
+        let chosen = all
+            .into_iter()
+            .enumerate()
+            .filter(|(index, _)| kinds >> index & 1 == 1);
+        chosen.map(|(_, term)| term).collect()
+    }
+}
+
+fn check_losses<T: Element>(case: &mut Case, k: usize, kinds: [usize; 3]) {
+    let vocab = case.vocab.clone();
+    let targets: Vec<Targets> = case
+        .items()
+        .into_iter()
+        .map(|tokens| Targets::of(case, tokens, k))
+        .collect();
+    let terms: Vec<Vec<Term<'_>>> = targets
+        .iter()
+        .zip(kinds)
+        .map(|(targets, kinds)| targets.terms(kinds))
+        .collect();
+    let items: Vec<ItemLoss<'_>> = targets
+        .iter()
+        .zip(&terms)
+        .map(|(targets, terms)| ItemLoss {
+            tokens: &targets.tokens,
+            terms,
+        })
+        .collect();
+    let job = LossJob::new(&vocab, &items).unwrap();
+    let logits: Vec<T> = stored(&case.rows(job.rows()));
+    let mut exact = logits.clone();
+    let exact_loss = Backend::Reference
+        .loss_in_place(&vocab, &items, &mut exact)
+        .unwrap();
+    for level in Level::present() {
+        let mut fast = logits.clone();
+        let losses = cpu::loss::rows(level, &job, 0..job.rows(), &mut fast).unwrap();
+        check_close((losses.iter().sum(), &fast), (exact_loss, &exact), 2.0);
+        if T::DTYPE == Dtype::F32 {
+            let fast: Vec<f32> = fast.iter().map(|value| value.to_f32()).collect();
+            check_rows_sum_to_zero(case, &fast);
+        }
+        let cut = case.random.below(job.rows());
+        let mut parts = logits.clone();
+        let (head, tail) = parts.split_at_mut(cut * vocab.len());
+        let mut in_parts = cpu::loss::rows(level, &job, 0..cut, head).unwrap();
+        in_parts.extend(cpu::loss::rows(level, &job, cut..job.rows(), tail).unwrap());
+        let bits = |losses: &[f64]| losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&in_parts), bits(&losses), "{level:?}: parts at {cut}");
+        let same = parts
+            .iter()
+            .zip(&fast)
+            .all(|(a, b)| a.to_f32().to_bits() == b.to_f32().to_bits());
+        assert!(same, "{level:?}: parts at {cut} have another gradient");
+    }
+}
+
+proptest! {
+    #[test]
+    fn losses_agree_with_the_reference(
+        mut case in cases(),
+        k in 1_usize..6,
+        kinds in prop::array::uniform3(0_usize..16),
+    ) {
+        check_losses::<f32>(&mut case, k, kinds);
+        check_losses::<bf16>(&mut case, k, kinds);
+        check_losses::<f16>(&mut case, k, kinds);
+    }
+
+    #[test]
+    fn one_hot_targets_give_the_cross_entropy(mut case in cases()) {
+        let logits = case.logits();
+        let mut labels = case.tokens.clone();
+        labels.push(case.vocab.end_ranks().start);
+        let bytes = case.one_hot();
+        let listed = case.one_hot_tokens();
+        let tokens = case.tokens.clone();
+        for backend in [Backend::Cpu, Backend::Reference] {
+            let run = |term: Term<'_>| {
+                let mut grad = logits.clone();
+                let item = ItemLoss { tokens: &tokens, terms: &[term] };
+                let loss = backend.loss_in_place(&case.vocab, &[item], &mut grad).unwrap();
+                (loss, grad)
+            };
+            let plain = run(Term::Labels { labels: &labels, weight: 1.0 });
+            for other in [
+                Term::Trie { target: bytes.view(), weight: 1.0 },
+                Term::Tokens { target: listed.view(), weight: 1.0, tail: Tail::Ghost },
+                Term::Tokens { target: listed.view(), weight: 1.0, tail: Tail::Dropped },
+            ] {
+                let other = run(other);
+                check_close((other.0, &other.1), (plain.0, &plain.1), 1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn the_reference_gradient_is_the_derivative(
+        mut case in cases(),
+        k in 1_usize..6,
+        kinds in 1_usize..16,
+    ) {
+        case.scale = case.scale.min(3.0);
+        case.tokens.truncate(4);
+        let tokens = case.tokens.clone();
+        let targets = Targets::of(&mut case, tokens, k);
+        let terms = targets.terms(kinds);
+        let items = [ItemLoss { tokens: &targets.tokens, terms: &terms }];
+        let job = LossJob::new(&case.vocab, &items).unwrap();
+        for index in 0..job.rows() {
+            let (item, place) = job.place(index);
+            let logits = case.random.logits(case.vocab.live(), case.scale);
+            let mut row: Vec<f64> = logits.into_iter().map(f64::from).collect();
+            let (_, grad) = reference::loss::row_loss(&case.vocab, item, place, &row);
+            for rank in 0..row.len() {
+                let step = 1e-5;
+                let at = row[rank];
+                row[rank] = at + step;
+                let (above, _) = reference::loss::row_loss(&case.vocab, item, place, &row);
+                row[rank] = at - step;
+                let (under, _) = reference::loss::row_loss(&case.vocab, item, place, &row);
+                row[rank] = at;
+                let slope = (above - under) / (2.0 * step);
+                prop_assert!((slope - grad[rank]).abs() < 1e-8, "{} against {}", slope, grad[rank]);
+            }
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Fast paths against the reference.
+
+pub(crate) mod loss;
+pub(crate) mod score;

@@ -1,0 +1,376 @@
+//! Losses of a language model on logits, with closed-form gradients written in place.
+//!
+//! **Trie loss.** The student's vocabulary is a trie of bytes; `M(u)` is the mass of all tokens
+//! below node `u`, itself included. For an observed token of n bytes at byte o, with `q_j` the
+//! target at byte j and `x` the observed bytes, the nodes and their classes are
+//!
+//! | k | node | classes and their targets |
+//! |---|---|---|
+//! | 0 | root | first byte c: `q_o(c)`; end of record: `q_o(end)`; ghost: the tail |
+//! | 0 < k < n | `t[..k]` | child c: `q_{o+k}(c)`; stop: all listed mass that is no child |
+//! | n | token `t`, where it has children | child c other than `x_{o+n}`: `q_{o+n}(c)`; stop: the rest |
+//!
+//! and the loss is the sum over nodes of `-sum_c target_c ln(mass_c / M(u))`, targets normalised
+//! per node. Stop exists where the node is a token. Its gradient is `dz_v += p_v (1/M(u) - target_c
+//! / mass_c)` for every token v below u in class c, which sums to zero over the node. With one-hot
+//! targets the sum telescopes to the cross-entropy of the tokens.
+//!
+//! *Root fix.* Byte c other than `x_o` has target 0 at the root where previous token + c is still a
+//! trie node: that mass belongs to the previous token's own node. The item's first token has no
+//! previous one.
+//!
+//! *Tail.* At the root it is a ghost bucket over all first bytes that are neither listed nor
+//! removed by the root fix: spread in proportion to the student's own mass there, so that no
+//! gradient flows inside. At deeper nodes it is dropped. Code 255 reads as zero.
+//!
+//! *Degenerate cases.* Target mass of a byte that no token starts with is dropped; a node left
+//! without target mass is skipped. A class whose mass underflows is exponentiated again against its
+//! own maximum, so a target that the student finds impossible still has its finite loss and full
+//! gradient.
+//!
+//! **Labels.** `-ln p(class of the label)`: cross-entropy.
+//!
+//! **Tokens.** `-sum_c target_c ln p_c` over the classes of the listed tokens, normalised together
+//! with the tail, which is one more class: all tokens not listed ([`Tail::Ghost`]), so that the
+//! gradient inside it is `p_v (1 - tail / mass)`. Dropping it instead normalises over the listed
+//! alone, which is right for targets that were sampled: drawing tokens from the teacher and storing
+//! their frequencies makes the expected gradient that of the whole distribution (random-sampling
+//! distillation, arXiv 2503.16870).
+
+mod groups;
+
+use crate::backend::{Backend, NotFinite};
+use crate::code::{self, FLOOR};
+use crate::element::Element;
+use crate::error::LossError;
+use crate::records::RecordView;
+use crate::rows::Rows;
+use crate::vocab::Vocab;
+use crate::{cpu, reference};
+
+pub(crate) use groups::{Class, Group, Groups, Place, first_byte};
+
+/// A row of [`Term::Labels`] without a label: no loss, no gradient.
+pub const NO_LABEL: u32 = u32::MAX;
+
+/// One loss over the rows of an item, times `weight`.
+#[derive(Clone, Copy, Debug)]
+pub enum Term<'a> {
+    /// Trie loss of next-byte records: one position per byte of the item's tokens and one for the
+    /// end.
+    Trie {
+        /// What to learn.
+        target: RecordView<'a>,
+        /// Factor of loss and gradient.
+        weight: f32,
+    },
+    /// Cross-entropy of one rank per row; [`NO_LABEL`] skips a row. A label stands for its class:
+    /// all tokens with the same bytes, or all that end a record.
+    Labels {
+        /// Ranks, one per row.
+        labels: &'a [u32],
+        /// Factor of loss and gradient.
+        weight: f32,
+    },
+    /// Token-space records, one position per row. Symbols are token ids, not ranks, so that they
+    /// mean the same to everyone who has the tokenizer.
+    Tokens {
+        /// What to learn.
+        target: RecordView<'a, u32>,
+        /// Factor of loss and gradient.
+        weight: f32,
+        /// What becomes of the mass that is not listed.
+        tail: Tail,
+    },
+}
+
+/// What the unlisted mass of a token-space target asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tail {
+    /// All unlisted tokens together hold it, split in proportion to the student's own mass.
+    Ghost,
+    /// Nothing: the listed tokens are the whole target.
+    Dropped,
+}
+
+/// An item and what to learn from it.
+#[derive(Clone, Copy, Debug)]
+pub struct ItemLoss<'a> {
+    /// Ranks of the m observed tokens without the end, which trie terms follow. Row i of the item
+    /// predicts token i, row m the end. Without a trie term they are not read: the item then has as
+    /// many rows as its first term has labels or positions (m + 1 without terms).
+    pub tokens: &'a [u32],
+    /// Summed.
+    pub terms: &'a [Term<'a>],
+}
+
+/// Sum of all terms of all items in nats; overwrites `logits`, the rows of all items one after the
+/// other `[rows, V]`, with its gradient. Ignored tokens get zeros.
+///
+/// # Errors
+/// Where sizes disagree, a rank, label or symbol does not fit the vocabulary, or a logit or weight
+/// is not finite; `logits` are then of no use.
+pub fn loss_in_place<T: Element>(
+    vocab: &Vocab,
+    items: &[ItemLoss<'_>],
+    logits: &mut [T],
+) -> Result<f64, LossError> {
+    Backend::best().loss_in_place(vocab, items, logits)
+}
+
+/// Trie loss of one item in nats, times `weight`; adds its gradient to `grad`.
+///
+/// `tokens` are the ranks of the target's m tokens without the end; `target` has one position per
+/// byte and one for the end; `logits` and `grad` are `[m + 1, V]`: row i predicts token i, the last
+/// row the end of the record.
+///
+/// # Errors
+/// Where sizes disagree, a rank spells no bytes, or a logit or the weight is not finite; `grad` is
+/// then of no use.
+pub fn trie_loss(
+    vocab: &Vocab,
+    tokens: &[u32],
+    target: RecordView<'_>,
+    logits: &[f32],
+    weight: f32,
+    grad: &mut [f32],
+) -> Result<f64, LossError> {
+    Backend::best().trie_loss(vocab, tokens, target, logits, weight, grad)
+}
+
+/// Cross-entropy of labels in nats, times `weight`; adds its gradient to `grad`.
+///
+/// `labels` are ranks, one per row of `logits` and `grad` `[labels.len(), V]`; [`NO_LABEL`] skips a
+/// row. A label stands for its class: all tokens with the same bytes, or all that end a record.
+///
+/// # Errors
+/// Where sizes disagree, a label is ignored or out of range, or a logit or the weight is not
+/// finite; `grad` is then of no use.
+pub fn cross_entropy(
+    vocab: &Vocab,
+    labels: &[u32],
+    logits: &[f32],
+    weight: f32,
+    grad: &mut [f32],
+) -> Result<f64, LossError> {
+    Backend::best().cross_entropy(vocab, labels, logits, weight, grad)
+}
+
+impl Backend {
+    /// [`loss_in_place`] on this implementation.
+    ///
+    /// # Errors
+    /// As [`loss_in_place`].
+    pub fn loss_in_place<T: Element>(
+        self,
+        vocab: &Vocab,
+        items: &[ItemLoss<'_>],
+        logits: &mut [T],
+    ) -> Result<f64, LossError> {
+        let job = LossJob::new(vocab, items)?;
+        check_length(
+            "logits",
+            logits.len(),
+            job.rows().saturating_mul(vocab.len()),
+        )?;
+        let rows = 0..job.rows();
+        let losses = match self {
+            Self::Reference => reference::loss::rows(&job, rows, logits),
+            Self::Cpu => cpu::loss::rows(cpu::Level::best(), &job, rows, logits),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => return crate::cuda::host::loss_in_place(vocab, items, logits),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(crate::error::CudaError::NotBuilt.into()),
+        };
+        Ok(losses?.iter().sum())
+    }
+
+    /// [`trie_loss`] on this implementation.
+    ///
+    /// # Errors
+    /// As [`trie_loss`].
+    pub fn trie_loss(
+        self,
+        vocab: &Vocab,
+        tokens: &[u32],
+        target: RecordView<'_>,
+        logits: &[f32],
+        weight: f32,
+        grad: &mut [f32],
+    ) -> Result<f64, LossError> {
+        let terms = [Term::Trie { target, weight }];
+        let item = ItemLoss {
+            tokens,
+            terms: &terms,
+        };
+        self.add_gradient(vocab, item, logits, grad)
+    }
+
+    /// [`cross_entropy`] on this implementation.
+    ///
+    /// # Errors
+    /// As [`cross_entropy`].
+    pub fn cross_entropy(
+        self,
+        vocab: &Vocab,
+        labels: &[u32],
+        logits: &[f32],
+        weight: f32,
+        grad: &mut [f32],
+    ) -> Result<f64, LossError> {
+        let terms = [Term::Labels { labels, weight }];
+        let item = ItemLoss {
+            tokens: &[],
+            terms: &terms,
+        };
+        self.add_gradient(vocab, item, logits, grad)
+    }
+
+    fn add_gradient(
+        self,
+        vocab: &Vocab,
+        item: ItemLoss<'_>,
+        logits: &[f32],
+        grad: &mut [f32],
+    ) -> Result<f64, LossError> {
+        let mut own = logits.to_vec();
+        let loss = self.loss_in_place(vocab, &[item], &mut own)?;
+        check_length("gradient", grad.len(), own.len())?;
+        for (sum, own) in grad.iter_mut().zip(own) {
+            *sum += own;
+        }
+        Ok(loss)
+    }
+}
+
+impl From<NotFinite> for LossError {
+    fn from(NotFinite { row, column }: NotFinite) -> Self {
+        Self::NotFinite { row, column }
+    }
+}
+
+/// Checked items, and where their rows are.
+#[derive(Clone, Debug)]
+pub(crate) struct LossJob<'a> {
+    pub(crate) vocab: &'a Vocab,
+    pub(crate) items: &'a [ItemLoss<'a>],
+    rows: Rows,
+    /// Byte at which the token of each row starts in its item; zeros without a trie term.
+    offsets: Vec<usize>,
+}
+
+impl<'a> LossJob<'a> {
+    pub(crate) fn new(vocab: &'a Vocab, items: &'a [ItemLoss<'a>]) -> Result<Self, LossError> {
+        let mut offsets = Vec::new();
+        let mut counts = Vec::with_capacity(items.len());
+        for item in items {
+            counts.push(check_item(vocab, item, &mut offsets)?);
+        }
+        Ok(Self {
+            vocab,
+            items,
+            rows: Rows::new(counts),
+            offsets,
+        })
+    }
+
+    /// Rows of all items.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Item of a row, and its place there.
+    pub(crate) fn place(&self, row: usize) -> (&'a ItemLoss<'a>, Place) {
+        let (item, index) = self.rows.find(row);
+        let offset = self.offsets[row];
+        (&self.items[item], Place { index, offset })
+    }
+}
+
+/// Rows of an item, whose byte offsets are added to `offsets`.
+fn check_item(
+    vocab: &Vocab,
+    item: &ItemLoss<'_>,
+    offsets: &mut Vec<usize>,
+) -> Result<usize, LossError> {
+    let is_trie = |term: &Term<'_>| matches!(term, Term::Trie { .. });
+    let rows = match item.terms.first() {
+        Some(Term::Labels { labels, .. }) if !item.terms.iter().any(is_trie) => labels.len(),
+        Some(Term::Tokens { target, .. }) if !item.terms.iter().any(is_trie) => target.positions(),
+        _ => item.tokens.len() + 1,
+    };
+    let before = offsets.len();
+    offsets.resize(before + rows, 0);
+    for term in item.terms {
+        let weight = match term {
+            Term::Trie { target, weight } => {
+                let bytes = byte_offsets(vocab, item.tokens, &mut offsets[before..])?;
+                check_length("target positions", target.positions(), bytes + 1)?;
+                weight
+            }
+            Term::Labels { labels, weight } => {
+                check_length("labels", labels.len(), rows)?;
+                for (position, &rank) in labels.iter().enumerate() {
+                    if rank != NO_LABEL && rank as usize >= vocab.live() {
+                        return Err(LossError::Label { position, rank });
+                    }
+                }
+                weight
+            }
+            Term::Tokens { target, weight, .. } => {
+                check_length("target positions", target.positions(), rows)?;
+                for (slot, &id) in target.symbols().iter().enumerate() {
+                    if id as usize >= vocab.len() {
+                        let position = slot / target.k();
+                        return Err(LossError::Symbol { position, id });
+                    }
+                }
+                weight
+            }
+        };
+        if !weight.is_finite() {
+            return Err(LossError::Weight);
+        }
+    }
+    Ok(rows)
+}
+
+/// Writes where each token starts and returns the number of bytes.
+fn byte_offsets(vocab: &Vocab, tokens: &[u32], offsets: &mut [usize]) -> Result<usize, LossError> {
+    let mut bytes = 0;
+    for (position, &rank) in tokens.iter().enumerate() {
+        if rank >= vocab.byte_tokens() {
+            return Err(LossError::Label { position, rank });
+        }
+        offsets[position] = bytes;
+        bytes += vocab.token_bytes(rank).len();
+    }
+    offsets[tokens.len()] = bytes;
+    Ok(bytes)
+}
+
+/// Probability of a code in a target: the floor reads as zero, so that a one-hot target can be
+/// written.
+pub(crate) fn probability(code: u8) -> f64 {
+    if code == FLOOR {
+        0.0
+    } else {
+        code::decode(code)
+    }
+}
+
+pub(crate) fn check_length(
+    what: &'static str,
+    got: usize,
+    expected: usize,
+) -> Result<(), LossError> {
+    if got == expected {
+        Ok(())
+    } else {
+        Err(LossError::Length {
+            what,
+            got,
+            expected,
+        })
+    }
+}
