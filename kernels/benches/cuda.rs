@@ -82,7 +82,10 @@ impl Items {
         let tokens: Vec<Vec<u32>> = (0..rows / (ITEM + 1))
             .map(|_| (0..ITEM).map(|_| random.below(bound) as u32).collect())
             .collect();
-        let targets = tokens.iter().map(|tokens| target(vocab, tokens, &mut random)).collect();
+        let targets = tokens
+            .iter()
+            .map(|tokens| target(vocab, tokens, &mut random))
+            .collect();
         Self { tokens, targets }
     }
 
@@ -103,23 +106,42 @@ impl Items {
 
 /// Sixteen bytes per position, the observed one among them.
 fn target(vocab: &Vocab, tokens: &[u32], random: &mut Random) -> Records {
-    let bytes: Vec<u8> = tokens.iter().flat_map(|&rank| vocab.token_bytes(rank)).copied().collect();
+    let bytes: Vec<u8> = tokens
+        .iter()
+        .flat_map(|&rank| vocab.token_bytes(rank))
+        .copied()
+        .collect();
     let (mut symbols, mut codes) = (Vec::new(), Vec::new());
     for position in 0..=bytes.len() {
         let mut listed = BTreeSet::from([bytes.get(position).copied().unwrap_or(b' ')]);
         while listed.len() < SLOTS {
             listed.insert(b' ' + random.below(95) as u8);
         }
-        codes.extend(listed.iter().map(|byte| if bytes.get(position) == Some(byte) { 8 } else { 90 }));
+        codes.extend(listed.iter().map(|byte| {
+            if bytes.get(position) == Some(byte) {
+                8
+            } else {
+                90
+            }
+        }));
         symbols.extend(listed);
     }
     let positions = bytes.len() + 1;
-    Records::from_columns(SLOTS, symbols, codes, vec![200; positions], vec![100; positions]).expect("records")
+    Records::from_columns(
+        SLOTS,
+        symbols,
+        codes,
+        vec![200; positions],
+        vec![100; positions],
+    )
+    .expect("records")
 }
 
 fn items_of<'a>(items: &'a Items, terms: &'a [[Term<'a>; 1]]) -> Vec<ItemLoss<'a>> {
     let pairs = items.tokens.iter().zip(terms);
-    pairs.map(|(tokens, terms)| ItemLoss { tokens, terms }).collect()
+    pairs
+        .map(|(tokens, terms)| ItemLoss { tokens, terms })
+        .collect()
 }
 
 /// Median seconds of the device over eleven runs.
@@ -141,7 +163,9 @@ fn rows<T: Element>(device: &Device, copy: f64, size: usize, count: usize) {
     let vocab = vocabulary(size);
     let items = Items::new(&vocab, count);
     let mut random = Random(11);
-    let values: Vec<T> = (0..count * size).map(|_| T::from_f32(random.value(10.0))).collect();
+    let values: Vec<T> = (0..count * size)
+        .map(|_| T::from_f32(random.value(10.0)))
+        .collect();
     let mut logits = Logits::upload(device, &values).expect("memory");
     let bytes = logits.bytes() as f64;
     let report = |what: &str, seconds: f64, bytes: f64| {
@@ -165,7 +189,9 @@ fn rows<T: Element>(device: &Device, copy: f64, size: usize, count: usize) {
         let records = || {
             scoring.sum().expect("a device that works");
             let mut out = Records::new(SLOTS).expect("records");
-            scoring.records(&vocab, None, &shape, &mut out).expect("finite logits");
+            scoring
+                .records(&vocab, None, &shape, &mut out)
+                .expect("finite logits");
             out
         };
         records();
@@ -185,16 +211,24 @@ fn head(device: &'static Device) {
     const WIDTH: usize = 4096;
     let vocab = vocabulary(SIZE);
     let mut random = Random(13);
-    let weights: Vec<bf16> = (0..SIZE * WIDTH).map(|_| bf16::from_f32(random.value(0.02))).collect();
+    let weights: Vec<bf16> = (0..SIZE * WIDTH)
+        .map(|_| bf16::from_f32(random.value(0.02)))
+        .collect();
     let head = ResidentHead::new(device, &vocab, &weights, WIDTH).expect("memory");
     drop(weights);
-    let product = if device.has_blas() { "cuBLAS" } else { "own product" };
+    let product = if device.has_blas() {
+        "cuBLAS"
+    } else {
+        "own product"
+    };
     let resident = device.memory_in_use().expect("a device that works");
     for count in [1024, 8192] {
         let items = Items::new(&vocab, count);
         let terms = items.terms();
         let losses = items_of(&items, &terms);
-        let states: Vec<bf16> = (0..count * WIDTH).map(|_| bf16::from_f32(random.value(1.0))).collect();
+        let states: Vec<bf16> = (0..count * WIDTH)
+            .map(|_| bf16::from_f32(random.value(1.0)))
+            .collect();
         let mut hidden = head.hidden(&states).expect("memory");
         let before = device.memory_in_use().expect("a device that works");
         let (done, peak) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -205,12 +239,19 @@ fn head(device: &'static Device) {
                 }
             });
             for _ in 0..2 {
-                head.loss(&losses, &mut hidden, None).expect("finite logits");
+                head.loss(&losses, &mut hidden, None)
+                    .expect("finite logits");
             }
             done.store(true, Ordering::Relaxed);
         });
-        let wall: Vec<f64> =
-            (0..7).map(|_| seconds(|| head.loss(&losses, &mut hidden, None).expect("finite logits"))).collect();
+        let wall: Vec<f64> = (0..7)
+            .map(|_| {
+                seconds(|| {
+                    head.loss(&losses, &mut hidden, None)
+                        .expect("finite logits")
+                })
+            })
+            .collect();
         let time = median(&wall);
         let work = 4.0 * count as f64 * SIZE as f64 * WIDTH as f64;
         println!(
@@ -226,7 +267,10 @@ fn head(device: &'static Device) {
 }
 
 fn main() {
-    let parts: Vec<String> = std::env::args().skip(1).filter(|part| !part.starts_with('-')).collect();
+    let parts: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|part| !part.starts_with('-'))
+        .collect();
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|other| other == part);
     let device = match device() {
         Ok(device) => device,
@@ -238,7 +282,10 @@ fn main() {
     println!("{}", device.name());
     if wanted("rows") {
         let copy = device.copy_bandwidth().expect("a device that works");
-        println!("copy within the device: {:.1} GB/s read and written", copy / 1e9);
+        println!(
+            "copy within the device: {:.1} GB/s read and written",
+            copy / 1e9
+        );
         rows::<f32>(device, copy, 32_000, 4096);
         rows::<bf16>(device, copy, 32_000, 8192);
         rows::<f32>(device, copy, 151_936, 1024);

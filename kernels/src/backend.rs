@@ -34,13 +34,19 @@ impl Backend {
     #[must_use]
     pub fn present() -> Vec<Self> {
         let cuda = cuda_missing().is_none().then_some(Self::Cuda);
-        [Self::Reference, Self::Cpu].into_iter().chain(cuda).collect()
+        [Self::Reference, Self::Cpu]
+            .into_iter()
+            .chain(cuda)
+            .collect()
     }
 
     /// Implementations that do not, and why.
     #[must_use]
     pub fn absent() -> Vec<(Self, CudaError)> {
-        cuda_missing().into_iter().map(|reason| (Self::Cuda, reason)).collect()
+        cuda_missing()
+            .into_iter()
+            .map(|reason| (Self::Cuda, reason))
+            .collect()
     }
 }
 

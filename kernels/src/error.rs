@@ -228,7 +228,9 @@ pub enum CudaError {
         names: &'static str,
     },
     /// The driver cannot read this program's kernels.
-    #[error("the NVIDIA driver supports CUDA {found}, needed is {needed}; install driver 550 or later")]
+    #[error(
+        "the NVIDIA driver supports CUDA {found}, needed is {needed}; install driver 550 or later"
+    )]
     OldDriver {
         /// What it supports.
         found: String,

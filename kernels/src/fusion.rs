@@ -15,12 +15,12 @@ use std::ops::{Add, Range};
 
 use crate::backend::Backend;
 use crate::code;
-use crate::error::FusionError;
-use crate::records::{RecordShape, RecordView, Records, Symbol};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 #[cfg(not(feature = "cuda"))]
 use crate::error::CudaError;
+use crate::error::FusionError;
+use crate::records::{RecordShape, RecordView, Records, Symbol};
 use crate::{cpu, reference};
 
 /// Sum of the weights of an item's sources.

@@ -27,7 +27,9 @@ pub mod vocab;
 
 pub use backend::Backend;
 pub use element::{Dtype, Element};
-pub use error::{CudaError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError};
+pub use error::{
+    CudaError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError,
+};
 pub use head::{Head, Weights};
 pub use records::{RecordShape, RecordView, Records, Symbol};
 pub use vocab::{TokenKind, Vocab};

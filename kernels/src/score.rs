@@ -260,7 +260,9 @@ impl Backend {
             Self::Reference => reference::score::records(&job, logits, branch_logits, out),
             Self::Cpu => records_on_cpu(Level::best(), &job, logits, branch_logits, out),
             #[cfg(feature = "cuda")]
-            Self::Cuda => crate::cuda::host::records(vocab, items, logits, branch_logits, shape, out),
+            Self::Cuda => {
+                crate::cuda::host::records(vocab, items, logits, branch_logits, shape, out)
+            }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda => Err(crate::error::CudaError::NotBuilt.into()),
         }

@@ -59,7 +59,8 @@ pub struct Compared {
 
 impl Compared {
     fn of(pairs: &[(f64, f64)]) -> Self {
-        let column = |pick: fn(&(f64, f64)) -> f64| median(&pairs.iter().map(pick).collect::<Vec<_>>());
+        let column =
+            |pick: fn(&(f64, f64)) -> f64| median(&pairs.iter().map(pick).collect::<Vec<_>>());
         Self {
             ours: column(|pair| pair.0),
             theirs: column(|pair| pair.1),
@@ -79,10 +80,15 @@ impl Twin {
     /// Starts `torch/NAME.py` on one thread; `None`, said aloud, where Python or its packages are missing.
     pub fn start(name: &str) -> Option<Self> {
         let python = std::env::var("CONSILIUM_BENCH_PYTHON").unwrap_or_else(|_| "python3".into());
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/torch").join(format!("{name}.py"));
+        let script = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("benches/torch")
+            .join(format!("{name}.py"));
         let child = Command::new(&python)
             .arg(&script)
-            .envs(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"].map(|name| (name, "1")))
+            .envs(
+                ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"]
+                    .map(|name| (name, "1")),
+            )
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn();
@@ -92,11 +98,18 @@ impl Twin {
         };
         let ask = child.stdin.take()?;
         let answers = BufReader::new(child.stdout.take()?);
-        let mut twin = Self { child, ask, answers };
+        let mut twin = Self {
+            child,
+            ask,
+            answers,
+        };
         match twin.line() {
             Some(line) if line.trim() == "ready" => Some(twin),
             _ => {
-                println!("no twin: {} failed to start; see the message above", script.display());
+                println!(
+                    "no twin: {} failed to start; see the message above",
+                    script.display()
+                );
                 None
             }
         }
@@ -122,7 +135,11 @@ impl Drop for Twin {
 }
 
 /// Times an operation in turn with a case of a twin.
-pub fn against_twin<T>(twin: &mut Option<Twin>, case: &str, mut work: impl FnMut() -> T) -> (f64, Option<Compared>) {
+pub fn against_twin<T>(
+    twin: &mut Option<Twin>,
+    case: &str,
+    mut work: impl FnMut() -> T,
+) -> (f64, Option<Compared>) {
     seconds(&mut work);
     let Some(twin) = twin else {
         return (alone(work), None);

@@ -65,7 +65,8 @@ impl Blas {
         // SAFETY: the symbols have had these types since cuBLAS 8 (and the compute type of `cublasGemmEx` since 11).
         let create = *unsafe { library.get::<Create>(b"cublasCreate_v2") }.map_err(no_symbol)?;
         // SAFETY: as above.
-        let set_stream = *unsafe { library.get::<SetStream>(b"cublasSetStream_v2") }.map_err(no_symbol)?;
+        let set_stream =
+            *unsafe { library.get::<SetStream>(b"cublasSetStream_v2") }.map_err(no_symbol)?;
         // SAFETY: as above.
         let gemm = *unsafe { library.get::<GemmEx>(b"cublasGemmEx") }.map_err(no_symbol)?;
         let mut handle = std::ptr::null_mut();

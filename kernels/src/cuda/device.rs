@@ -59,7 +59,10 @@ impl fmt::Debug for Device {
 /// Where there is no driver, the driver or the device is too old, or there is no device.
 pub fn device() -> Result<&'static Device, CudaError> {
     static DEVICE: OnceLock<Result<Device, CudaError>> = OnceLock::new();
-    DEVICE.get_or_init(Device::find).as_ref().map_err(Clone::clone)
+    DEVICE
+        .get_or_init(Device::find)
+        .as_ref()
+        .map_err(Clone::clone)
 }
 
 /// Memory of the device, freed on drop.
@@ -82,7 +85,9 @@ impl Device {
             return Err(CudaError::NoDevice);
         }
         let context = CudaContext::new(0).map_err(driver("opening the device"))?;
-        let name = context.name().map_err(driver("reading the device's name"))?;
+        let name = context
+            .name()
+            .map_err(driver("reading the device's name"))?;
         let capability = context
             .compute_capability()
             .map_err(driver("reading the device's capability"))?;
@@ -91,11 +96,15 @@ impl Device {
             return Err(CudaError::OldDevice { name, found });
         }
         let attribute = |attribute| {
-            let value = context.attribute(attribute).map_err(driver("reading an attribute"))?;
+            let value = context
+                .attribute(attribute)
+                .map_err(driver("reading an attribute"))?;
             Ok(u32::try_from(value).unwrap_or(0))
         };
         Ok(Self {
-            multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            multiprocessors: attribute(
+                CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )?,
             shared_limit: attribute(
                 CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
@@ -119,7 +128,10 @@ impl Device {
     /// # Errors
     /// Where the driver fails.
     pub fn memory_in_use(&self) -> Result<usize, CudaError> {
-        let (free, total) = self.context.mem_get_info().map_err(driver("reading memory"))?;
+        let (free, total) = self
+            .context
+            .mem_get_info()
+            .map_err(driver("reading memory"))?;
         Ok(total - free)
     }
 
@@ -129,7 +141,9 @@ impl Device {
     /// Where earlier work failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.bind()?;
-        self.stream.synchronize().map_err(driver("waiting for the device"))
+        self.stream
+            .synchronize()
+            .map_err(driver("waiting for the device"))
     }
 
     /// Seconds that the device takes for the work which `work` starts.
@@ -139,7 +153,9 @@ impl Device {
     pub fn time(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<f64, CudaError> {
         let event = || -> Result<CudaEvent, CudaError> {
             let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-            self.stream.record_event(flags).map_err(driver("recording an event"))
+            self.stream
+                .record_event(flags)
+                .map_err(driver("recording an event"))
         };
         self.bind()?;
         let start = event()?;
@@ -207,7 +223,11 @@ impl Device {
     }
 
     /// Memory full of a byte.
-    pub(super) fn filled<T: DeviceRepr>(&self, len: usize, byte: u8) -> Result<Buffer<T>, CudaError> {
+    pub(super) fn filled<T: DeviceRepr>(
+        &self,
+        len: usize,
+        byte: u8,
+    ) -> Result<Buffer<T>, CudaError> {
         let buffer = self.allocate(len)?;
         self.fill(&buffer, byte)?;
         Ok(buffer)
@@ -217,7 +237,12 @@ impl Device {
         let bytes = buffer.slice.num_bytes();
         // SAFETY: the buffer has as many bytes, and the stream orders the write after earlier uses.
         let status = unsafe {
-            cudarc::driver::result::memset_d8_async(buffer.address, byte, bytes, self.stream.cu_stream())
+            cudarc::driver::result::memset_d8_async(
+                buffer.address,
+                byte,
+                bytes,
+                self.stream.cu_stream(),
+            )
         };
         status.map_err(driver("filling device memory"))
     }
@@ -255,7 +280,9 @@ impl Device {
     ) -> Result<(), CudaError> {
         if !to.is_empty() {
             let from = buffer.slice.slice(..to.len());
-            self.stream.memcpy_dtoh(&from, to).map_err(driver("copying from the device"))?;
+            self.stream
+                .memcpy_dtoh(&from, to)
+                .map_err(driver("copying from the device"))?;
         }
         self.synchronize()
     }
@@ -270,11 +297,18 @@ impl Device {
             return Ok(());
         }
         let mut to = to.slice.slice_mut(..values.len());
-        self.stream.memcpy_htod(values, &mut to).map_err(driver("copying to the device"))
+        self.stream
+            .memcpy_htod(values, &mut to)
+            .map_err(driver("copying to the device"))
     }
 
     /// A kernel that may ask for `shared` bytes of dynamic shared memory.
-    pub(super) fn kernel(&self, unit: Unit, name: &str, shared: u32) -> Result<CudaFunction, CudaError> {
+    pub(super) fn kernel(
+        &self,
+        unit: Unit,
+        name: &str,
+        shared: u32,
+    ) -> Result<CudaFunction, CudaError> {
         if shared > self.shared_limit.saturating_sub(16 << 10) {
             return Err(CudaError::Unsupported {
                 what: "a row of very many segments",
@@ -286,7 +320,9 @@ impl Device {
             module.map_err(driver("loading kernels"))
         });
         let module = module.as_ref().map_err(Clone::clone)?;
-        let function = module.load_function(name).map_err(driver("finding a kernel"))?;
+        let function = module
+            .load_function(name)
+            .map_err(driver("finding a kernel"))?;
         if shared > 32 << 10 {
             let limit = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
@@ -297,7 +333,11 @@ impl Device {
     }
 
     /// Blocks of a kernel that run at a time.
-    pub(super) fn resident_blocks(&self, kernel: &CudaFunction, shared: u32) -> Result<u32, CudaError> {
+    pub(super) fn resident_blocks(
+        &self,
+        kernel: &CudaFunction,
+        shared: u32,
+    ) -> Result<u32, CudaError> {
         let blocks = kernel
             .occupancy_max_active_blocks_per_multiprocessor(THREADS, shared as usize, None)
             .map_err(driver("asking for the occupancy"))?;
@@ -338,7 +378,9 @@ impl Device {
     }
 
     fn bind(&self) -> Result<(), CudaError> {
-        self.context.bind_to_thread().map_err(driver("using the device"))
+        self.context
+            .bind_to_thread()
+            .map_err(driver("using the device"))
     }
 }
 
@@ -356,7 +398,9 @@ fn check_driver() -> Result<(), CudaError> {
     let mut version = 0;
     // SAFETY: writes one integer, and may be called before everything else.
     let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-    status.result().map_err(driver("asking for the driver's version"))?;
+    status
+        .result()
+        .map_err(driver("asking for the driver's version"))?;
     if version < NEEDED {
         return Err(CudaError::OldDriver {
             found: format!("{}.{}", version / 1000, version % 1000 / 10),

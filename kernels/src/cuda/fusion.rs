@@ -18,10 +18,20 @@ pub(crate) fn fuse<S: Symbol>(
     out: &mut Records<S>,
 ) -> Result<(), FusionError> {
     let positions = sources.first().map_or(0, RecordView::positions);
-    let most: usize = weighted(weights, sources).map(|(_, source)| source.k()).sum();
+    let most: usize = weighted(weights, sources)
+        .map(|(_, source)| source.k())
+        .sum();
     let symbol = size_of::<S>();
     let shared = count(most * WARPS as usize * 2 * (8 + symbol))?;
-    let kernel = device.kernel(Unit::Fusion, if S::HAS_END { "fuse_bytes" } else { "fuse_tokens" }, shared)?;
+    let kernel = device.kernel(
+        Unit::Fusion,
+        if S::HAS_END {
+            "fuse_bytes"
+        } else {
+            "fuse_tokens"
+        },
+        shared,
+    )?;
 
     let mut columns = Vec::new();
     let mut descriptions = Vec::new();
@@ -50,7 +60,10 @@ pub(crate) fn fuse<S: Symbol>(
     let slots = positions * shape.k;
     let symbols = device.allocate::<u8>(slots * symbol)?;
     let codes = device.allocate::<u8>(slots)?;
-    let (end, tail) = (device.allocate::<u8>(positions)?, device.allocate::<u8>(positions)?);
+    let (end, tail) = (
+        device.allocate::<u8>(positions)?,
+        device.allocate::<u8>(positions)?,
+    );
     let full = (u128::from(shape.fill_permille) << MASS_BITS).div_ceil(1000);
     let job = raw::Fusion {
         sources: descriptions.address(),
@@ -76,7 +89,11 @@ pub(crate) fn fuse<S: Symbol>(
         shape.k,
         fused,
         device.download(&codes, slots)?,
-        if S::HAS_END { device.download(&end, positions)? } else { Vec::new() },
+        if S::HAS_END {
+            device.download(&end, positions)?
+        } else {
+            Vec::new()
+        },
         device.download(&tail, positions)?,
     )?;
     out.append(records.view())?;
@@ -88,7 +105,11 @@ fn weighted<'a, 's, S: Symbol>(
     weights: &'a [u32],
     sources: &'a [RecordView<'s, S>],
 ) -> impl Iterator<Item = (u32, &'a RecordView<'s, S>)> {
-    weights.iter().copied().zip(sources).filter(|&(weight, _)| weight > 0)
+    weights
+        .iter()
+        .copied()
+        .zip(sources)
+        .filter(|&(weight, _)| weight > 0)
 }
 
 fn symbol_bytes<S: Symbol>(symbols: &[S]) -> &[u8] {

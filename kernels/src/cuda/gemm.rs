@@ -54,7 +54,11 @@ pub(super) unsafe fn multiply(
         Dtype::F32 => (64, 64, 0),
         Dtype::Bf16 | Dtype::F16 => (128, 256, 4 * (128 + 256) * 32 * 2),
     };
-    let kernel = device.kernel(Unit::Gemm, &format!("gemm_{}_{}", suffix(dtype), product.suffix()), shared)?;
+    let kernel = device.kernel(
+        Unit::Gemm,
+        &format!("gemm_{}_{}", suffix(dtype), product.suffix()),
+        shared,
+    )?;
     // Blocks that share columns run side by side, so that weights are read from memory once.
     let grid = (job.m.div_ceil(rows), job.n.div_ceil(columns));
     // SAFETY: the caller's promise; a block per tile.

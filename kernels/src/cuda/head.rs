@@ -47,7 +47,9 @@ pub struct Hidden {
 
 impl std::fmt::Debug for Hidden {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Hidden").field("rows", &self.rows).finish_non_exhaustive()
+        f.debug_struct("Hidden")
+            .field("rows", &self.rows)
+            .finish_non_exhaustive()
     }
 }
 
@@ -131,7 +133,9 @@ impl<'v> ResidentHead<'v> {
         }
         let mut sum = 0.0;
         for (index, job) in jobs.iter().enumerate() {
-            sum += job.loss().map_err(|error| at_row(error, index * self.chunk))?;
+            sum += job
+                .loss()
+                .map_err(|error| at_row(error, index * self.chunk))?;
         }
         Ok(sum)
     }
@@ -142,8 +146,13 @@ impl<'v> ResidentHead<'v> {
     /// Where sizes disagree, or the device fails.
     pub fn gradient(&self, hidden: &Hidden, to: &mut [f32]) -> Result<(), LossError> {
         check_length("hidden gradient", to.len(), hidden.rows * self.width)?;
-        let all = self.device.download(&hidden.gradient, hidden.rows * self.stride)?;
-        for (to, from) in to.chunks_exact_mut(self.width.max(1)).zip(all.chunks_exact(self.stride.max(1))) {
+        let all = self
+            .device
+            .download(&hidden.gradient, hidden.rows * self.stride)?;
+        for (to, from) in to
+            .chunks_exact_mut(self.width.max(1))
+            .zip(all.chunks_exact(self.stride.max(1)))
+        {
             to.copy_from_slice(&from[..self.width]);
         }
         Ok(())
@@ -173,7 +182,11 @@ impl<'v> ResidentHead<'v> {
         let (stride, wide) = (self.stride as u64, scratch.stride as u64);
         let first = rows.start as u64 * stride;
         let states = hidden.states.address() + first * bytes;
-        let (rows, width, tokens) = (count(rows.len())?, count(self.width)?, count(self.vocab.len())?);
+        let (rows, width, tokens) = (
+            count(rows.len())?,
+            count(self.width)?,
+            count(self.vocab.len())?,
+        );
         let logits = Gemm {
             a: states,
             b: self.weights.address(),
@@ -233,10 +246,17 @@ impl<'v> ResidentHead<'v> {
     ///
     /// # Errors
     /// Where sizes disagree, or the device fails.
-    pub fn download_weights(&self, gradient: &WeightGradient, to: &mut [f32]) -> Result<(), LossError> {
+    pub fn download_weights(
+        &self,
+        gradient: &WeightGradient,
+        to: &mut [f32],
+    ) -> Result<(), LossError> {
         check_length("weight gradient", to.len(), self.vocab.len() * self.width)?;
         let all = self.device.download(&gradient.values, gradient.len)?;
-        for (to, from) in to.chunks_exact_mut(self.width.max(1)).zip(all.chunks_exact(self.stride.max(1))) {
+        for (to, from) in to
+            .chunks_exact_mut(self.width.max(1))
+            .zip(all.chunks_exact(self.stride.max(1)))
+        {
             to.copy_from_slice(&from[..self.width]);
         }
         Ok(())
@@ -251,7 +271,9 @@ pub struct WeightGradient {
 
 impl std::fmt::Debug for WeightGradient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WeightGradient").field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("WeightGradient")
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }
 
@@ -277,12 +299,18 @@ impl Scratch {
             dtype: head.dtype,
             stride,
             // f16 has no values between 0 and 6e-8.
-            scale: if head.dtype == Dtype::F16 { 1024.0 } else { 1.0 },
+            scale: if head.dtype == Dtype::F16 {
+                1024.0
+            } else {
+                1.0
+            },
         })
     }
 
     fn gradient_address(&self) -> u64 {
-        self.gradient.as_ref().map_or(self.logits.address(), Buffer::address)
+        self.gradient
+            .as_ref()
+            .map_or(self.logits.address(), Buffer::address)
     }
 
     fn places(&self) -> Places {
@@ -310,7 +338,10 @@ fn upload_padded<T: Element>(
         return device.upload(bytes_of(rows));
     }
     let mut padded = vec![T::default(); rows.len() / width * stride];
-    for (to, from) in padded.chunks_exact_mut(stride).zip(rows.chunks_exact(width)) {
+    for (to, from) in padded
+        .chunks_exact_mut(stride)
+        .zip(rows.chunks_exact(width))
+    {
         to[..width].copy_from_slice(from);
     }
     device.upload(bytes_of(&padded))

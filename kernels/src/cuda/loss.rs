@@ -50,7 +50,9 @@ pub struct LossJob<'d> {
 
 impl std::fmt::Debug for LossJob<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LossJob").field("rows", &self.sums.job.count).finish_non_exhaustive()
+        f.debug_struct("LossJob")
+            .field("rows", &self.sums.job.count)
+            .finish_non_exhaustive()
     }
 }
 
@@ -77,7 +79,11 @@ impl<'d> LossJob<'d> {
         logits: &'d mut Logits,
     ) -> Result<Self, LossError> {
         let rows = rows_of(vocab, items)?;
-        check_length("logits", logits.len(), rows.len().saturating_mul(vocab.len()))?;
+        check_length(
+            "logits",
+            logits.len(),
+            rows.len().saturating_mul(vocab.len()),
+        )?;
         let place = (logits.address(), logits.dtype());
         let places = Places {
             logits: place,
@@ -100,7 +106,8 @@ impl<'d> LossJob<'d> {
         let (logits, dtype) = places.logits;
         let sums = Sums::new(device, vocab, &trie, &plan, dtype, (logits, places.stride))?;
         let (segments, levels) = (sums.job.most_segments, sums.job.most_levels);
-        let shared = LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (3 * segments + 1) + sums.slice_bits();
+        let shared =
+            LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (3 * segments + 1) + sums.slice_bits();
         let name = if dtype == places.gradient.1 {
             format!("loss_{}", suffix(dtype))
         } else {
@@ -108,8 +115,9 @@ impl<'d> LossJob<'d> {
         };
         let kernel = device.kernel(Unit::Loss, &name, shared)?;
         let resident = device.resident_blocks(&kernel, shared)?;
-        // A gradient follows its row's sums by two such blocks of tickets: all sums are then under way.
-        let lag = resident.div_ceil(2 * sums.job.slices) + 1;
+        // A gradient follows its row's sums by two such blocks of tickets: those of all resident blocks four times over,
+        // so that the coefficients, which take longer than a slice, are there in time.
+        let lag = (4 * resident).div_ceil(2 * sums.job.slices) + 1;
         let table: Vec<f32> = (0..=u8::MAX).map(code_probability).collect();
         let inputs = (
             device.upload(&terms.rows)?,
@@ -162,7 +170,10 @@ impl<'d> LossJob<'d> {
         self.device.fill(&self.ticket, 0)?;
         // SAFETY: the job of the loss kernels: logits and gradient of `count` rows (checked by whoever made the job),
         // terms that point into `columns`, sums and coefficients for every segment, all held by `self` and its maker.
-        unsafe { self.device.launch(&self.kernel, (self.blocks, 1), self.shared, &self.job) }
+        unsafe {
+            self.device
+                .launch(&self.kernel, (self.blocks, 1), self.shared, &self.job)
+        }
     }
 
     /// Waits; the loss of all rows in nats, summed in their order.
@@ -171,7 +182,9 @@ impl<'d> LossJob<'d> {
     /// Where a logit was not finite, or the device failed.
     pub fn loss(&self) -> Result<f64, LossError> {
         self.sums.check(self.device)?;
-        let losses = self.device.download(&self.losses, self.sums.job.count as usize)?;
+        let losses = self
+            .device
+            .download(&self.losses, self.sums.job.count as usize)?;
         Ok(losses.iter().sum())
     }
 }
@@ -184,7 +197,10 @@ pub(super) struct RowOf<'a> {
 }
 
 /// All rows of checked items.
-pub(super) fn rows_of<'a>(vocab: &'a Vocab, items: &'a [ItemLoss<'a>]) -> Result<Vec<RowOf<'a>>, LossError> {
+pub(super) fn rows_of<'a>(
+    vocab: &'a Vocab,
+    items: &'a [ItemLoss<'a>],
+) -> Result<Vec<RowOf<'a>>, LossError> {
     let job = loss::LossJob::new(vocab, items)?;
     let rows = (0..job.rows()).map(|row| {
         let (item, place) = job.place(row);
@@ -199,7 +215,10 @@ impl RowOf<'_> {
     }
 
     fn has_trie(&self) -> bool {
-        self.item.terms.iter().any(|term| matches!(term, Term::Trie { .. }))
+        self.item
+            .terms
+            .iter()
+            .any(|term| matches!(term, Term::Trie { .. }))
     }
 
     /// Token along which the row is cut: the observed one where a trie target asks for it, else the label.
@@ -211,7 +230,9 @@ impl RowOf<'_> {
             Term::Labels { labels, .. } => labels.get(self.place.index).copied(),
             Term::Trie { .. } | Term::Tokens { .. } => None,
         });
-        labels.into_iter().find(|&label| label < vocab.byte_tokens())
+        labels
+            .into_iter()
+            .find(|&label| label < vocab.byte_tokens())
     }
 }
 
@@ -230,8 +251,13 @@ impl Terms {
             for term in row.item.terms {
                 match term {
                     Term::Trie { target, weight } => {
-                        let positions = path_token.map_or(0, |rank| vocab.token_bytes(rank).len()) + 1;
-                        all.trie(target, row.place.offset..row.place.offset + positions, *weight)?;
+                        let positions =
+                            path_token.map_or(0, |rank| vocab.token_bytes(rank).len()) + 1;
+                        all.trie(
+                            target,
+                            row.place.offset..row.place.offset + positions,
+                            *weight,
+                        )?;
                     }
                     Term::Tokens { .. } => {
                         return Err(CudaError::Unsupported {
@@ -255,7 +281,11 @@ impl Terms {
                 let token = row.token(index);
                 token.map_or(256, |rank| u32::from(vocab.token_bytes(rank)[0]))
             };
-            let previous = row.place.index.checked_sub(1).and_then(|index| row.token(index));
+            let previous = row
+                .place
+                .index
+                .checked_sub(1)
+                .and_then(|index| row.token(index));
             all.rows.push(LossRow {
                 first_term,
                 terms: count(all.terms.len())? - first_term,
@@ -269,7 +299,12 @@ impl Terms {
     }
 
     /// Adds a trie term with its columns at `positions`, which the target has.
-    fn trie(&mut self, target: &RecordView<'_>, positions: Range<usize>, weight: f32) -> Result<(), CudaError> {
+    fn trie(
+        &mut self,
+        target: &RecordView<'_>,
+        positions: Range<usize>,
+        weight: f32,
+    ) -> Result<(), CudaError> {
         let slots = positions.start * target.k()..positions.end * target.k();
         let mut copy = |column: &[u8]| {
             let start = count(self.columns.len());
@@ -312,7 +347,10 @@ fn segment_of(
     })
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "shares of a target, used in f32")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "shares of a target, used in f32"
+)]
 fn code_probability(code: u8) -> f32 {
     debug_assert!(code::FLOOR == u8::MAX, "the last code is the floor");
     probability(code) as f32

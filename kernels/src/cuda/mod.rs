@@ -7,7 +7,10 @@
 //! library is looked for before anything else touches it, and its absence is an error value. cuBLAS is used for the
 //! products of the fused head where the machine has it (`CONSILIUM_CUDA_LIBRARIES` names a folder to look in first).
 
-#![expect(unsafe_code, reason = "launches, addresses and the C interface of cuBLAS; each block says why it holds")]
+#![expect(
+    unsafe_code,
+    reason = "launches, addresses and the C interface of cuBLAS; each block says why it holds"
+)]
 
 mod blas;
 mod device;

@@ -95,6 +95,7 @@ plain! {
     /// Rows of logits and where their masses go.
     struct Rows {
         nodes: Address,
+        starts: Address,
         levels: Address,
         rows: Address,
         logits: Address,

@@ -59,9 +59,11 @@ impl Plan {
             plan.most_segments = plan.most_segments.max(path.segments);
             plan.most_levels = plan.most_levels.max(path.levels);
             plan.segments =
-                plan.segments.checked_add(path.segments).ok_or(CudaError::Unsupported {
-                    what: "more than 2^32 - 1 segments in one call",
-                })?;
+                plan.segments
+                    .checked_add(path.segments)
+                    .ok_or(CudaError::Unsupported {
+                        what: "more than 2^32 - 1 segments in one call",
+                    })?;
         }
         Ok(plan)
     }
@@ -108,6 +110,7 @@ impl Sums {
         };
         let job = Rows {
             nodes: trie.nodes.address(),
+            starts: trie.starts.address(),
             levels: trie.levels.address(),
             rows: sums._rows.address(),
             logits,

@@ -36,7 +36,9 @@ pub struct Scoring<'d> {
 
 impl std::fmt::Debug for Scoring<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Scoring").field("rows", &self.sums.job.count).finish_non_exhaustive()
+        f.debug_struct("Scoring")
+            .field("rows", &self.sums.job.count)
+            .finish_non_exhaustive()
     }
 }
 
@@ -63,11 +65,17 @@ impl Layout {
                 let row = ScoreRow {
                     position: count(layout.observed.len())?,
                     bytes: count(bytes.len())?,
-                    previous: if index == 0 { NONE } else { count(layout.rows.len())? - 1 },
+                    previous: if index == 0 {
+                        NONE
+                    } else {
+                        count(layout.rows.len())? - 1
+                    },
                     padding: 0,
                 };
                 layout.rows.push(row);
-                layout.observed.extend(bytes.iter().map(|&byte| u32::from(byte)));
+                layout
+                    .observed
+                    .extend(bytes.iter().map(|&byte| u32::from(byte)));
             }
             layout.observed.push(256);
             layout.items.push(layout.observed.len() - start);
@@ -103,7 +111,9 @@ impl<'d> Scoring<'d> {
             }
         }
         let trie = device.trie(vocab)?;
-        let tokens = items.iter().flat_map(|tokens| tokens.iter().copied().map(Some).chain([None]));
+        let tokens = items
+            .iter()
+            .flat_map(|tokens| tokens.iter().copied().map(Some).chain([None]));
         let plan = Plan::new(tokens.map(|token| trie.path(token)))?;
         check_size(logits, plan.len(), vocab)?;
         let place = (logits.address(), vocab.len());
@@ -222,7 +232,10 @@ impl<'d> Scoring<'d> {
         let expansion = device.upload(&expansion)?;
         let slots = positions * shape.k;
         let (symbols, codes) = (device.allocate::<u8>(slots)?, device.allocate::<u8>(slots)?);
-        let (end, tail) = (device.allocate::<u8>(positions)?, device.allocate::<u8>(positions)?);
+        let (end, tail) = (
+            device.allocate::<u8>(positions)?,
+            device.allocate::<u8>(positions)?,
+        );
         let missed = device.filled::<f64>(positions, 0)?;
         let job = raw::Output {
             rows: self.sums.job,
@@ -260,7 +273,9 @@ impl<'d> Scoring<'d> {
         let Some(BranchRows { branches, .. }) = branches else {
             return Ok(expansion);
         };
-        let mut first_rows = (0_usize..).zip(&self.layout.rows).filter(|(_, row)| row.previous == NONE);
+        let mut first_rows = (0_usize..)
+            .zip(&self.layout.rows)
+            .filter(|(_, row)| row.previous == NONE);
         let mut index = 0;
         for branches in branches {
             let first = first_rows.next().map_or(0, |(index, _)| index);
@@ -277,11 +292,22 @@ impl<'d> Scoring<'d> {
 
     fn sum_branches(&self, vocab: &Vocab, branches: BranchRows<'_>) -> Result<Sums, ScoreError> {
         let trie = self.device.trie(vocab)?;
-        let rows = branches.branches.iter().map(|branches| branches.len()).sum();
+        let rows = branches
+            .branches
+            .iter()
+            .map(|branches| branches.len())
+            .sum();
         let plan = Plan::new(std::iter::repeat_n(trie.path(None), rows))?;
         check_size(branches.logits, rows, vocab)?;
         let place = (branches.logits.address(), vocab.len());
-        let sums = Sums::new(self.device, vocab, &trie, &plan, branches.logits.dtype(), place)?;
+        let sums = Sums::new(
+            self.device,
+            vocab,
+            &trie,
+            &plan,
+            branches.logits.dtype(),
+            place,
+        )?;
         let (kernel, shared) = sum_kernel(self.device, &sums, branches.logits)?;
         run_sums(self.device, &kernel, shared, &sums)?;
         match sums.check(self.device) {
@@ -327,7 +353,11 @@ impl<'d> Scoring<'d> {
 
 #[expect(clippy::cast_possible_truncation, reason = "a share, reported as f32")]
 fn mean((sum, count): (f64, u32)) -> f32 {
-    if count == 0 { 0.0 } else { (sum / f64::from(count)) as f32 }
+    if count == 0 {
+        0.0
+    } else {
+        (sum / f64::from(count)) as f32
+    }
 }
 
 fn check_size(logits: &Logits, rows: usize, vocab: &Vocab) -> Result<(), ScoreError> {
@@ -359,9 +389,13 @@ fn run_sums(
     shared: u32,
     sums: &Sums,
 ) -> Result<(), CudaError> {
-    let blocks = sums.job.count.checked_mul(sums.job.slices).ok_or(CudaError::Unsupported {
-        what: "more than 2^32 - 1 slices of rows",
-    })?;
+    let blocks = sums
+        .job
+        .count
+        .checked_mul(sums.job.slices)
+        .ok_or(CudaError::Unsupported {
+            what: "more than 2^32 - 1 slices of rows",
+        })?;
     // SAFETY: the job of `sum_rows`: as many logits as rows (checked where the job was made), a block per slice, and
     // memory for the sums of every segment, all held by `sums` and by the owner of the logits.
     unsafe { device.launch(kernel, (blocks, 1), shared, &sums.job) }

@@ -1,5 +1,8 @@
 //! The device against the reference. Without one these say so and check nothing: `tests/emulator` brings one along.
-#![expect(clippy::cast_possible_truncation, reason = "random numbers below small bounds")]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "random numbers below small bounds"
+)]
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -32,11 +35,17 @@ fn large(random: &mut Random, tokens: usize) -> Case {
     let bytes: Vec<Vec<u8>> = (0..tokens)
         .map(|_| {
             let length = 1 + random.below(4);
-            (0..length).map(|place| (random.below(if place == 0 { 256 } else { 40 })) as u8).collect()
+            (0..length)
+                .map(|place| (random.below(if place == 0 { 256 } else { 40 })) as u8)
+                .collect()
         })
         .collect();
     let kinds = bytes.iter().map(|bytes| TokenKind::Bytes(bytes));
-    let rest = [TokenKind::EndOfRecord, TokenKind::Ignored, TokenKind::EndOfRecord];
+    let rest = [
+        TokenKind::EndOfRecord,
+        TokenKind::Ignored,
+        TokenKind::EndOfRecord,
+    ];
     let vocab = Vocab::new(kinds.chain(rest)).unwrap();
     let bound = vocab.byte_tokens() as usize;
     Case {
@@ -53,9 +62,13 @@ fn check_scores<T: Element>(case: &mut Case, shape: RecordShape, threshold: f32)
     let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
     let score = ScoreJob::new(&vocab, &tokens).unwrap();
     let logits: Vec<T> = stored(&case.rows(score.rows()));
-    let exact_branches = Backend::Reference.branches_of(&vocab, &tokens, &logits, threshold).unwrap();
+    let exact_branches = Backend::Reference
+        .branches_of(&vocab, &tokens, &logits, threshold)
+        .unwrap();
     if threshold > 0.0 {
-        let found = Backend::Cuda.branches_of(&vocab, &tokens, &logits, threshold).unwrap();
+        let found = Backend::Cuda
+            .branches_of(&vocab, &tokens, &logits, threshold)
+            .unwrap();
         assert_eq!(found, exact_branches);
     }
     let items: Vec<ItemTokens<'_>> = tokens
@@ -67,11 +80,19 @@ fn check_scores<T: Element>(case: &mut Case, shape: RecordShape, threshold: f32)
     let branch_logits: Vec<T> = stored(&case.rows(job.branch_rows()));
     let mut records = Records::new(shape.k).unwrap();
     let missed = Backend::Cuda
-        .records_of(&vocab, &items, &logits, &branch_logits, &shape, &mut records)
+        .records_of(
+            &vocab,
+            &items,
+            &logits,
+            &branch_logits,
+            &shape,
+            &mut records,
+        )
         .unwrap();
     let mut position = 0;
     for (index, missed) in missed.iter().enumerate() {
-        let item = reference::score::Item::with_branches(&job, index, &logits, &branch_logits).unwrap();
+        let item =
+            reference::score::Item::with_branches(&job, index, &logits, &branch_logits).unwrap();
         let (exact, exact_missed) = reference::score::distributions(&item);
         for exact in &exact {
             check_position(records.view(), position, exact, &shape);
@@ -83,10 +104,17 @@ fn check_scores<T: Element>(case: &mut Case, shape: RecordShape, threshold: f32)
         }
     }
     assert_eq!(records.positions(), position);
-    let bits = Backend::Cuda.token_bits_of(&vocab, &tokens, &logits).unwrap();
-    let exact = Backend::Reference.token_bits_of(&vocab, &tokens, &logits).unwrap();
+    let bits = Backend::Cuda
+        .token_bits_of(&vocab, &tokens, &logits)
+        .unwrap();
+    let exact = Backend::Reference
+        .token_bits_of(&vocab, &tokens, &logits)
+        .unwrap();
     for (bits, exact) in bits.iter().zip(&exact) {
-        assert!((bits - exact).abs() <= 2e-6 * exact + 1e-4, "{bits} against {exact}");
+        assert!(
+            (bits - exact).abs() <= 2e-6 * exact + 1e-4,
+            "{bits} against {exact}"
+        );
     }
 }
 
@@ -142,8 +170,16 @@ fn check_losses<T: Element>(case: &mut Case, k: usize, kinds: [usize; 3]) {
     let (fast, exact) = (run(Backend::Cuda), run(Backend::Reference));
     check_close((fast.0, &fast.1), (exact.0, &exact.1), 1.15);
     let again = run(Backend::Cuda);
-    assert_eq!(fast.0.to_bits(), again.0.to_bits(), "the loss depends on scheduling");
-    let same = fast.1.iter().zip(&again.1).all(|(a, b)| a.to_f32().to_bits() == b.to_f32().to_bits());
+    assert_eq!(
+        fast.0.to_bits(),
+        again.0.to_bits(),
+        "the loss depends on scheduling"
+    );
+    let same = fast
+        .1
+        .iter()
+        .zip(&again.1)
+        .all(|(a, b)| a.to_f32().to_bits() == b.to_f32().to_bits());
     assert!(same, "the gradient depends on scheduling");
 }
 
@@ -187,8 +223,15 @@ fn check_large<T: Element>(case: &mut Case) -> (usize, usize) {
         k: 16,
         fill_permille: 995,
     };
-    let branches = Backend::Cpu.branches_of(&vocab, &tokens, &logits, 1e-3).unwrap();
-    assert_eq!(Backend::Cuda.branches_of(&vocab, &tokens, &logits, 1e-3).unwrap(), branches);
+    let branches = Backend::Cpu
+        .branches_of(&vocab, &tokens, &logits, 1e-3)
+        .unwrap();
+    assert_eq!(
+        Backend::Cuda
+            .branches_of(&vocab, &tokens, &logits, 1e-3)
+            .unwrap(),
+        branches
+    );
     let items: Vec<ItemTokens<'_>> = tokens
         .iter()
         .zip(&branches)
@@ -198,21 +241,39 @@ fn check_large<T: Element>(case: &mut Case) -> (usize, usize) {
     let branch_logits: Vec<T> = stored(&case.random.logits(count * vocab.len(), case.scale));
     let [ours, theirs] = [Backend::Cuda, Backend::Cpu].map(|backend| {
         let mut out = Records::new(shape.k).unwrap();
-        backend.records_of(&vocab, &items, &logits, &branch_logits, &shape, &mut out).unwrap();
+        backend
+            .records_of(&vocab, &items, &logits, &branch_logits, &shape, &mut out)
+            .unwrap();
         out
     });
     assert_eq!(ours.view().symbols(), theirs.view().symbols());
-    let codes = |records: &Records| [records.view().codes(), records.view().end(), records.view().tail()].concat();
+    let codes = |records: &Records| {
+        [
+            records.view().codes(),
+            records.view().end(),
+            records.view().tail(),
+        ]
+        .concat()
+    };
     let pairs = || codes(&ours).into_iter().zip(codes(&theirs));
-    assert!(pairs().all(|(a, b)| a.abs_diff(b) <= 1), "codes more than one step apart");
+    assert!(
+        pairs().all(|(a, b)| a.abs_diff(b) <= 1),
+        "codes more than one step apart"
+    );
     let mut start = 0;
     let targets: Vec<[Term<'_>; 1]> = tokens
         .iter()
         .map(|tokens| {
-            let bytes: usize = tokens.iter().map(|&rank| vocab.token_bytes(rank).len()).sum();
+            let bytes: usize = tokens
+                .iter()
+                .map(|&rank| vocab.token_bytes(rank).len())
+                .sum();
             let target = ours.view().slice(start..start + bytes + 1).unwrap();
             start += bytes + 1;
-            [Term::Trie { target, weight: 0.5 }]
+            [Term::Trie {
+                target,
+                weight: 0.5,
+            }]
         })
         .collect();
     let items: Vec<ItemLoss<'_>> = tokens
@@ -239,7 +300,11 @@ fn rows_of_several_slices_agree_with_the_cpu() {
     // Rows start at every place between 16-byte boundaries that their width allows.
     for tokens in [2_000, 16_383, 33_331, 40_002] {
         let mut case = large(&mut random, tokens);
-        for (d, n) in [check_large::<f32>(&mut case), check_large::<bf16>(&mut case), check_large::<f16>(&mut case)] {
+        for (d, n) in [
+            check_large::<f32>(&mut case),
+            check_large::<bf16>(&mut case),
+            check_large::<f16>(&mut case),
+        ] {
             different += d;
             all += n;
         }
@@ -255,19 +320,27 @@ fn the_first_logit_that_is_not_finite_is_named() {
     }
     let mut case = large(&mut Random(4), 20_001);
     let (width, tokens) = (case.vocab.len(), case.tokens.clone());
-    for (bad, row, column) in [(f32::NAN, 3, 17), (f32::INFINITY, 0, 0), (f32::NEG_INFINITY, 12, 20_002)] {
+    for (bad, row, column) in [
+        (f32::NAN, 3, 17),
+        (f32::INFINITY, 0, 0),
+        (f32::NEG_INFINITY, 12, 20_002),
+    ] {
         let mut logits = case.logits();
         logits[row * width + column] = bad;
         logits[12 * width + 20_002] = bad;
         // Ignored columns are not read.
         logits[5 * width + width - 1] = f32::NAN;
-        let refused = Backend::Cuda.token_bits(&case.vocab, &tokens, &logits).unwrap_err();
+        let refused = Backend::Cuda
+            .token_bits(&case.vocab, &tokens, &logits)
+            .unwrap_err();
         assert_eq!(refused, ScoreError::NotFinite { row, column });
         let item = ItemLoss {
             tokens: &tokens,
             terms: &[],
         };
-        let refused = Backend::Cuda.loss_in_place(&case.vocab, &[item], &mut logits).unwrap_err();
+        let refused = Backend::Cuda
+            .loss_in_place(&case.vocab, &[item], &mut logits)
+            .unwrap_err();
         assert_eq!(refused, LossError::NotFinite { row, column });
     }
 }
@@ -289,18 +362,34 @@ fn check_head<T: Element>(device: &'static Device, tokens: usize, width: usize, 
     let weights: Vec<T> = stored(&case.random.clone().logits(vocab.len() * width, 0.3));
     let states: Vec<T> = stored(&case.random.clone().logits(rows * width, 2.0));
     let dot = |a: &[T], b: &[T]| -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(a.to_f32()) * f64::from(b.to_f32())).sum()
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(a.to_f32()) * f64::from(b.to_f32()))
+            .sum()
     };
     let mut logits: Vec<f32> = states
         .chunks(width)
-        .flat_map(|state| weights.chunks(width).map(move |weight| dot(state, weight) as f32))
+        .flat_map(|state| {
+            weights
+                .chunks(width)
+                .map(move |weight| dot(state, weight) as f32)
+        })
         .collect();
-    let exact = Backend::Reference.loss_in_place(&vocab, &items, &mut logits).unwrap();
-    let head = ResidentHead::new(device, &vocab, &weights, width).unwrap().with_chunk(chunk);
+    let exact = Backend::Reference
+        .loss_in_place(&vocab, &items, &mut logits)
+        .unwrap();
+    let head = ResidentHead::new(device, &vocab, &weights, width)
+        .unwrap()
+        .with_chunk(chunk);
     let mut hidden = head.hidden(&states).unwrap();
     let mut weight_gradient = head.weight_gradient().unwrap();
-    let loss = head.loss(&items, &mut hidden, Some(&mut weight_gradient)).unwrap();
-    assert!((loss - exact).abs() <= 1e-5 * exact.abs(), "{loss} against {exact}");
+    let loss = head
+        .loss(&items, &mut hidden, Some(&mut weight_gradient))
+        .unwrap();
+    assert!(
+        (loss - exact).abs() <= 1e-5 * exact.abs(),
+        "{loss} against {exact}"
+    );
     let mut gradient = vec![0.0; rows * width];
     head.gradient(&hidden, &mut gradient).unwrap();
     // The gradient of the logits is rounded to the weights' type before the product.
@@ -312,19 +401,36 @@ fn check_head<T: Element>(device: &'static Device, tokens: usize, width: usize, 
     for (row, gradient) in gradient.chunks(width).enumerate() {
         let logits = &logits[row * vocab.len()..(row + 1) * vocab.len()];
         for (column, &value) in gradient.iter().enumerate() {
-            let terms = || logits.iter().zip(weights.chunks(width)).map(|(g, w)| f64::from(*g) * f64::from(w[column].to_f32()));
+            let terms = || {
+                logits
+                    .iter()
+                    .zip(weights.chunks(width))
+                    .map(|(g, w)| f64::from(*g) * f64::from(w[column].to_f32()))
+            };
             let (sum, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
-            assert!((f64::from(value) - sum).abs() <= step * size + 1e-6, "{value} against {sum} at {row}, {column}");
+            assert!(
+                (f64::from(value) - sum).abs() <= step * size + 1e-6,
+                "{value} against {sum} at {row}, {column}"
+            );
         }
     }
     let mut of_weights = vec![0.0; vocab.len() * width];
-    head.download_weights(&weight_gradient, &mut of_weights).unwrap();
+    head.download_weights(&weight_gradient, &mut of_weights)
+        .unwrap();
     for rank in (0..vocab.len()).step_by(37) {
         for column in 0..width {
-            let terms = || (0..rows).map(|row| f64::from(logits[row * vocab.len() + rank]) * f64::from(states[row * width + column].to_f32()));
+            let terms = || {
+                (0..rows).map(|row| {
+                    f64::from(logits[row * vocab.len() + rank])
+                        * f64::from(states[row * width + column].to_f32())
+                })
+            };
             let (sum, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
             let value = f64::from(of_weights[rank * width + column]);
-            assert!((value - sum).abs() <= step * size + 1e-6, "{value} against {sum} at {rank}, {column}");
+            assert!(
+                (value - sum).abs() <= step * size + 1e-6,
+                "{value} against {sum} at {rank}, {column}"
+            );
         }
     }
 }
@@ -375,7 +481,12 @@ fn what_the_kernels_do_not_do_is_refused() {
     }
     let mut case = large(&mut Random(6), 50);
     let target = case.target(2);
-    let labels: Vec<u32> = case.tokens.iter().map(|&rank| (rank + 1) % 50).chain([50]).collect();
+    let labels: Vec<u32> = case
+        .tokens
+        .iter()
+        .map(|&rank| (rank + 1) % 50)
+        .chain([50])
+        .collect();
     let terms = [
         Term::Trie {
             target: target.view(),
@@ -391,6 +502,11 @@ fn what_the_kernels_do_not_do_is_refused() {
         terms: &terms,
     };
     let mut logits = case.clone().logits();
-    let refused = Backend::Cuda.loss_in_place(&case.vocab, &[item], &mut logits).unwrap_err();
-    assert!(matches!(refused, LossError::Cuda(CudaError::Unsupported { .. })), "{refused}");
+    let refused = Backend::Cuda
+        .loss_in_place(&case.vocab, &[item], &mut logits)
+        .unwrap_err();
+    assert!(
+        matches!(refused, LossError::Cuda(CudaError::Unsupported { .. })),
+        "{refused}"
+    );
 }

@@ -35,6 +35,8 @@ impl Tries {
 /// Trie and partitions, made once per vocabulary.
 pub(super) struct ResidentTrie {
     pub(super) nodes: Buffer<Node>,
+    /// First ranks of the nodes.
+    pub(super) starts: Buffer<u32>,
     pub(super) levels: Buffer<Level>,
     /// By rank of a byte token, and last the row without a token.
     paths: Vec<Path>,
@@ -83,6 +85,7 @@ impl ResidentTrie {
                 byte: u32::from(node.byte),
             })
             .collect();
+        let starts: Vec<u32> = nodes.iter().map(|node| node.start).collect();
         let mut levels = Vec::new();
         let mut paths = Vec::with_capacity(vocab.byte_tokens() as usize + 1);
         for rank in 0..vocab.byte_tokens() {
@@ -91,6 +94,7 @@ impl ResidentTrie {
         paths.push(path(trie, &[], &mut levels)?);
         Ok(Self {
             nodes: device.upload(&nodes)?,
+            starts: device.upload(&starts)?,
             levels: device.upload(&levels)?,
             paths,
         })

@@ -75,27 +75,35 @@ template <class T, bool TransposedA, bool TransposedB> __device__ void gemm(cons
 #pragma unroll
             for (u32 e = 0; e < 4; ++e) c[i][j][e] = 0;
     for (u32 step = 0; step + 1 < STAGES; ++step) load(step);
-    for (u32 step = 0; step < steps; ++step) {
-        copy_wait<STAGES - 2>();
-        __syncthreads();
-        load(step + STAGES - 1);
+    copy_wait<STAGES - 2>();
+    __syncthreads();
+    // Fragments of the next 16 along k are under way while the current ones are multiplied.
+    u32 fa[2][4][4], fb[2][4][4];
+    auto fetch = [&](u32 to, u32 step, u32 k) {
         const u8 *tile_a = memory + step % STAGES * STAGE_BYTES, *tile_b = tile_a + TILE_M * TILE_K * 2;
 #pragma unroll
-        for (u32 k = 0; k < TILE_K; k += 16) {
-            u32 fa[4][4];
+        for (u32 i = 0; i < 4; ++i) TileA::fragment(fa[to][i], tile_a, warp_row + i * 16, k);
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) TileA::fragment(fa[i], tile_a, warp_row + i * 16, k);
+        for (u32 j = 0; j < 4; ++j) TileB::fragment(fb[to][j], tile_b, warp_column + j * 16, k);
+    };
+    auto multiply = [&](u32 from) {
 #pragma unroll
-            for (u32 j = 0; j < 4; ++j) {
-                u32 fb[4];
-                TileB::fragment(fb, tile_b, warp_column + j * 16, k);
+        for (u32 j = 0; j < 4; ++j)
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    multiply_add<T>(c[i][2 * j], fa[i], fb[0], fb[2]);
-                    multiply_add<T>(c[i][2 * j + 1], fa[i], fb[1], fb[3]);
-                }
+            for (u32 i = 0; i < 4; ++i) {
+                multiply_add<T>(c[i][2 * j], fa[from][i], fb[from][j][0], fb[from][j][2]);
+                multiply_add<T>(c[i][2 * j + 1], fa[from][i], fb[from][j][1], fb[from][j][3]);
             }
-        }
+    };
+    fetch(0, 0, 0);
+    for (u32 step = 0; step < steps; ++step) {
+        load(step + STAGES - 1);
+        fetch(1, step, 16);
+        multiply(0);
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        fetch(0, step + 1, 0);
+        multiply(1);
     }
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)

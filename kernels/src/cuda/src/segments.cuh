@@ -38,6 +38,7 @@ struct WideMass {
 
 struct Rows {
     const Node *nodes;
+    const u32 *starts; // of the nodes, side by side
     const Level *levels;
     const Row *rows;
     const void *logits;
@@ -90,22 +91,24 @@ __device__ inline void level_range(const Rows &job, const Row &row, u32 depth, u
 
 // Starts of the segments of a row, and the end of the last, in shared memory; with `owner` also level * 512 + class.
 __device__ inline void lay_out(const Rows &job, const Row &row, u32 skew, u32 *start, u32 *owner) {
-    u32 lane = threadIdx.x % 32;
-    for (u32 depth = threadIdx.x / 32; depth < row.levels; depth += WARPS) {
+    auto place = [&](u32 depth, u32 first, u32 step) {
         Level level = job.levels[row.first_level + depth];
         u32 stop;
         Node node = level_node(job, level, depth, stop);
-        if (stop && lane == 0) {
+        if (stop && first == 0) {
             start[level.left] = skew + node.start;
             if (owner) owner[level.left] = depth * 512 + OWNER_STOP;
         }
-        for (u32 child = lane; child < node.children; child += 32) {
+        for (u32 child = first; child < node.children; child += step) {
             if (child == level.path) continue;
             u32 segment = child_segment(level, stop, child);
-            start[segment] = skew + job.nodes[node.first_child + child].start;
+            start[segment] = skew + job.starts[node.first_child + child];
             if (owner) owner[segment] = depth * 512 + job.nodes[node.first_child + child].byte;
         }
-    }
+    };
+    // The root has up to 256 children, the others mostly few.
+    place(0, threadIdx.x, THREADS);
+    for (u32 depth = 1 + threadIdx.x / 32; depth < row.levels; depth += WARPS) place(depth, threadIdx.x % 32, 32);
     if (threadIdx.x == 0) {
         start[row.segments - 1] = skew + job.ends;
         start[row.segments] = skew + job.live;
@@ -301,7 +304,6 @@ __device__ inline bool is_last(const Rows &job, u32 row_index) {
     if (threadIdx.x == 0) last = atomicAdd(&job.arrived[row_index], 1) + 1 == job.slices;
     __syncthreads();
     bool result = last;
-    __threadfence();
     __syncthreads();
     return result;
 }
