@@ -310,7 +310,7 @@ impl Scratch {
     fn gradient_address(&self) -> u64 {
         self.gradient
             .as_ref()
-            .map_or(self.logits.address(), Buffer::address)
+            .map_or_else(|| self.logits.address(), Buffer::address)
     }
 
     fn places(&self) -> Places {

@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::code;
 use crate::cuda::device::{Buffer, Device, count};
 use crate::cuda::logits::Logits;
 use crate::cuda::raw::{self, LEVEL_STATE, LossRow, NONE, TERM_LABEL, TERM_TRIE, Unit};
@@ -352,6 +351,5 @@ fn segment_of(
     reason = "shares of a target, used in f32"
 )]
 fn code_probability(code: u8) -> f32 {
-    debug_assert!(code::FLOOR == u8::MAX, "the last code is the floor");
     probability(code) as f32
 }

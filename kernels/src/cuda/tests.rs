@@ -137,7 +137,8 @@ fn check_losses<T: Element>(case: &mut Case, k: usize, kinds: [usize; 3]) {
                 tokens: tokens.clone(),
                 ..case.clone()
             };
-            (item.clone().target(k), labels)
+            let mut item = item;
+            (item.target(k), labels)
         })
         .collect();
     let terms: Vec<Vec<Term<'_>>> = targets
