@@ -28,7 +28,7 @@ const BASE: [u64; 16] = [
 ];
 
 /// `ceil(2^(63 + (2j + 1)/32))` for j = 0..16: where a mantissa rounds up to the next sixteenth.
-const HALF_STEPS: [u64; 16] = [
+pub(crate) const HALF_STEPS: [u64; 16] = [
     0x82cd_8698_ac2b_a1d8,
     0x8898_0e80_92da_8528,
     0x8ea4_398b_45cd_53c1,

@@ -115,6 +115,9 @@ pub enum ScoreError {
     /// The output or the shape is not a record's.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The device failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 /// Why a loss could not be computed.
@@ -157,6 +160,9 @@ pub enum LossError {
     /// The weight is NaN or infinite.
     #[error("weight is not finite")]
     Weight,
+    /// The device failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 /// Why weights are not the head of a vocabulary.
@@ -213,11 +219,66 @@ pub enum FusionError {
     /// The output or the shape is not a record's.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The device failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+}
+
+/// Why CUDA is not used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CudaError {
+    /// The program was built without it.
+    #[error("built without CUDA; build with the feature `cuda`")]
+    NotBuilt,
+    /// The driver's library is not installed.
+    #[error("no NVIDIA driver: looked for {names}; install one of version 550 or later")]
+    NoDriver {
+        /// Library names tried.
+        names: &'static str,
+    },
+    /// The driver cannot read this program's kernels.
+    #[error(
+        "the NVIDIA driver supports CUDA {found}, needed is {needed}; install driver 550 or later"
+    )]
+    OldDriver {
+        /// What it supports.
+        found: String,
+        /// What the kernels need.
+        needed: &'static str,
+    },
+    /// The driver is there, but no device.
+    #[error("no NVIDIA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES")]
+    NoDevice,
+    /// The device lacks instructions that the kernels use.
+    #[error("{name} has compute capability {found}; needed is 8.0 or later")]
+    OldDevice {
+        /// Name of the device.
+        name: String,
+        /// Its compute capability.
+        found: String,
+    },
+    /// A call of the driver or of cuBLAS failed.
+    #[error("{what} failed: {reason}")]
+    Driver {
+        /// What was attempted.
+        what: &'static str,
+        /// The driver's word for it.
+        reason: String,
+    },
+    /// The inputs are beyond what the kernels handle; the CPU handles them.
+    #[error("too much for the CUDA kernels: {what}; use the CPU backend")]
+    Unsupported {
+        /// What is too large or unusual.
+        what: &'static str,
+    },
 }
 
 /// Why adapters could not be merged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AdapterError {
+    /// The CUDA backend could not do it.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// No adapters, or no values.
     #[error("nothing to merge")]
     Nothing,

@@ -10,6 +10,8 @@ pub mod adapters;
 pub mod backend;
 pub mod code;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod fusion;
@@ -28,7 +30,7 @@ pub mod vocab;
 pub use backend::Backend;
 pub use element::{Dtype, Element};
 pub use error::{
-    AdapterError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError,
+    AdapterError, CudaError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError,
 };
 pub use head::{Head, Weights};
 pub use records::{RecordShape, RecordView, Records, Symbol};

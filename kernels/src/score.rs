@@ -225,6 +225,10 @@ impl Backend {
                 let found = cpu::score::branches(Level::best(), &job, rows, logits, threshold)?;
                 Ok(job.by_item(found))
             }
+            #[cfg(feature = "cuda")]
+            Self::Cuda => crate::cuda::host::branches(vocab, items, logits, threshold),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(crate::error::CudaError::NotBuilt.into()),
         }
     }
 
@@ -255,6 +259,12 @@ impl Backend {
         match self {
             Self::Reference => reference::score::records(&job, logits, branch_logits, out),
             Self::Cpu => records_on_cpu(Level::best(), &job, logits, branch_logits, out),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => {
+                crate::cuda::host::records(vocab, items, logits, branch_logits, shape, out)
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(crate::error::CudaError::NotBuilt.into()),
         }
     }
 
@@ -278,6 +288,10 @@ impl Backend {
         let bits = match self {
             Self::Reference => reference::score::token_bits(&job, logits)?,
             Self::Cpu => cpu::score::token_bits(Level::best(), &job, rows, logits)?,
+            #[cfg(feature = "cuda")]
+            Self::Cuda => return crate::cuda::host::token_bits(vocab, items, logits),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(crate::error::CudaError::NotBuilt.into()),
         };
         Ok(job.sums(&bits))
     }

@@ -13,8 +13,8 @@ pub(crate) struct Node {
     pub(crate) end: u32,
     /// Last byte of the node; 0 at the root.
     pub(crate) byte: u8,
-    children: u16,
-    first_child: u32,
+    pub(crate) children: u16,
+    pub(crate) first_child: u32,
 }
 
 impl Node {
@@ -69,6 +69,12 @@ impl Trie {
         }
         nodes.shrink_to_fit();
         Self { nodes }
+    }
+
+    /// All nodes, the root first.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn nodes(&self) -> &[Node] {
+        &self.nodes
     }
 
     pub(crate) fn root(&self) -> &Node {

@@ -8,6 +8,7 @@
 //! logits of ignored ones are not read.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::VocabError;
 use crate::trie::Trie;
@@ -26,6 +27,12 @@ pub enum TokenKind<'a> {
 /// Byte-sorted vocabulary with its trie.
 #[derive(Clone, Debug)]
 pub struct Vocab {
+    /// One number per call of [`Vocab::new`], shared by clones: the key of what a device holds.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(dead_code, reason = "only devices keep copies")
+    )]
+    id: u64,
     /// Bytes of all byte tokens, in rank order.
     bytes: Vec<u8>,
     /// Start of each byte token in `bytes`, and the end of the last.
@@ -88,7 +95,9 @@ impl Vocab {
         for (rank, &id) in (0..count).zip(&id_of_rank) {
             rank_of_id[id as usize] = rank;
         }
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             bytes,
             offsets,
             rank_of_id,
@@ -138,6 +147,11 @@ impl Vocab {
             Some(&[start, end]) => &self.bytes[start as usize..end as usize],
             _ => &[],
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     pub(crate) fn trie(&self) -> &Trie {

@@ -16,7 +16,7 @@ mod network;
 pub(crate) mod score;
 mod simd;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use masses::Dense;
 pub(crate) use simd::Level;

@@ -16,6 +16,10 @@ pub use bits::{Bits, item_bits};
 pub use routing::{Routing, route, route_causal};
 
 use crate::backend::Backend;
+#[cfg(feature = "cuda")]
+use crate::cuda;
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaError;
 use crate::error::FusionError;
 use crate::records::{RecordShape, RecordView, Records, Symbol};
 use crate::{cpu, reference};
@@ -180,6 +184,10 @@ impl Backend {
         match self {
             Self::Reference => reference::fusion::fuse(mixing, sources, shape, out),
             Self::Cpu => cpu::fusion::fuse(mixing, sources, shape, out),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => cuda::fuse(cuda::device()?, mixing, sources, shape, out)?,
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(CudaError::NotBuilt.into()),
         }
         Ok(())
     }

@@ -177,6 +177,10 @@ impl Backend {
         let losses = match self {
             Self::Reference => reference::loss::rows(&job, rows, logits),
             Self::Cpu => cpu::loss::rows(cpu::Level::best(), &job, rows, logits),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => return crate::cuda::host::loss_in_place(vocab, items, logits),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => return Err(crate::error::CudaError::NotBuilt.into()),
         };
         Ok(losses?.iter().sum())
     }

@@ -23,7 +23,7 @@ fn rounding<T: Element>() -> (f64, f64) {
     }
 }
 
-fn check_close<T: Element>(fast: (f64, &[T]), exact: (f64, &[T]), weight: f64) {
+pub(crate) fn check_close<T: Element>(fast: (f64, &[T]), exact: (f64, &[T]), weight: f64) {
     let (fast_loss, exact_loss) = (fast.0, exact.0);
     assert!(
         (fast_loss - exact_loss).abs() <= 2e-6 * exact_loss.abs() + 1e-5,

@@ -1,5 +1,5 @@
 //! Fast paths against the reference.
 
 mod head;
-mod loss;
-mod score;
+pub(crate) mod loss;
+pub(crate) mod score;

@@ -25,7 +25,12 @@ fn check_code(code: u8, exact: f64, what: &str) {
     );
 }
 
-fn check_position(view: RecordView<'_>, position: usize, exact: &[f64], shape: &RecordShape) {
+pub(crate) fn check_position(
+    view: RecordView<'_>,
+    position: usize,
+    exact: &[f64],
+    shape: &RecordShape,
+) {
     let listed: Vec<(u8, u8)> = view.listed(position).collect();
     let mut tail: f64 = exact[..END].iter().sum();
     let mut filled = exact[END];
