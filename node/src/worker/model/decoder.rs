@@ -11,7 +11,7 @@ use super::attention::AttentionBlock;
 use super::block::{Banks, Context, apply};
 use super::config::ModelConfig;
 use super::feed_forward::FeedForwardBlock;
-use super::head::{Gather, HeadLoss, Normed, normalise};
+use super::head::{Gather, HeadGradients, HeadLoss, Normed, normalise};
 use super::lora::Lora;
 use super::ops::attention::Segment;
 use super::ops::rope::RopeTable;
@@ -529,7 +529,11 @@ impl Pass<'_> {
         let root = HeadLoss {
             loss: value as f32,
             rows: self.rows,
-            state: Mutex::new(Some((self.normed, dnormed, dhead))),
+            state: Mutex::new(Some(HeadGradients {
+                normed: self.normed,
+                dnormed,
+                dhead,
+            })),
             scratch: model.scratch.clone(),
             train_norm: model.norm.is_trainable(),
         };

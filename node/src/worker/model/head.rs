@@ -39,13 +39,21 @@ pub(crate) fn normalise(
     }
 }
 
+/// Normalised rows, their gradient, and that of a trainable head.
+#[derive(Debug)]
+pub(crate) struct HeadGradients {
+    pub(crate) normed: Normed,
+    pub(crate) dnormed: Vec<f32>,
+    pub(crate) dhead: Option<Vec<f32>>,
+}
+
 /// Root of the graph over (residual stream, norm weight, head): its value is the loss, its backward
 /// pass starts from the gradient of the normalised rows.
 pub(crate) struct HeadLoss {
     pub(crate) loss: f32,
     pub(crate) rows: Vec<u32>,
-    /// Normalised rows, their gradient and that of a trainable head; taken by the backward pass.
-    pub(crate) state: Mutex<Option<(Normed, Vec<f32>, Option<Vec<f32>>)>>,
+    /// Taken by the backward pass.
+    pub(crate) state: Mutex<Option<HeadGradients>>,
     pub(crate) scratch: Scratch,
     pub(crate) train_norm: bool,
 }
@@ -80,7 +88,12 @@ impl CustomOp3 for HeadLoss {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let Some((normed, dnormed, dhead)) = state else {
+        let Some(HeadGradients {
+            normed,
+            dnormed,
+            dhead,
+        }) = state
+        else {
             bail!("head: backward twice")
         };
         let width = norm.elem_count();
