@@ -13,6 +13,7 @@ pub(crate) mod loss;
 mod masses;
 pub(crate) mod multiversion;
 mod network;
+pub(crate) mod passes;
 pub(crate) mod score;
 mod simd;
 #[cfg(test)]
