@@ -30,7 +30,7 @@ pub(super) struct Leaves {
     coefficient: Vec<f64>,
     pieces: Vec<Piece>,
     /// Shift of blocks, and leaves of the last, which count from its first column.
-    common: f32,
+    pub(super) common: f32,
     part_bounds: Vec<u32>,
     part_mass: Vec<f64>,
 }
@@ -129,6 +129,12 @@ impl Leaves {
             self.merge(leaf, shift, mass);
         }
         Ok(())
+    }
+
+    /// The shift of the last block where it is one part of a leaf, neither scarce nor abundant.
+    pub(super) fn plain_shift(&self) -> Option<f32> {
+        let is_plain = matches!(self.part_mass[..], [mass] if (SCARCE..=ABUNDANT).contains(&mass));
+        is_plain.then_some(self.common)
     }
 
     /// Adds a mass to that of a leaf, in the larger of both scales.

@@ -112,7 +112,7 @@ impl Worker {
 }
 
 /// Leaves of a span that no class holds.
-fn gaps(leaves: &Leaves, all: &Range<usize>, classes: &[Class]) -> Vec<Range<usize>> {
+pub(super) fn gaps(leaves: &Leaves, all: &Range<usize>, classes: &[Class]) -> Vec<Range<usize>> {
     let mut start = all.start;
     let mut gaps = Vec::with_capacity(classes.len() + 1);
     for class in classes {

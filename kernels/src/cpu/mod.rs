@@ -7,6 +7,7 @@
 pub(crate) mod adapters;
 pub(crate) mod blocks;
 mod encode;
+pub(crate) mod fold;
 pub(crate) mod fusion;
 mod leaves;
 pub(crate) mod loss;

@@ -15,7 +15,6 @@ use rayon::prelude::*;
 
 use super::{Head, Weights, product};
 use crate::backend::NotFinite;
-use crate::cpu::Level;
 use crate::cpu::blocks::{Passed, PassingRow};
 use crate::cpu::passes::PassingTwice;
 use crate::element::Element;
@@ -24,7 +23,7 @@ use crate::loss::{self, ItemLoss, LossJob};
 use crate::matmul::{View, ViewMut, Write, ab, atb};
 
 /// Rows of logits that one task takes at least.
-const ROWS: usize = 8;
+pub(super) const ROWS: usize = 8;
 
 /// Rows that pass twice together at most: more would not make products faster, but leave fewer
 /// blocks of logits for the second pass.
@@ -60,8 +59,17 @@ impl Head<'_> {
         for rows in self.batches(job.rows(), BATCH) {
             let values = rows.start * self.width..rows.end * self.width;
             let (hidden, grads) = (&hidden[values.clone()], &mut grad_hidden[values]);
-            let losses =
-                self.loss_in_two_passes(&job, rows, hidden, grads, grad_weight.as_deref_mut())?;
+            let folded = if grad_weight.is_none() && !self.fits(rows.len()) {
+                self.loss_in_folds(&job, rows.clone(), hidden, grads)?
+            } else {
+                None
+            };
+            let losses = match folded {
+                Some(losses) => losses,
+                None => {
+                    self.loss_in_two_passes(&job, rows, hidden, grads, grad_weight.as_deref_mut())?
+                }
+            };
             total = losses.iter().fold(total, |sum, loss| sum + loss);
         }
         Ok(total)
@@ -87,7 +95,7 @@ impl Head<'_> {
         grads: &mut [f32],
         mut grad_weight: Option<&mut [f32]>,
     ) -> Result<Vec<f64>, NotFinite> {
-        let level = Level::best();
+        let level = self.level;
         let (count, tokens, width) = (rows.len(), self.vocab.len(), self.width);
         let hidden = View::new(hidden, count, width);
         let mut passing: Vec<PassingTwice> = rows
@@ -102,7 +110,7 @@ impl Head<'_> {
         let mut scratch = vec![0.0; slots * size];
         let mut by_column = vec![0.0; size];
         let slot = |first: usize| first / self.block % slots * size;
-        self.blocks(0..tokens, |first, weights| {
+        self.blocks(self.even(0..tokens), |first, weights| {
             let columns = weights.rows();
             let logits = &mut scratch[slot(first)..][..count * columns];
             product(weights, hidden, &mut by_column, logits, columns);
@@ -128,7 +136,7 @@ impl Head<'_> {
         let kept = (blocks - slots) * self.block;
         grads.fill(0.0);
         for tokens in [kept..tokens, 0..kept] {
-            self.blocks(tokens, |first, weights| {
+            self.blocks(self.even(tokens), |first, weights| {
                 let columns = weights.rows();
                 let logits = &mut scratch[slot(first)..][..count * columns];
                 if first < kept {
@@ -154,6 +162,12 @@ impl Head<'_> {
             });
         }
         Ok(losses)
+    }
+
+    /// Whether all logits of so many rows fit the scratch, with a block beside them.
+    fn fits(&self, rows: usize) -> bool {
+        let columns = (self.vocab.len().div_ceil(self.block) + 1) * self.block;
+        rows * columns * size_of::<f32>() <= self.scratch
     }
 
     /// Columns of a block that carry mass.
@@ -197,7 +211,7 @@ impl Head<'_> {
         hidden: &[f32],
         grads: &mut [f32],
     ) -> Option<Vec<Passed>> {
-        let level = Level::best();
+        let level = self.level;
         let count = rows.len();
         let mut passing = rows
             .map(|row| PassingRow::new(job, row))
@@ -205,7 +219,7 @@ impl Head<'_> {
         let hidden = View::new(hidden, count, self.width);
         let mut scratch = vec![0.0; count * self.block];
         let mut by_column = scratch.clone();
-        self.blocks(0..self.vocab.len(), |first, weights| {
+        self.blocks(self.even(0..self.vocab.len()), |first, weights| {
             let columns = weights.rows();
             let live = self.live_in(first, columns);
             let logits = &mut scratch[..count * columns];

@@ -5,6 +5,7 @@
 //! do not depend on where chunks end: rows are independent once it is known where they stand, and
 //! what a row leaves to the next is carried over.
 
+mod fold;
 mod loss;
 mod score;
 
@@ -12,6 +13,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use crate::cpu::Level;
 use crate::element::Element;
 use crate::error::HeadError;
 use crate::matmul::{View, ViewMut, Write, abt};
@@ -51,9 +53,10 @@ pub struct Head<'a> {
     vocab: &'a Vocab,
     weights: Weights<'a>,
     width: usize,
-    /// [`SCRATCH_BYTES`] and [`BLOCK`] but in tests.
+    /// [`SCRATCH_BYTES`], [`BLOCK`] and the best level but in tests.
     pub(crate) scratch: usize,
     pub(crate) block: usize,
+    pub(crate) level: Level,
 }
 
 impl<'a> Head<'a> {
@@ -77,6 +80,7 @@ impl<'a> Head<'a> {
             width,
             scratch: SCRATCH_BYTES,
             block: BLOCK,
+            level: Level::best(),
         })
     }
 
@@ -86,39 +90,50 @@ impl<'a> Head<'a> {
         self.vocab
     }
 
-    /// Gives `work` some tokens' weights in blocks of at most `block` rows as `f32`, with the first row
-    /// of each.
-    fn blocks(&self, tokens: Range<usize>, mut work: impl FnMut(usize, View<'_>)) {
-        let values = tokens.start * self.width..tokens.end * self.width;
-        let firsts = tokens.step_by(self.block);
-        let most = self.block * self.width;
-        match self.weights {
-            Weights::F32(weights) => {
-                for (first, weights) in firsts.zip(weights[values].chunks(most)) {
-                    let rows = weights.len() / self.width;
-                    work(first, View::new(weights, rows, self.width));
-                }
-            }
-            Weights::Bf16(weights) => self.widened(firsts, &weights[values], work),
-            Weights::F16(weights) => self.widened(firsts, &weights[values], work),
-        }
+    /// Some tokens in blocks of at most [`Self::block`].
+    fn even(&self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (block, end) = (self.block, tokens.end);
+        tokens
+            .step_by(block)
+            .map(move |first| first..end.min(first + block))
     }
 
-    fn widened<T: Element>(
+    /// Gives `work` the weights of blocks of tokens as `f32`, with the first token of each.
+    fn blocks(
         &self,
-        firsts: impl Iterator<Item = usize>,
-        weights: &[T],
+        blocks: impl IntoIterator<Item = Range<usize>>,
         mut work: impl FnMut(usize, View<'_>),
     ) {
-        let most = self.block * self.width;
-        let mut block = vec![0.0; most.min(weights.len())];
-        for (first, weights) in firsts.zip(weights.chunks(most)) {
-            for (wide, weight) in block.iter_mut().zip(weights) {
-                *wide = weight.to_f32();
+        let width = self.width;
+        let values = |tokens: &Range<usize>| tokens.start * width..tokens.end * width;
+        match self.weights {
+            Weights::F32(weights) => {
+                for tokens in blocks {
+                    let weights = &weights[values(&tokens)];
+                    work(tokens.start, View::new(weights, tokens.len(), width));
+                }
             }
-            let rows = weights.len() / self.width;
-            work(first, View::new(&block, rows, self.width));
+            Weights::Bf16(weights) => {
+                widened(blocks, width, |tokens| &weights[values(tokens)], work);
+            }
+            Weights::F16(weights) => {
+                widened(blocks, width, |tokens| &weights[values(tokens)], work);
+            }
         }
+    }
+}
+
+fn widened<'w, T: Element>(
+    blocks: impl IntoIterator<Item = Range<usize>>,
+    width: usize,
+    weights: impl Fn(&Range<usize>) -> &'w [T],
+    mut work: impl FnMut(usize, View<'_>),
+) {
+    let mut wide = Vec::new();
+    for tokens in blocks {
+        wide.clear();
+        wide.extend(weights(&tokens).iter().map(|weight| weight.to_f32()));
+        work(tokens.start, View::new(&wide, tokens.len(), width));
     }
 }
 

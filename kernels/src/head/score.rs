@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Head, product};
-use crate::cpu::{self, Level};
+use crate::cpu;
 use crate::error::ScoreError;
 use crate::matmul::View;
 use crate::records::{RecordShape, Records};
@@ -24,7 +24,7 @@ impl Head<'_> {
         self.check_hidden("hidden states", hidden, job.rows())?;
         let mut found = Vec::new();
         self.chunks(hidden, |rows, _, logits| {
-            let more = cpu::score::branches(Level::best(), &job, rows, logits, threshold)?;
+            let more = cpu::score::branches(self.level, &job, rows, logits, threshold)?;
             found.extend(more);
             Ok::<(), ScoreError>(())
         })?;
@@ -56,13 +56,13 @@ impl Head<'_> {
         out.check_k(shape.k)?;
         let mut roots = Vec::with_capacity(job.branch_rows());
         self.chunks(branch_hidden, |rows, _, logits| {
-            let more = cpu::score::roots(Level::best(), self.vocab, rows.start, logits);
+            let more = cpu::score::roots(self.level, self.vocab, rows.start, logits);
             roots.extend(more.map_err(score::branch_error)?);
             Ok::<(), ScoreError>(())
         })?;
         let mut parts = RecordParts::new(&job);
         self.chunks(hidden, |rows, _, logits| {
-            parts.add(Level::best(), rows, logits, &roots)
+            parts.add(self.level, rows, logits, &roots)
         })?;
         parts.finish(out)
     }
@@ -76,7 +76,7 @@ impl Head<'_> {
         self.check_hidden("hidden states", hidden, job.rows())?;
         let mut bits = Vec::with_capacity(job.rows());
         self.chunks(hidden, |rows, _, logits| {
-            bits.extend(cpu::score::token_bits(Level::best(), &job, rows, logits)?);
+            bits.extend(cpu::score::token_bits(self.level, &job, rows, logits)?);
             Ok::<(), ScoreError>(())
         })?;
         Ok(job.sums(&bits))
@@ -118,7 +118,7 @@ impl Head<'_> {
         let (rows, tokens) = (hidden.len() / self.width, self.vocab.len());
         let hidden = View::new(hidden, rows, self.width);
         let mut by_column = vec![0.0; rows * self.block.min(tokens)];
-        self.blocks(0..tokens, |first, weights| {
+        self.blocks(self.even(0..tokens), |first, weights| {
             product(
                 weights,
                 hidden,

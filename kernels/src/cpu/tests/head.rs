@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 
+use crate::cpu::Level;
 use crate::cpu::tests::loss::Targets;
 use crate::element::Element;
 use crate::loss::{ItemLoss, LossJob, loss_in_place};
@@ -32,10 +33,11 @@ fn states(case: &mut Case, rows: usize, width: usize) -> (Vec<f32>, Vec<f32>) {
     (weights, case.random.logits(rows * width, scale))
 }
 
-fn small<'a, T: Stored>(case: &'a Case, weights: &'a [T], width: usize) -> Head<'a> {
+/// A head with room for so many rows of logits.
+fn small<'a, T: Stored>(case: &'a Case, weights: &'a [T], width: usize, rows: usize) -> Head<'a> {
     let weights = T::weights(weights);
     let mut head = Head::new(&case.vocab, weights, width).unwrap();
-    head.scratch = 3 * case.vocab.len() * size_of::<f32>();
+    head.scratch = rows * case.vocab.len() * size_of::<f32>();
     head.block = 7;
     head
 }
@@ -114,31 +116,41 @@ fn check_loss<T: Stored>(case: &mut Case, width: usize, kinds: [usize; 3]) {
         1.0,
     );
 
-    let head = small(case, &weights, width);
-    let mut grad = vec![9.0; hidden.len()];
-    let frozen = head.loss(&hidden, &items, &mut grad, None).unwrap();
-    assert!(
-        (frozen - exact_loss).abs() <= 1e-5 * exact_loss.abs() + 1e-3,
-        "{frozen} for {exact_loss}"
-    );
-    assert!(
-        distance(&grad, &exact) < 1e-4,
-        "frozen: {grad:?} for {exact:?}"
-    );
-    let mut grad_weight = vec![1.0; exact_weight.len()];
-    let trained = head
-        .loss(&hidden, &items, &mut grad, Some(&mut grad_weight))
-        .unwrap();
-    assert!(
-        (trained - exact_loss).abs() <= 1e-5 * exact_loss.abs() + 1e-3,
-        "{trained} for {exact_loss}"
-    );
-    assert!(
-        distance(&grad, &exact) < 1e-4,
-        "trained: {grad:?} for {exact:?}"
-    );
     let scale = f64::from(case.scale.min(30.0)).max(1.0);
-    assert!(distance(&grad_weight, &exact_weight) < 1e-4 * scale);
+    let check = |way: &str, loss: f64, grad: &[f32]| {
+        assert!(
+            (loss - exact_loss).abs() <= 1e-5 * exact_loss.abs() + 1e-3,
+            "{way}: {loss} for {exact_loss}"
+        );
+        assert!(
+            distance(grad, &exact) < 1e-4,
+            "{way}: {grad:?} for {exact:?}"
+        );
+    };
+    let job = LossJob::new(&vocab, &items).unwrap();
+    for level in Level::present() {
+        for room in [3, rows + 1, 4 * rows + 40] {
+            let mut head = small(case, &weights, width, room);
+            head.level = level;
+            let way = |name| format!("{name}, {level:?}, room for {room} of {rows}");
+            let mut grad = vec![9.0; hidden.len()];
+            let loss = head.loss(&hidden, &items, &mut grad, None).unwrap();
+            check(&way("frozen"), loss, &grad);
+            grad.fill(9.0);
+            let folded = head
+                .loss_in_folds(&job, 0..rows, &hidden, &mut grad)
+                .unwrap();
+            if let Some(losses) = folded {
+                check(&way("folded"), losses.iter().sum(), &grad);
+            }
+            let mut grad_weight = vec![1.0; exact_weight.len()];
+            let loss = head
+                .loss(&hidden, &items, &mut grad, Some(&mut grad_weight))
+                .unwrap();
+            check(&way("trained"), loss, &grad);
+            assert!(distance(&grad_weight, &exact_weight) < 1e-4 * scale);
+        }
+    }
 }
 
 proptest! {
@@ -173,7 +185,7 @@ proptest! {
             logits
         };
         let logits = logits_of(&hidden);
-        let head = small(&case, &weights, width);
+        let head = small(&case, &weights, width, 3);
         let found = head.branches(&hidden, &tokens, 1e-3).unwrap();
         prop_assert_eq!(&found, &branches_of(&vocab, &tokens, &logits, 1e-3).unwrap());
         let bits = head.token_bits(&hidden, &tokens).unwrap();
