@@ -1,9 +1,10 @@
-//! The output head together with what follows it: hidden states to losses or records, in chunks of
-//! rows, so that the logits of a batch never exist at once.
+//! The output head together with what follows it: hidden states to losses or records, so that the
+//! logits of a batch never exist at once.
 //!
-//! Logits are `hidden weights^T`; scratch for them is at most [`SCRATCH_BYTES`], or one row. Results
-//! do not depend on where chunks end: rows are independent once it is known where they stand, and
-//! what a row leaves to the next is carried over.
+//! Logits are `hidden weights^T`; scratch for them is at most [`SCRATCH_BYTES`], or one row, or a
+//! block of one row. Scores take chunks of rows and losses blocks of the vocabulary; a batch of those
+//! has a few rows of width d beside its logits for each of its rows. Results do not depend on the
+//! number of threads.
 
 mod fold;
 mod loss;

@@ -7,11 +7,11 @@ use proptest::prelude::*;
 use crate::cpu::Level;
 use crate::cpu::tests::loss::Targets;
 use crate::element::Element;
-use crate::loss::{ItemLoss, LossJob, loss_in_place};
+use crate::loss::{ItemLoss, LossJob, Term, loss_in_place};
 use crate::matmul::{View, ViewMut, Write, ab, abt, atb};
 use crate::score::{ItemTokens, branches_of, records_of, token_bits_of};
-use crate::testing::{Case, cases, stored};
-use crate::{Head, HeadError, LossError, RecordShape, Records, Weights};
+use crate::testing::{Case, Random, cases, stored};
+use crate::{Head, HeadError, LossError, RecordShape, Records, TokenKind, Vocab, Weights};
 
 /// Largest difference of two gradients.
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -204,8 +204,7 @@ proptest! {
 
 #[test]
 fn what_does_not_fit_a_head_is_named() {
-    let vocab =
-        crate::Vocab::new([crate::TokenKind::Bytes(b"a"), crate::TokenKind::EndOfRecord]).unwrap();
+    let vocab = Vocab::new([TokenKind::Bytes(b"a"), TokenKind::EndOfRecord]).unwrap();
     let weights = [0.5_f32; 4];
     let wrong = |len, width| Head::new(&vocab, Weights::F32(&weights[..len]), width).unwrap_err();
     assert_eq!(
@@ -226,7 +225,7 @@ fn what_does_not_fit_a_head_is_named() {
     );
     let head = Head::new(&vocab, Weights::F32(&weights), 2).unwrap();
     let labels = [0, 1];
-    let terms = [crate::loss::Term::Labels {
+    let terms = [Term::Labels {
         labels: &labels,
         weight: 1.0,
     }];
@@ -258,4 +257,96 @@ fn what_does_not_fit_a_head_is_named() {
         Err(LossError::NotFinite { row: 1, column: 0 })
     );
     assert_eq!(head.loss(&[], &[], &mut [], None), Ok(0.0));
+}
+
+/// A head, hidden states and a trie loss large enough that products use threads.
+fn large(
+    work: impl FnOnce(&mut Head<'_>, &[f32], &[ItemLoss<'_>]),
+    change: impl FnOnce(&mut [f32]),
+) {
+    let bytes: Vec<[u8; 3]> = (0..2000_u16)
+        .map(|i| [(i / 500) as u8, (i / 20 % 25) as u8, (i % 20) as u8])
+        .collect();
+    let kinds = bytes.iter().map(|token| TokenKind::Bytes(token));
+    let vocab = Vocab::new(kinds.chain([TokenKind::EndOfRecord])).unwrap();
+    let mut random = Random(4);
+    let tokens = (0..129)
+        .map(|_| u32::try_from(random.below(2000)).unwrap())
+        .collect();
+    let mut case = Case {
+        vocab: vocab.clone(),
+        tokens,
+        scale: 1.0,
+        random,
+    };
+    let target = case.one_hot();
+    let labels: Vec<u32> = case.tokens.iter().copied().chain([2000]).collect();
+    let terms = [
+        Term::Trie {
+            target: target.view(),
+            weight: 0.9,
+        },
+        Term::Labels {
+            labels: &labels,
+            weight: 0.1,
+        },
+    ];
+    let item = ItemLoss {
+        tokens: &case.tokens,
+        terms: &terms,
+    };
+    let mut weights = case.random.logits(vocab.len() * 128, 0.2);
+    change(&mut weights);
+    let hidden = case.random.logits(130 * 128, 2.0);
+    let mut head = Head::new(&vocab, Weights::F32(&weights), 128).unwrap();
+    head.block = 256;
+    head.scratch = 5 * 130 * head.block * size_of::<f32>();
+    work(&mut head, &hidden, &[item]);
+}
+
+#[test]
+fn every_way_gives_the_same_bits_on_any_number_of_threads() {
+    let work = |head: &mut Head<'_>, hidden: &[f32], items: &[ItemLoss<'_>]| {
+        let job = LossJob::new(head.vocab(), items).unwrap();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap().install(|| {
+                let mut grads = [vec![0.0; hidden.len()], vec![0.0; hidden.len()]];
+                let folded = head.loss_in_folds(&job, 0..130, hidden, &mut grads[0]);
+                let folded = folded.unwrap().expect("few blocks are put off");
+                let mut weight = vec![0.0; head.vocab().len() * 128];
+                let loss = head.loss(hidden, items, &mut grads[1], Some(&mut weight));
+                let values = grads.concat().into_iter().chain(weight).map(f32::to_bits);
+                let losses = folded.into_iter().chain([loss.unwrap()]).map(f64::to_bits);
+                (values.collect::<Vec<_>>(), losses.collect::<Vec<_>>())
+            })
+        };
+        let single = run(1);
+        for threads in [2, 3] {
+            assert!(
+                run(threads) == single,
+                "{threads} threads give other bits than one"
+            );
+        }
+    };
+    large(work, |_| {});
+}
+
+#[test]
+fn every_way_names_the_first_column_that_is_not_finite() {
+    let work = |head: &mut Head<'_>, hidden: &[f32], items: &[ItemLoss<'_>]| {
+        let mut grad = vec![0.0; hidden.len()];
+        let mut weight = vec![0.0; head.vocab().len() * 128];
+        let expected = Err(LossError::NotFinite {
+            row: 0,
+            column: 1234,
+        });
+        assert_eq!(head.loss(hidden, items, &mut grad, None), expected);
+        let trained = head.loss(hidden, items, &mut grad, Some(&mut weight));
+        assert_eq!(trained, expected);
+    };
+    large(work, |weights| {
+        weights[1234 * 128] = f32::INFINITY;
+        weights[1800 * 128] = f32::NAN;
+    });
 }
