@@ -58,17 +58,26 @@ impl Worker {
 
     /// Loss of the groups that were set, whose row becomes the gradient.
     pub(super) fn run<T: Element>(&mut self, level: Level, live: &mut [T]) -> Result<f64, usize> {
-        let supports = self.groups.list.iter().map(|group| &group.support);
-        let classes = self.groups.classes.iter().map(|class| &class.ranks);
-        let end = u32::try_from(live.len()).expect("ranks are u32");
-        self.leaves.cut(end, supports.chain(classes));
+        self.cut(u32::try_from(live.len()).expect("ranks are u32"));
         self.leaves.sum(level, live)?;
-        let mut loss = 0.0;
-        for index in 0..self.groups.list.len() {
-            loss += self.group(level, index, live);
-        }
+        let loss = self.losses(level, live);
         self.leaves.write(level, live);
         Ok(loss)
+    }
+
+    /// Cuts the columns before `end` for the groups that were set.
+    pub(super) fn cut(&mut self, end: u32) {
+        let supports = self.groups.list.iter().map(|group| &group.support);
+        let classes = self.groups.classes.iter().map(|class| &class.ranks);
+        self.leaves.cut(end, supports.chain(classes));
+    }
+
+    /// Loss of all groups, whose coefficients are added to the leaves; `row` is empty where those were
+    /// summed block by block.
+    pub(super) fn losses<T: Element>(&mut self, level: Level, row: &[T]) -> f64 {
+        (0..self.groups.list.len())
+            .map(|index| self.group(level, index, row))
+            .sum()
     }
 
     fn group<T: Element>(&mut self, level: Level, index: usize, row: &[T]) -> f64 {
@@ -103,7 +112,7 @@ impl Worker {
 }
 
 /// Leaves of a span that no class holds.
-fn gaps(leaves: &Leaves, all: &Range<usize>, classes: &[Class]) -> Vec<Range<usize>> {
+pub(super) fn gaps(leaves: &Leaves, all: &Range<usize>, classes: &[Class]) -> Vec<Range<usize>> {
     let mut start = all.start;
     let mut gaps = Vec::with_capacity(classes.len() + 1);
     for class in classes {

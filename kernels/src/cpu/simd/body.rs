@@ -23,7 +23,7 @@ pub(super) trait Lanes: Copy {
     /// `a * b + c`, rounded once or twice.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `2^x` for `x` up to 127; zero below -126, minus infinity included.
+    /// `2^x` for `x` up to 127; zero below -126, minus infinity included; infinite from 129 on.
     fn exp2(self, x: Self::V) -> Self::V;
     /// Lanes added in halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
     fn sum(self, value: Self::V) -> f32;

@@ -321,7 +321,9 @@ pub(super) mod avx2 {
             }
             let exponent = _mm256_slli_epi32::<23>(_mm256_add_epi32(whole, _mm256_set1_epi32(127)));
             let scaled = _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
-            _mm256_and_ps(scaled, _mm256_cmp_ps::<_CMP_GE_OQ>(x, least))
+            let scaled = _mm256_and_ps(scaled, _mm256_cmp_ps::<_CMP_GE_OQ>(x, least));
+            let beyond = _mm256_cmp_ps::<_CMP_GT_OQ>(x, _mm256_set1_ps(127.0));
+            _mm256_blendv_ps(scaled, _mm256_set1_ps(f32::INFINITY), beyond)
         }
 
         #[target_feature(enable = "avx2,fma,f16c")]
