@@ -6,13 +6,22 @@
 //! what a row leaves to the next is carried over.
 
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::backend::Backend;
 use crate::cpu::blocks::{Passed, PassingRow};
 use crate::cpu::{self, Level};
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, ResidentHead};
 use crate::element::Element;
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaError;
+#[cfg(feature = "cuda")]
+use crate::error::Refusal;
 use crate::error::{HeadError, LossError, ScoreError};
 use crate::loss::{self, ItemLoss, LossJob};
 use crate::matmul::{View, ViewMut, Write, ab, abt, atb};
@@ -22,6 +31,10 @@ use crate::vocab::Vocab;
 
 /// Bytes of logits that exist at a time, unless a single row has more.
 pub const SCRATCH_BYTES: usize = 16 << 20;
+
+/// Weights from which on [`Head::best`] uses a device: one row of logits is then 8 million operations,
+/// while a call to a device starts about twenty kernels and copies, however little there is to do.
+pub const DEVICE_WEIGHTS: usize = 1 << 22;
 
 /// Rows of weights that are used, and widened to `f32` where they are stored in fewer bits, at a
 /// time: few enough to stay in a core's cache between logits and gradient.
@@ -51,19 +64,27 @@ impl Weights<'_> {
     }
 }
 
-/// A vocabulary and the head that predicts it.
-#[derive(Clone, Copy, Debug)]
+/// A vocabulary and the head that predicts it; clones share what is on a device.
+///
+/// Where the weights are on a device as well, all operations run there, and only losses, gradients
+/// and records come back; inputs that the kernels do not take ([`crate::CudaError::Unsupported`]) are
+/// computed on the host. Results agree with the host's within the error of sums in `f32`, gradients
+/// before a narrower head within the rounding of its type.
+#[derive(Clone, Debug)]
 pub struct Head<'a> {
     vocab: &'a Vocab,
     weights: Weights<'a>,
     width: usize,
+    #[cfg(feature = "cuda")]
+    pub(crate) resident: Option<Arc<ResidentHead<'a>>>,
     /// [`SCRATCH_BYTES`] and [`BLOCK`] but in tests.
     pub(crate) scratch: usize,
     pub(crate) block: usize,
 }
 
 impl<'a> Head<'a> {
-    /// Borrows the weights, `[vocab.len(), width]` in rank order ([`Vocab::id_of_rank`]).
+    /// Borrows the weights, `[vocab.len(), width]` in rank order ([`Vocab::id_of_rank`]), and runs on
+    /// the host.
     ///
     /// # Errors
     /// Where the number of weights is another, or `width` is zero.
@@ -81,9 +102,64 @@ impl<'a> Head<'a> {
             vocab,
             weights,
             width,
+            #[cfg(feature = "cuda")]
+            resident: None,
             scratch: SCRATCH_BYTES,
             block: BLOCK,
         })
+    }
+
+    /// [`Self::new`], with a copy of the weights on the device where there is one and the head has at
+    /// least [`DEVICE_WEIGHTS`]. The copy is made here, once: keep the head.
+    ///
+    /// # Errors
+    /// As [`Self::new`], or where the copy fails.
+    pub fn best(vocab: &'a Vocab, weights: Weights<'a>, width: usize) -> Result<Self, HeadError> {
+        let is_worth_it = weights.len() >= DEVICE_WEIGHTS;
+        if is_worth_it && Backend::present().contains(&Backend::Cuda) {
+            Self::resident(vocab, weights, width)
+        } else {
+            Self::new(vocab, weights, width)
+        }
+    }
+
+    /// [`Self::new`], with a copy of the weights on the device.
+    ///
+    /// # Errors
+    /// As [`Self::new`], or where there is no device or the copy fails.
+    pub fn resident(
+        vocab: &'a Vocab,
+        weights: Weights<'a>,
+        width: usize,
+    ) -> Result<Self, HeadError> {
+        let head = Self::new(vocab, weights, width)?;
+        #[cfg(feature = "cuda")]
+        {
+            let device = cuda::device()?;
+            let resident = match weights {
+                Weights::F32(weights) => ResidentHead::upload(device, vocab, weights, width),
+                Weights::Bf16(weights) => ResidentHead::upload(device, vocab, weights, width),
+                Weights::F16(weights) => ResidentHead::upload(device, vocab, weights, width),
+            }?;
+            let resident = Some(Arc::new(resident));
+            Ok(Self { resident, ..head })
+        }
+        #[cfg(not(feature = "cuda"))]
+        {
+            drop(head);
+            Err(CudaError::NotBuilt.into())
+        }
+    }
+
+    /// What `work` gives on the device; `None` where the host has to do it.
+    #[cfg(feature = "cuda")]
+    fn on_device<R, E: Refusal>(
+        &self,
+        work: impl FnOnce(&ResidentHead<'_>) -> Result<R, E>,
+    ) -> Option<Result<R, E>> {
+        let result = work(self.resident.as_deref()?);
+        let is_refused = result.as_ref().is_err_and(Refusal::is_refusal);
+        (!is_refused).then_some(result)
     }
 
     /// The vocabulary.
@@ -111,6 +187,12 @@ impl<'a> Head<'a> {
         loss::check_length("gradient of hidden states", grad_hidden.len(), values)?;
         if let Some(grad) = &grad_weight {
             loss::check_length("gradient of weights", grad.len(), self.weights.len())?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(result) = self
+            .on_device(|head| head.loss_of(hidden, items, grad_hidden, grad_weight.as_deref_mut()))
+        {
+            return result;
         }
         if grad_weight.is_none()
             && let Some(total) = self.loss_in_blocks(&job, hidden, grad_hidden)
@@ -248,6 +330,10 @@ impl<'a> Head<'a> {
     ) -> Result<Vec<Vec<Branch>>, ScoreError> {
         let job = ScoreJob::new(self.vocab, items)?;
         self.check_hidden("hidden states", hidden, job.rows())?;
+        #[cfg(feature = "cuda")]
+        if let Some(result) = self.on_device(|head| head.branches(hidden, items, threshold)) {
+            return result;
+        }
         let mut found = Vec::new();
         self.chunks(hidden, |rows, _, logits| {
             let more = cpu::score::branches(Level::best(), &job, rows, logits, threshold)?;
@@ -280,6 +366,12 @@ impl<'a> Head<'a> {
             job.branch_rows(),
         )?;
         out.check_k(shape.k)?;
+        #[cfg(feature = "cuda")]
+        if let Some(result) =
+            self.on_device(|head| head.records(hidden, branch_hidden, items, shape, out))
+        {
+            return result;
+        }
         let mut roots = Vec::with_capacity(job.branch_rows());
         self.chunks(branch_hidden, |rows, _, logits| {
             let more = cpu::score::roots(Level::best(), self.vocab, rows.start, logits);
@@ -300,6 +392,10 @@ impl<'a> Head<'a> {
     pub fn token_bits(&self, hidden: &[f32], items: &[&[u32]]) -> Result<Vec<f64>, ScoreError> {
         let job = ScoreJob::new(self.vocab, items)?;
         self.check_hidden("hidden states", hidden, job.rows())?;
+        #[cfg(feature = "cuda")]
+        if let Some(result) = self.on_device(|head| head.token_bits(hidden, items)) {
+            return result;
+        }
         let mut bits = Vec::with_capacity(job.rows());
         self.chunks(hidden, |rows, _, logits| {
             bits.extend(cpu::score::token_bits(Level::best(), &job, rows, logits)?);

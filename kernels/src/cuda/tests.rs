@@ -4,6 +4,8 @@
     reason = "random numbers below small bounds"
 )]
 
+mod head;
+
 use half::{bf16, f16};
 use proptest::prelude::*;
 

@@ -40,7 +40,7 @@ fn small<'a, T: Stored>(case: &'a Case, weights: &'a [T], width: usize) -> Head<
     head
 }
 
-trait Stored: Element {
+pub(crate) trait Stored: Element {
     fn weights(values: &[Self]) -> Weights<'_>;
 }
 
