@@ -27,10 +27,11 @@ pub(super) enum Unit {
     Loss,
     Gemm,
     Fusion,
+    Robust,
 }
 
 impl Unit {
-    pub(super) const COUNT: usize = 4;
+    pub(super) const COUNT: usize = 5;
 
     pub(super) fn ptx(self) -> &'static str {
         match self {
@@ -38,6 +39,7 @@ impl Unit {
             Self::Loss => include_str!("ptx/loss.ptx"),
             Self::Gemm => include_str!("ptx/gemm.ptx"),
             Self::Fusion => include_str!("ptx/fusion.ptx"),
+            Self::Robust => include_str!("ptx/robust.ptx"),
         }
     }
 }
@@ -231,6 +233,9 @@ plain! {
         codes: Address,
         end: Address,
         tail: Address,
+        weights: Address,
+        dropped: u32,
+        padding: u32,
     }
 }
 
