@@ -4,6 +4,7 @@
     reason = "random numbers below small bounds"
 )]
 
+mod adapters;
 mod fusion;
 mod head;
 
