@@ -170,15 +170,20 @@ fn a_head_gives_what_the_reference_gives_wherever_it_is() {
 
 #[test]
 fn every_backend_present_fuses_to_the_same_bytes() {
-    let mut sources = Vec::new();
-    for seed in 0..3_u8 {
-        let mut source = Records::new(3).unwrap();
-        for position in 0..5_u8 {
-            let listed = [(10 * seed + position, 20), (40, 30 + seed), (90, 60)];
-            source.push(&listed, 200, 40 + position);
-        }
-        sources.push(source);
-    }
+    // Shares of 1/2, 1/8 and 1/16 for three symbols, 1/16 for the end and 1/4 for the tail.
+    let source = |seed: u8| {
+        let mut codes = [16, 48, 64];
+        codes.rotate_left(usize::from(seed));
+        let symbols = (0..5).flat_map(|position| [10 * seed + position, 40, 90]);
+        Records::from_columns(
+            3,
+            symbols.collect(),
+            codes.repeat(5),
+            vec![64; 5],
+            vec![32; 5],
+        )
+    };
+    let sources = [0, 1, 2].map(|seed| source(seed).unwrap());
     let views: Vec<_> = sources.iter().map(Records::view).collect();
     let item = [30_000, 0, 35_536];
     let positions: Vec<u32> = (0..5)
