@@ -178,6 +178,9 @@ pub enum HeadError {
         /// Values per token, at least one.
         width: usize,
     },
+    /// The weights could not be copied to a device.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 /// Why records could not be fused.
@@ -271,6 +274,26 @@ pub enum CudaError {
         /// What is too large or unusual.
         what: &'static str,
     },
+}
+
+/// Errors that may mean that only the kernels of the device do not take the inputs.
+#[cfg(feature = "cuda")]
+pub(crate) trait Refusal {
+    fn is_refusal(&self) -> bool;
+}
+
+#[cfg(feature = "cuda")]
+impl Refusal for LossError {
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Cuda(CudaError::Unsupported { .. }))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Refusal for ScoreError {
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Cuda(CudaError::Unsupported { .. }))
+    }
 }
 
 /// Why adapters could not be merged.

@@ -50,6 +50,12 @@ impl Head<'_> {
         if let Some(grad) = &grad_weight {
             loss::check_length("gradient of weights", grad.len(), self.weights.len())?;
         }
+        #[cfg(feature = "cuda")]
+        if let Some(result) = self
+            .on_device(|head| head.loss_of(hidden, items, grad_hidden, grad_weight.as_deref_mut()))
+        {
+            return result;
+        }
         if grad_weight.is_none()
             && let Some(total) = self.loss_in_one_pass(&job, hidden, grad_hidden)
         {

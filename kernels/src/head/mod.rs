@@ -11,17 +11,30 @@ mod loss;
 mod score;
 
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::backend::Backend;
 use crate::cpu::Level;
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, ResidentHead};
 use crate::element::Element;
+#[cfg(not(feature = "cuda"))]
+use crate::error::CudaError;
 use crate::error::HeadError;
+#[cfg(feature = "cuda")]
+use crate::error::Refusal;
 use crate::matmul::{View, ViewMut, Write, abt};
 use crate::vocab::Vocab;
 
 /// Bytes of logits that exist at a time, unless a single row has more.
 pub const SCRATCH_BYTES: usize = 16 << 20;
+
+/// Weights from which on [`Head::best`] uses a device: one row of logits is then 8 million operations,
+/// while a call to a device starts about twenty kernels and copies, however little there is to do.
+pub const DEVICE_WEIGHTS: usize = 1 << 22;
 
 /// Rows of weights that are used, and widened to `f32` where they are stored in fewer bits, at a
 /// time: few enough to stay in a core's cache between logits and gradient.
@@ -48,12 +61,19 @@ impl Weights<'_> {
     }
 }
 
-/// A vocabulary and the head that predicts it.
-#[derive(Clone, Copy, Debug)]
+/// A vocabulary and the head that predicts it; clones share what is on a device.
+///
+/// Where the weights are on a device as well, all operations run there, and only losses, gradients
+/// and records come back; inputs that the kernels do not take ([`crate::CudaError::Unsupported`]) are
+/// computed on the host. Results agree with the host's within the error of sums in `f32`, gradients
+/// before a narrower head within the rounding of its type.
+#[derive(Clone, Debug)]
 pub struct Head<'a> {
     vocab: &'a Vocab,
     weights: Weights<'a>,
     width: usize,
+    #[cfg(feature = "cuda")]
+    pub(crate) resident: Option<Arc<ResidentHead<'a>>>,
     /// [`SCRATCH_BYTES`], [`BLOCK`] and the best level but in tests.
     pub(crate) scratch: usize,
     pub(crate) block: usize,
@@ -61,7 +81,8 @@ pub struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    /// Borrows the weights, `[vocab.len(), width]` in rank order ([`Vocab::id_of_rank`]).
+    /// Borrows the weights, `[vocab.len(), width]` in rank order ([`Vocab::id_of_rank`]), and runs on
+    /// the host.
     ///
     /// # Errors
     /// Where the number of weights is another, or `width` is zero.
@@ -79,10 +100,64 @@ impl<'a> Head<'a> {
             vocab,
             weights,
             width,
+            #[cfg(feature = "cuda")]
+            resident: None,
             scratch: SCRATCH_BYTES,
             block: BLOCK,
             level: Level::best(),
         })
+    }
+
+    /// [`Self::new`], with a copy of the weights on the device where there is one and the head has at
+    /// least [`DEVICE_WEIGHTS`]. The copy is made here, once: keep the head.
+    ///
+    /// # Errors
+    /// As [`Self::new`], or where the copy fails.
+    pub fn best(vocab: &'a Vocab, weights: Weights<'a>, width: usize) -> Result<Self, HeadError> {
+        let is_worth_it = weights.len() >= DEVICE_WEIGHTS;
+        if is_worth_it && Backend::present().contains(&Backend::Cuda) {
+            Self::resident(vocab, weights, width)
+        } else {
+            Self::new(vocab, weights, width)
+        }
+    }
+
+    /// [`Self::new`], with a copy of the weights on the device.
+    ///
+    /// # Errors
+    /// As [`Self::new`], or where there is no device or the copy fails.
+    pub fn resident(
+        vocab: &'a Vocab,
+        weights: Weights<'a>,
+        width: usize,
+    ) -> Result<Self, HeadError> {
+        #[cfg(feature = "cuda")]
+        {
+            let head = Self::new(vocab, weights, width)?;
+            let device = cuda::device()?;
+            let resident = match weights {
+                Weights::F32(weights) => ResidentHead::upload(device, vocab, weights, width),
+                Weights::Bf16(weights) => ResidentHead::upload(device, vocab, weights, width),
+                Weights::F16(weights) => ResidentHead::upload(device, vocab, weights, width),
+            }?;
+            let resident = Some(Arc::new(resident));
+            Ok(Self { resident, ..head })
+        }
+        #[cfg(not(feature = "cuda"))]
+        {
+            Self::new(vocab, weights, width).and(Err(CudaError::NotBuilt.into()))
+        }
+    }
+
+    /// What `work` gives on the device; `None` where the host has to do it.
+    #[cfg(feature = "cuda")]
+    fn on_device<R, E: Refusal>(
+        &self,
+        work: impl FnOnce(&ResidentHead<'_>) -> Result<R, E>,
+    ) -> Option<Result<R, E>> {
+        let result = work(self.resident.as_deref()?);
+        let is_refused = result.as_ref().is_err_and(Refusal::is_refusal);
+        (!is_refused).then_some(result)
     }
 
     /// The vocabulary.

@@ -22,6 +22,10 @@ impl Head<'_> {
     ) -> Result<Vec<Vec<Branch>>, ScoreError> {
         let job = ScoreJob::new(self.vocab, items)?;
         self.check_hidden("hidden states", hidden, job.rows())?;
+        #[cfg(feature = "cuda")]
+        if let Some(result) = self.on_device(|head| head.branches(hidden, items, threshold)) {
+            return result;
+        }
         let mut found = Vec::new();
         self.chunks(hidden, |rows, _, logits| {
             let more = cpu::score::branches(self.level, &job, rows, logits, threshold)?;
@@ -54,6 +58,12 @@ impl Head<'_> {
             job.branch_rows(),
         )?;
         out.check_k(shape.k)?;
+        #[cfg(feature = "cuda")]
+        if let Some(result) =
+            self.on_device(|head| head.records(hidden, branch_hidden, items, shape, out))
+        {
+            return result;
+        }
         let mut roots = Vec::with_capacity(job.branch_rows());
         self.chunks(branch_hidden, |rows, _, logits| {
             let more = cpu::score::roots(self.level, self.vocab, rows.start, logits);
@@ -74,6 +84,10 @@ impl Head<'_> {
     pub fn token_bits(&self, hidden: &[f32], items: &[&[u32]]) -> Result<Vec<f64>, ScoreError> {
         let job = ScoreJob::new(self.vocab, items)?;
         self.check_hidden("hidden states", hidden, job.rows())?;
+        #[cfg(feature = "cuda")]
+        if let Some(result) = self.on_device(|head| head.token_bits(hidden, items)) {
+            return result;
+        }
         let mut bits = Vec::with_capacity(job.rows());
         self.chunks(hidden, |rows, _, logits| {
             bits.extend(cpu::score::token_bits(self.level, &job, rows, logits)?);

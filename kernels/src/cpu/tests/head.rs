@@ -42,7 +42,7 @@ fn small<'a, T: Stored>(case: &'a Case, weights: &'a [T], width: usize, rows: us
     head
 }
 
-trait Stored: Element {
+pub(crate) trait Stored: Element {
     fn weights(values: &[Self]) -> Weights<'_>;
 }
 
