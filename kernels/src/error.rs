@@ -157,6 +157,12 @@ pub enum LossError {
     /// The weight is NaN or infinite.
     #[error("weight is not finite")]
     Weight,
+    /// The temperature of a standardised target divides.
+    #[error("temperature {temperature} is no positive number")]
+    Temperature {
+        /// Temperature given.
+        temperature: f32,
+    },
 }
 
 /// Why weights are not the head of a vocabulary.

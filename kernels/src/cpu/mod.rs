@@ -15,8 +15,10 @@ pub(crate) mod multiversion;
 mod network;
 pub(crate) mod score;
 mod simd;
+mod sorted;
 #[cfg(test)]
 mod tests;
+mod top;
 
 pub(crate) use masses::Dense;
 pub(crate) use simd::Level;

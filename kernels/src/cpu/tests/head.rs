@@ -121,6 +121,11 @@ fn check_loss<T: Stored>(case: &mut Case, width: usize, kinds: [usize; 3]) {
         (frozen - exact_loss).abs() <= 1e-5 * exact_loss.abs() + 1e-3,
         "{frozen} for {exact_loss}"
     );
+    if kinds.iter().any(|kinds| kinds >> 4 > 0) {
+        // A sorted term's loss follows its logits, but not its gradient: the last bit of a product
+        // may turn a sign.
+        return;
+    }
     assert!(
         distance(&grad, &exact) < 1e-4,
         "frozen: {grad:?} for {exact:?}"
@@ -146,7 +151,10 @@ proptest! {
     fn losses_are_those_of_explicit_logits(
         mut case in cases(),
         width in 1_usize..20,
-        kinds in prop::array::uniform3(0_usize..16),
+        kinds in prop_oneof![
+            3 => prop::array::uniform3(0_usize..16),
+            1 => prop::array::uniform3(0_usize..64),
+        ],
         without_trie in any::<bool>(),
     ) {
         let kinds = if without_trie { kinds.map(|kinds| kinds & !1) } else { kinds };
