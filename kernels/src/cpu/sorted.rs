@@ -111,7 +111,12 @@ fn exact<T: Element>(row: &[T], columns: &[Range<u32>]) -> (Vec<f64>, f64) {
     let mut wide: Vec<f64> = row.iter().map(|logit| f64::from(logit.to_f32())).collect();
     let shares: Vec<f64> = columns
         .iter()
-        .map(|column| exp(&std::mem::replace(&mut wide[column.start as usize], f64::NEG_INFINITY)))
+        .map(|column| {
+            exp(&std::mem::replace(
+                &mut wide[column.start as usize],
+                f64::NEG_INFINITY,
+            ))
+        })
         .collect();
     let other: f64 = wide.iter().map(exp).sum();
     let total = shares.iter().sum::<f64>() + other;

@@ -43,7 +43,8 @@ impl Top {
         }
         self.keys.sort_unstable();
         let columns = self.keys.iter().map(|&key| column(key));
-        self.columns.extend(columns.map(|column| column..column + 1));
+        self.columns
+            .extend(columns.map(|column| column..column + 1));
     }
 }
 
@@ -51,7 +52,11 @@ impl Top {
 fn key<T: Element>(row: &[T], column: u32) -> Reverse<u64> {
     // Adding zero makes the two zeros equal.
     let bits = (row[column as usize].to_f32() + 0.0).to_bits();
-    let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    let ordered = if bits >> 31 == 1 {
+        !bits
+    } else {
+        bits | 1 << 31
+    };
     Reverse(u64::from(ordered) << 32 | u64::from(!column))
 }
 

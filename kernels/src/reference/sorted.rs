@@ -93,7 +93,10 @@ fn standard(logits: &[f64], temperature: f64) -> (Vec<f64>, f64, Vec<f64>) {
         .iter()
         .map(|l| (l - mean) / (deviation + EPSILON))
         .collect();
-    let exp: Vec<f64> = z.iter().map(|value| ((value - z[0]) / temperature).exp()).collect();
+    let exp: Vec<f64> = z
+        .iter()
+        .map(|value| ((value - z[0]) / temperature).exp())
+        .collect();
     let total: f64 = exp.iter().sum();
     let p = exp.iter().map(|exp| exp / total).collect();
     (z, deviation, p)
@@ -102,6 +105,10 @@ fn standard(logits: &[f64], temperature: f64) -> (Vec<f64>, f64, Vec<f64>) {
 /// Ranks, the largest logit first, the lower rank on a tie.
 fn descending(row: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..row.len()).collect();
-    order.sort_by(|&a, &b| row[b].partial_cmp(&row[a]).unwrap_or(std::cmp::Ordering::Equal));
+    order.sort_by(|&a, &b| {
+        row[b]
+            .partial_cmp(&row[a])
+            .unwrap_or(std::cmp::Ordering::Equal)
+    });
     order
 }

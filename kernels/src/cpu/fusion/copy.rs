@@ -3,13 +3,16 @@
 use std::ops::{Range, RangeInclusive};
 
 use super::{Mixing, mix};
-use crate::code;
+use crate::code::{self, FLOOR};
 use crate::cpu::multiversion::multiversion;
 use crate::fusion::WEIGHT_UNITY;
 use crate::records::{ColumnsMut, RecordShape, RecordView, Symbol};
 
 /// Most slots for which [`SETTLED`] holds.
 const SLOTS: usize = 32;
+
+/// Positions whose masses are worked out at once.
+const BLOCK: usize = 16;
 
 /// Totals with which every code is encoded as itself: `encode((T[q] << 32) / Z + lost) = q` for all
 /// q and for `lost` up to the 33 units that rounding 32 symbols and the end down adds to the tail.
@@ -20,7 +23,8 @@ pub(super) fn fits<S: Symbol>(source: &RecordView<'_, S>, shape: &RecordShape) -
     source.k() == shape.k && shape.k <= SLOTS
 }
 
-pub(super) fn run<S: Symbol>(
+/// Mends what was copied.
+pub(super) fn mend<S: Symbol>(
     source: &RecordView<'_, S>,
     range: Range<usize>,
     shape: &RecordShape,
@@ -29,10 +33,6 @@ pub(super) fn run<S: Symbol>(
     let Some(part) = source.slice(range) else {
         return;
     };
-    out.symbols.copy_from_slice(part.symbols());
-    out.codes.copy_from_slice(part.codes());
-    out.end.copy_from_slice(part.end());
-    out.tail.copy_from_slice(part.tail());
     for position in unsettled(&part, shape.fill_permille) {
         let mut place = out.part(position..position + 1);
         let weights = Mixing::Item(&[WEIGHT_UNITY]);
@@ -54,27 +54,37 @@ multiversion! {
 
 #[inline(always)]
 fn list<S: Symbol>(source: &RecordView<'_, S>, k: usize, fill_permille: u32) -> Vec<usize> {
-    let slots = source
-        .symbols()
-        .chunks_exact(k)
-        .zip(source.codes().chunks_exact(k));
+    let mut masses = [0; BLOCK * SLOTS];
     let mut found = Vec::new();
-    for (position, (symbols, codes)) in slots.enumerate() {
-        let last = symbols[k - 1];
-        let mut equal = 0_u8;
-        for &symbol in symbols {
-            equal += u8::from(symbol == last);
+    let blocks = source.symbols().chunks(BLOCK * k);
+    for (block, (symbols, codes)) in blocks.zip(source.codes().chunks(BLOCK * k)).enumerate() {
+        for (mass, &code) in masses.iter_mut().zip(codes) {
+            *mass = rough_mass(code);
         }
-        let used = (k + 1 - usize::from(equal)).min(k);
-        let end = source.end().get(position).copied();
-        let tail = source.tail()[position];
-        if !surely_settled(codes, used, end, tail, fill_permille)
-            && !settled(&codes[..used], end, tail, fill_permille)
-        {
-            found.push(position);
+        let is_plain = !lists_floor(symbols, codes);
+        let slots = codes.chunks_exact(k).zip(masses.chunks_exact(k));
+        for (position, (codes, masses)) in (block * BLOCK..).zip(slots) {
+            let end = source.end().get(position).copied();
+            let tail = source.tail()[position];
+            let is_sure = is_plain && surely_settled(codes, masses, end, tail, fill_permille);
+            if !is_sure && !settled(source.used(position).1, end, tail, fill_permille) {
+                found.push(position);
+            }
         }
     }
     found
+}
+
+/// Whether a slot has the floor's code and another symbol than the slot before it: otherwise slots
+/// with that code are unused, but for a first one.
+#[inline(always)]
+fn lists_floor<S: Symbol>(symbols: &[S], codes: &[u8]) -> bool {
+    let pairs = symbols.iter().zip(symbols.iter().skip(1));
+    let mut any = 0;
+    for ((before, symbol), &code) in pairs.zip(codes.iter().skip(1)) {
+        any |= u8::from(before != symbol) & u8::from(code == FLOOR);
+    }
+    any != 0
 }
 
 /// Whether all codes stay as they are, and all symbols are chosen: the one that is chosen last is
@@ -91,29 +101,35 @@ fn settled(codes: &[u8], end: Option<u8>, tail: u8, fill_permille: u32) -> bool 
 }
 
 /// The same from approximate masses, with room for what they are off: no table, whole vectors.
-/// True only where [`settled`] is.
+/// Unused slots count as well, as the floor that they are. True only where [`settled`] is, if used
+/// slots do not have the floor's code.
 #[inline(always)]
 fn surely_settled(
     codes: &[u8],
-    used: usize,
+    masses: &[u32],
     end: Option<u8>,
     tail: u8,
     fill_permille: u32,
 ) -> bool {
     let mut listed = 0;
-    let mut least = u32::MAX;
-    for (slot, &code) in codes.iter().enumerate() {
-        let mass = rough_mass(code);
-        listed += if slot < used { mass } else { 0 };
-        least = least.min(if slot < used { mass } else { u32::MAX });
+    for &mass in masses {
+        listed += mass;
     }
-    let tail = rough_mass(tail);
-    let total = listed + end.map_or(0, rough_mass) + tail;
-    let room = total >> 12;
-    let before = u64::from(total - tail - least + room);
-    let totals = (SETTLED.start() >> 5) + u64::from(room)..(SETTLED.end() >> 5) - u64::from(room);
-    totals.contains(&u64::from(total))
-        && (used == 1 || before * 1000 < u64::from(total - room) * u64::from(fill_permille))
+    let mut last = 0;
+    for &code in codes {
+        // One more than the largest below the floor, which wraps to zero.
+        last = code.wrapping_add(1).max(last);
+    }
+    let before_tail = listed + end.map_or(0, rough_mass);
+    let most = before_tail + rough_mass(tail);
+    let room = most >> 12;
+    let unused = SLOTS as u32 * (rough_mass(FLOOR) + 2);
+    let least = most.saturating_sub(room + unused);
+    let before = u64::from(before_tail + room) - u64::from(rough_mass(last.wrapping_sub(1)));
+    codes[0] != FLOOR
+        && u64::from(least) >= SETTLED.start().div_ceil(32)
+        && u64::from(most + room) <= SETTLED.end() >> 5
+        && before * 1000 < u64::from(least) * u64::from(fill_permille)
 }
 
 /// `2^(26 - code/16)`, at most one more than 2^-13 of it off: a cubic for the sixteenths. 34 of them
@@ -128,6 +144,52 @@ fn rough_mass(code: u8) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::records::Records;
+    use crate::testing::Random;
+
+    /// Records that are nearly full, with used slots at the floor now and then.
+    #[expect(clippy::cast_possible_truncation, reason = "below 256")]
+    fn records(random: &mut Random, k: usize) -> Records {
+        let mut records = Records::new(k).unwrap();
+        for _ in 0..500 {
+            let mut left = 0.999;
+            let mut listed = std::collections::BTreeMap::new();
+            for _ in 0..=random.below(k) {
+                let mass = left * (0.3 + 0.6 * random.below(100) as f64 / 100.0);
+                left -= mass;
+                let is_floor = random.below(12) == 0;
+                let code = if is_floor { FLOOR } else { code::encode(mass) };
+                listed.insert(random.below(200) as u8, code);
+            }
+            let listed: Vec<(u8, u8)> = listed.into_iter().collect();
+            let tail = code::encode(left + 0.001);
+            records.push(&listed, code::encode(0.0002), tail);
+        }
+        records
+    }
+
+    #[test]
+    fn positions_that_are_not_listed_are_settled_exactly() {
+        let mut random = Random(2);
+        let mut counts = [0; 2];
+        for k in [1, 5, 8, 16, 32] {
+            let source = records(&mut random, k);
+            let source = source.view();
+            for fill in [600, 995, 1000] {
+                let exact: Vec<usize> = (0..source.positions())
+                    .filter(|&position| {
+                        let end = source.end().get(position).copied();
+                        let codes = source.used(position).1;
+                        !settled(codes, end, source.tail()[position], fill)
+                    })
+                    .collect();
+                assert_eq!(unsettled(&source, fill), exact, "{k} slots, {fill}");
+                counts[0] += exact.len();
+                counts[1] += source.positions() - exact.len();
+            }
+        }
+        assert!(counts.iter().all(|&count| count > 1000), "{counts:?}");
+    }
 
     #[test]
     fn rough_masses_are_close_from_both_sides() {

@@ -168,7 +168,11 @@ pub(super) fn above<L: Lanes, T: Element>(
         at += LANES;
     }
     let used = (1 << rest.len()) - 1;
-    note(found, at, used & lanes.above(lanes.load_some(rest), threshold));
+    note(
+        found,
+        at,
+        used & lanes.above(lanes.load_some(rest), threshold),
+    );
     row.len()
 }
 

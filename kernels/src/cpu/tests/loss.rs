@@ -4,8 +4,8 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use crate::Backend;
-use crate::cpu::{self, Level};
 use crate::code::FLOOR;
+use crate::cpu::{self, Level};
 use crate::element::{Dtype, Element};
 use crate::error::LossError;
 use crate::loss::{ItemLoss, LossJob, NO_LABEL, Tail, Term};
@@ -333,9 +333,7 @@ fn sorted_terms_see_neither_which_token_nor_the_scale_of_logits() {
             let mut logits: Vec<f32> = row.iter().map(|&value| change(value) as f32).collect();
             logits.rotate_left(turn);
             let item = ItemLoss { tokens: &[], terms };
-            backend
-                .loss_in_place(&vocab, &[item], &mut logits)
-                .unwrap()
+            backend.loss_in_place(&vocab, &[item], &mut logits).unwrap()
         };
         for terms in [&sorted, &standardised] {
             let plain = loss(terms, &|value| value, 0);
@@ -389,7 +387,10 @@ fn a_share_on_the_edge_has_the_slope_of_the_reference() {
         let mut row = vec![0.7_f32; 8];
         let loss = cpu::loss::rows(level, &job, 0..1, &mut row).unwrap()[0];
         assert!(loss < 1e-12, "{level:?}: {loss}");
-        assert!(row.iter().all(|value| value.abs() < 1e-12), "{level:?}: {row:?}");
+        assert!(
+            row.iter().all(|value| value.abs() < 1e-12),
+            "{level:?}: {row:?}"
+        );
     }
 }
 
