@@ -45,34 +45,40 @@ multiversion! {
     fn unsettled<S: Symbol>(source: &RecordView<'_, S>, fill_permille: u32) -> Vec<usize> {
         match source.k() {
             // Loops of known length.
-            8 => list(source, 8, fill_permille),
-            16 => list(source, 16, fill_permille),
-            k => list(source, k, fill_permille),
+            8 => list::<S, 8>(source, fill_permille),
+            16 => list::<S, 16>(source, fill_permille),
+            _ => (0..source.positions())
+                .filter(|&position| !is_settled(source, position, fill_permille))
+                .collect(),
         }
     }
 }
 
 #[inline(always)]
-fn list<S: Symbol>(source: &RecordView<'_, S>, k: usize, fill_permille: u32) -> Vec<usize> {
-    let mut masses = [0; BLOCK * SLOTS];
+fn list<S: Symbol, const K: usize>(source: &RecordView<'_, S>, fill_permille: u32) -> Vec<usize> {
     let mut found = Vec::new();
-    let blocks = source.symbols().chunks(BLOCK * k);
-    for (block, (symbols, codes)) in blocks.zip(source.codes().chunks(BLOCK * k)).enumerate() {
-        for (mass, &code) in masses.iter_mut().zip(codes) {
-            *mass = rough_mass(code);
-        }
-        let is_plain = !lists_floor(symbols, codes);
-        let slots = codes.chunks_exact(k).zip(masses.chunks_exact(k));
-        for (position, (codes, masses)) in (block * BLOCK..).zip(slots) {
-            let end = source.end().get(position).copied();
-            let tail = source.tail()[position];
-            let is_sure = is_plain && surely_settled(codes, masses, end, tail, fill_permille);
-            if !is_sure && !settled(source.used(position).1, end, tail, fill_permille) {
+    let blocks = source.symbols().chunks(BLOCK * K);
+    for (block, (symbols, codes)) in blocks.zip(source.codes().chunks(BLOCK * K)).enumerate() {
+        let (codes, _) = codes.as_chunks::<K>();
+        let positions = block * BLOCK..block * BLOCK + codes.len();
+        let end = source.end().get(positions.clone()).unwrap_or(&[]);
+        let tail = &source.tail()[positions.clone()];
+        let are_sure = surely_settled(codes, end, tail, fill_permille);
+        let is_plain = !lists_floor(symbols, codes.as_flattened());
+        for ((position, is_sure), codes) in positions.zip(are_sure).zip(codes) {
+            let is_sure = is_sure && is_plain && codes[0] != FLOOR;
+            if !is_sure && !is_settled(source, position, fill_permille) {
                 found.push(position);
             }
         }
     }
     found
+}
+
+fn is_settled<S: Symbol>(source: &RecordView<'_, S>, position: usize, fill_permille: u32) -> bool {
+    let end = source.end().get(position).copied();
+    let codes = source.used(position).1;
+    settled(codes, end, source.tail()[position], fill_permille)
 }
 
 /// Whether a slot has the floor's code and another symbol than the slot before it: otherwise slots
@@ -100,36 +106,66 @@ fn settled(codes: &[u8], end: Option<u8>, tail: u8, fill_permille: u32) -> bool 
         && (codes.len() == 1 || before * 1000 < total * u64::from(fill_permille))
 }
 
-/// The same from approximate masses, with room for what they are off: no table, whole vectors.
-/// Unused slots count as well, as the floor that they are. True only where [`settled`] is, if used
-/// slots do not have the floor's code.
+/// The same of up to 16 positions from approximate masses, with room for what they are off: no
+/// table, whole vectors. Unused slots count as well, as the floor that they are. True only where
+/// [`settled`] is, if used slots do not have the floor's code.
 #[inline(always)]
-fn surely_settled(
-    codes: &[u8],
-    masses: &[u32],
-    end: Option<u8>,
-    tail: u8,
+fn surely_settled<const K: usize>(
+    codes: &[[u8; K]],
+    end: &[u8],
+    tail: &[u8],
     fill_permille: u32,
-) -> bool {
-    let mut listed = 0;
-    for &mass in masses {
-        listed += mass;
+) -> [bool; BLOCK] {
+    let mut masses = [[0; K]; BLOCK];
+    let slots = masses.as_flattened_mut().iter_mut();
+    for (mass, &code) in slots.zip(codes.as_flattened()) {
+        *mass = rough_mass(code);
     }
-    let mut last = 0;
-    for &code in codes {
-        // One more than the largest below the floor, which wraps to zero.
-        last = code.wrapping_add(1).max(last);
+    let (mut listed, mut last) = ([0_u32; BLOCK], [FLOOR; BLOCK]);
+    for (listed, masses) in listed.iter_mut().zip(&masses) {
+        *listed = masses.iter().sum();
     }
-    let before_tail = listed + end.map_or(0, rough_mass);
-    let most = before_tail + rough_mass(tail);
-    let room = most >> 12;
-    let unused = SLOTS as u32 * (rough_mass(FLOOR) + 2);
-    let least = most.saturating_sub(room + unused);
-    let before = u64::from(before_tail + room) - u64::from(rough_mass(last.wrapping_sub(1)));
-    codes[0] != FLOOR
-        && u64::from(least) >= SETTLED.start().div_ceil(32)
-        && u64::from(most + room) <= SETTLED.end() >> 5
-        && before * 1000 < u64::from(least) * u64::from(fill_permille)
+    for (last, codes) in last.iter_mut().zip(codes) {
+        *last = largest_below_floor(codes);
+    }
+    let (mut ends, mut tails) = ([0; BLOCK], [0; BLOCK]);
+    for (mass, &code) in ends.iter_mut().zip(end) {
+        *mass = rough_mass(code);
+    }
+    for (mass, &code) in tails.iter_mut().zip(tail) {
+        *mass = rough_mass(code);
+    }
+    let mut are_sure = [false; BLOCK];
+    for at in 0..BLOCK {
+        let before_tail = listed[at] + ends[at];
+        let most = before_tail + tails[at];
+        let room = most >> 12;
+        // Of all slots, and more.
+        let unused = 34 * (rough_mass(FLOOR) + 2);
+        let least = u64::from(most.saturating_sub(room + unused));
+        let before = u64::from(before_tail + room).saturating_sub(rough_mass(last[at]).into());
+        // No shortcut, so that positions are lanes.
+        are_sure[at] = (least >= SETTLED.start().div_ceil(32))
+            & (u64::from(most + room) <= SETTLED.end() >> 5)
+            & (before * 1000 < least * u64::from(fill_permille));
+    }
+    are_sure
+}
+
+/// The floor where there is none below it.
+#[inline(always)]
+fn largest_below_floor<const K: usize>(codes: &[u8; K]) -> u8 {
+    // One more than each code, so that the floor wraps to zero.
+    let mut lanes = codes.map(|code| code.wrapping_add(1));
+    let mut width = K / 2;
+    // Halves of a known length become vectors, a fold over all lanes does not.
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = lanes[lane].max(lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0].wrapping_sub(1)
 }
 
 /// `2^(26 - code/16)`, at most one more than 2^-13 of it off: a cubic for the sixteenths. 34 of them
