@@ -57,7 +57,28 @@ fn main() {
                 weight: 0.1,
             },
         ];
-        for (name, terms) in [("tokens", &of_tokens[..]), ("trie", &of_bytes[..])] {
+        let of_places = [Term::Sorted {
+            target: listed.view(),
+            weight: 1.0,
+        }];
+        let few = token_target(&vocab, &labels, 10);
+        let of_scores = [
+            Term::Standardised {
+                target: few.view(),
+                weight: 0.5,
+                temperature: 1.0,
+            },
+            Term::Labels {
+                labels: &labels,
+                weight: 0.5,
+            },
+        ];
+        for (name, terms) in [
+            ("tokens", &of_tokens[..]),
+            ("trie", &of_bytes),
+            ("sorted", &of_places),
+            ("standardised", &of_scores),
+        ] {
             let item = ItemLoss {
                 tokens: &tokens,
                 terms,

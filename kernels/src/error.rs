@@ -160,6 +160,12 @@ pub enum LossError {
     /// The weight is NaN or infinite.
     #[error("weight is not finite")]
     Weight,
+    /// The temperature of a standardised target divides.
+    #[error("temperature {temperature} is no positive number")]
+    Temperature {
+        /// Temperature given.
+        temperature: f32,
+    },
     /// The device failed.
     #[error(transparent)]
     Cuda(#[from] CudaError),

@@ -214,7 +214,7 @@ impl Folding {
 
     /// What a range that has passed adds to the coefficients of its columns.
     fn share(&mut self, level: Level, range: usize) -> f64 {
-        let Worker { groups, leaves } = &mut self.worker;
+        let Worker { groups, leaves, .. } = &mut self.worker;
         let scaled = |leaves: &Leaves, amount: f64, log_mass: f64| {
             amount * (f64::from(leaves.common) - log_mass).exp()
         };
@@ -223,7 +223,13 @@ impl Folding {
                 return 0.0;
             };
             let all = leaves.span(&ghost.support);
-            let gaps = gaps(leaves, &all, &groups.classes[ghost.classes.clone()]);
+            let gaps = gaps(
+                leaves,
+                &all,
+                groups.classes[ghost.classes.clone()]
+                    .iter()
+                    .map(|class| &class.ranks),
+            );
             let log_mass = leaves.log_mass_of::<f32>(level, &[], &gaps);
             return scaled(leaves, -ghost.weight * ghost.ghost, log_mass);
         }

@@ -257,6 +257,11 @@ impl Leaves {
         }
     }
 
+    /// Gradient of a leaf of one column.
+    pub(super) fn gradient(&self, leaf: usize) -> f64 {
+        self.coefficient[leaf] * self.mass[leaf]
+    }
+
     /// Overwrites the row by its gradient.
     pub(super) fn write<T: Element>(&mut self, level: Level, row: &mut [T]) {
         self.write_block(level, 0, row);

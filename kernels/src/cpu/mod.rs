@@ -17,8 +17,10 @@ mod network;
 pub(crate) mod passes;
 pub(crate) mod score;
 mod simd;
+mod sorted;
 #[cfg(test)]
 pub(crate) mod tests;
+mod top;
 
 pub(crate) use masses::Dense;
 pub(crate) use simd::Level;

@@ -1,7 +1,7 @@
 //! Losses of hidden states: the logits of a batch of rows pass by in blocks of the vocabulary, once
 //! or twice.
 //!
-//! Where every class is a few tokens, one pass is enough ([`crate::cpu::blocks`]). Otherwise the
+//! Terms that sort logits need whole rows, which come in chunks. Where every class is a few tokens, one pass is enough ([`crate::cpu::blocks`]). Otherwise the
 //! first pass sums the leaves of each row, and the second turns logits into gradients; the logits of
 //! as many blocks as fit the scratch outlive the first pass, and the others are made again. A batch
 //! is all of that at once that makes products efficient, which rows of [`SCRATCH_BYTES`] are not
@@ -61,6 +61,9 @@ impl Head<'_> {
         {
             return Ok(total);
         }
+        if job.needs_whole_rows() {
+            return self.loss_in_rows(&job, hidden, grad_hidden, grad_weight);
+        }
         let mut total = 0.0;
         for rows in self.batches(job.rows(), BATCH) {
             let values = rows.start * self.width..rows.end * self.width;
@@ -78,6 +81,38 @@ impl Head<'_> {
             };
             total = losses.iter().fold(total, |sum, loss| sum + loss);
         }
+        Ok(total)
+    }
+
+    /// [`Self::loss`] by way of whole rows of logits, for terms that sort them.
+    fn loss_in_rows(
+        &self,
+        job: &LossJob<'_>,
+        hidden: &[f32],
+        grad_hidden: &mut [f32],
+        mut grad_weight: Option<&mut [f32]>,
+    ) -> Result<f64, LossError> {
+        let (tokens, width) = (self.vocab.len(), self.width);
+        let mut total = 0.0;
+        self.chunks(hidden, |rows, hidden, logits| {
+            let losses = crate::cpu::loss::rows(self.level, job, rows.clone(), logits)?;
+            total = losses.iter().fold(total, |sum, loss| sum + loss);
+            let count = rows.len();
+            let grads = View::new(logits, count, tokens);
+            let hidden = View::new(hidden, count, width);
+            let grad_hidden = &mut grad_hidden[rows.start * width..rows.end * width];
+            grad_hidden.fill(0.0);
+            self.blocks(self.even(0..tokens), |first, weights| {
+                let grads = grads.columns(first, weights.rows());
+                let out = ViewMut::new(grad_hidden, count, width);
+                ab(out, Write::Add, grads, weights, 1.0);
+            });
+            if let Some(grad) = &mut grad_weight {
+                let out = ViewMut::new(grad, tokens, width);
+                atb(out, Write::Add, grads, hidden, 1.0);
+            }
+            Ok::<(), LossError>(())
+        })?;
         Ok(total)
     }
 

@@ -107,7 +107,7 @@ impl Head<'_> {
 
     /// Gives `work` the logits of some rows after the other, with those rows and their hidden
     /// states.
-    fn chunks<E>(
+    pub(super) fn chunks<E>(
         &self,
         hidden: &[f32],
         mut work: impl FnMut(Range<usize>, &[f32], &mut [f32]) -> Result<(), E>,

@@ -100,6 +100,19 @@ pub(crate) fn scale_exp<T: Element>(level: Level, row: &mut [T], pieces: &[Piece
     dispatch!(level, scale_exp(row, pieces));
 }
 
+/// Appends the columns from `start` on whose value is above the threshold to `found`, in order, until
+/// there are `limit` or a few more; returns the first column that was not looked at.
+pub(crate) fn above<T: Element>(
+    level: Level,
+    row: &[T],
+    start: usize,
+    threshold: f32,
+    limit: usize,
+    found: &mut Vec<u32>,
+) -> usize {
+    dispatch!(level, above(row, start, threshold, limit, found))
+}
+
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};

@@ -86,6 +86,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn above(self, a: V, b: V) -> u32 {
+        (0..LANES).fold(0, |bits, lane| bits | u32::from(a[lane] > b[lane]) << lane)
+    }
+
+    #[inline(always)]
     fn exp2(self, x: V) -> V {
         x.map(exp2)
     }

