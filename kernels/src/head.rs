@@ -132,9 +132,9 @@ impl<'a> Head<'a> {
         weights: Weights<'a>,
         width: usize,
     ) -> Result<Self, HeadError> {
-        let head = Self::new(vocab, weights, width)?;
         #[cfg(feature = "cuda")]
         {
+            let head = Self::new(vocab, weights, width)?;
             let device = cuda::device()?;
             let resident = match weights {
                 Weights::F32(weights) => ResidentHead::upload(device, vocab, weights, width),
@@ -146,8 +146,7 @@ impl<'a> Head<'a> {
         }
         #[cfg(not(feature = "cuda"))]
         {
-            drop(head);
-            Err(CudaError::NotBuilt.into())
+            Self::new(vocab, weights, width).and(Err(CudaError::NotBuilt.into()))
         }
     }
 
