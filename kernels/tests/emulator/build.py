@@ -3,7 +3,7 @@
 
     python3 kernels/tests/emulator/build.py
     PROPTEST_CASES=8 LD_LIBRARY_PATH=$PWD/target/emulator \\
-        cargo test -p consilium-kernels --features cuda --lib --test backends -- cuda:: backend head merges
+        cargo test -p consilium-kernels --features cuda --lib --test backends -- cuda:: backend head
 
 These two, and before them `python3 kernels/src/cuda/compile.py --check`, are what CI runs. The path must be absolute:
 tests run in their package's folder, and one that finds no driver there says so and passes. Fibers are slow, so the
