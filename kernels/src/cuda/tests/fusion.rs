@@ -51,11 +51,11 @@ fn check_shapes(
         };
         let positions = bytes[0].positions();
         run(&mut case, positions, &|mixing| {
-            check(mixing, &bytes, &shape)
+            check(mixing, &bytes, &shape);
         });
         let positions = tokens[0].positions();
         run(&mut case, positions, &|mixing| {
-            check(mixing, &tokens, &shape)
+            check(mixing, &tokens, &shape);
         });
     }
 }
