@@ -378,7 +378,7 @@ fn sum_kernel(
     sums: &Sums,
     logits: &Logits,
 ) -> Result<(cudarc::driver::CudaFunction, u32), CudaError> {
-    let shared = 8 * sums.job.most_segments + 4 * (sums.job.most_segments + 1) + sums.slice_bits();
+    let shared = 8 * sums.job.most_segments + sums.shared();
     let name = format!("sum_rows_{}", suffix(logits.dtype()));
     Ok((device.kernel(Unit::Score, &name, shared)?, shared))
 }
