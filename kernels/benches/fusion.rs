@@ -75,37 +75,53 @@ fn main() {
             ratio(&torch)
         );
     }
-    copy_floor(&views, &only);
+    copy_floor(views[0]);
     routing(&views, &target);
 }
 
-/// One source of full weight against the copy of its columns, 34 bytes per position.
-fn copy_floor(views: &[RecordView<'_>], only: &[u32]) {
-    let view = views[0];
+/// One source of full weight against the copy of its columns, 34 bytes per position, in one run and
+/// in items; all far beyond the caches.
+fn copy_floor(view: RecordView<'_>) {
+    let mut long = Records::new(SHAPE.k).expect("16 slots");
+    for _ in 0..16 {
+        long.append(view).expect("16 slots");
+    }
+    let view = long.view();
     let columns = [view.symbols(), view.codes(), view.end(), view.tail()];
     let mut copies = columns.map(<[u8]>::to_vec);
     let mut out = Records::new(SHAPE.k).expect("16 slots");
-    let compared = common::in_turn(
-        || {
-            out.clear();
-            fuse(Mixing::Item(only), views, &SHAPE, &mut out).expect("sources fit");
-        },
-        || {
-            for (copy, column) in copies.iter_mut().zip(columns) {
-                copy.copy_from_slice(std::hint::black_box(column));
-            }
-            std::hint::black_box(&copies);
-        },
-    );
-    let bytes = (2 * columns.iter().map(|column| column.len()).sum::<usize>()) as f64;
     let floors = common::Floors::measure();
-    println!(
-        "minCE: {:.2} GB/s read and written: {:.0} % of the copy of the same columns, {:.0} % of the copy bandwidth of {:.1} GB/s",
-        bytes / compared.ours / 1e9,
-        100.0 * compared.ratio,
-        100.0 * bytes / compared.ours / floors.copy,
-        floors.copy / 1e9,
-    );
+    for length in [view.positions(), 200] {
+        let starts = (0..view.positions()).step_by(length);
+        let items: Vec<RecordView<'_>> = starts
+            .map(|start| start..(start + length).min(view.positions()))
+            .map(|item| view.slice(item).expect("positions that are there"))
+            .collect();
+        let compared = common::in_turn(
+            || {
+                out.clear();
+                for &item in &items {
+                    fuse(Mixing::Item(&[WEIGHT_UNITY]), &[item], &SHAPE, &mut out)
+                        .expect("sources fit");
+                }
+            },
+            || {
+                for (copy, column) in copies.iter_mut().zip(columns) {
+                    copy.copy_from_slice(std::hint::black_box(column));
+                }
+                std::hint::black_box(&copies);
+            },
+        );
+        let bytes = (2 * columns.iter().map(|column| column.len()).sum::<usize>()) as f64;
+        println!(
+            "minCE, items of {length} positions: {:.1} ns/pos, {:.2} GB/s read and written: {:.0} % of the copy of the same columns, {:.0} % of the copy bandwidth of {:.1} GB/s",
+            compared.ours / view.positions() as f64 * 1e9,
+            bytes / compared.ours / 1e9,
+            100.0 * compared.ratio,
+            100.0 * bytes / compared.ours / floors.copy,
+            floors.copy / 1e9,
+        );
+    }
 }
 
 fn routing(views: &[RecordView<'_>], target: &[u8]) {

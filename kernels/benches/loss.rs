@@ -11,7 +11,7 @@ use consilium_kernels::{Element, Records, Vocab};
 use half::bf16;
 
 use common::{Floors, REPETITIONS, Twin, against_twin, one_thread};
-use vocabulary::{Random, text, vocabulary, write_for_twin};
+use vocabulary::{Random, byte_target, text, vocabulary, write_for_twin};
 
 struct Setup<'a> {
     vocab: &'a Vocab,
@@ -57,7 +57,28 @@ fn main() {
                 weight: 0.1,
             },
         ];
-        for (name, terms) in [("tokens", &of_tokens[..]), ("trie", &of_bytes[..])] {
+        let of_places = [Term::Sorted {
+            target: listed.view(),
+            weight: 1.0,
+        }];
+        let few = token_target(&vocab, &labels, 10);
+        let of_scores = [
+            Term::Standardised {
+                target: few.view(),
+                weight: 0.5,
+                temperature: 1.0,
+            },
+            Term::Labels {
+                labels: &labels,
+                weight: 0.5,
+            },
+        ];
+        for (name, terms) in [
+            ("tokens", &of_tokens[..]),
+            ("trie", &of_bytes),
+            ("sorted", &of_places),
+            ("standardised", &of_scores),
+        ] {
             let item = ItemLoss {
                 tokens: &tokens,
                 terms,
@@ -95,42 +116,6 @@ fn token_target(vocab: &Vocab, labels: &[u32], k: usize) -> Records<u32> {
         symbols.extend(ids);
     }
     Records::from_columns(k, symbols, codes, vec![], vec![60; labels.len()]).expect("ascending ids")
-}
-
-/// The observed byte and letters, `k` in all.
-fn byte_target(vocab: &Vocab, tokens: &[u32], k: usize) -> Records {
-    let text: Vec<u8> = tokens
-        .iter()
-        .flat_map(|&rank| vocab.token_bytes(rank))
-        .copied()
-        .collect();
-    let mut random = Random(6);
-    let (mut symbols, mut codes) = (Vec::new(), Vec::new());
-    for position in 0..=text.len() {
-        let observed = text.get(position).copied().unwrap_or(b' ');
-        let mut listed = vec![observed, b' ', b'e'];
-        while listed.len() < k {
-            listed.push(b'a' + (random.next() % 26) as u8);
-            listed.sort_unstable();
-            listed.dedup();
-        }
-        listed.truncate(k);
-        codes.extend(
-            listed
-                .iter()
-                .map(|&byte| if byte == observed { 16 } else { 90 }),
-        );
-        symbols.extend(listed);
-    }
-    let positions = text.len() + 1;
-    Records::from_columns(
-        k,
-        symbols,
-        codes,
-        vec![150; positions],
-        vec![100; positions],
-    )
-    .expect("ascending bytes")
 }
 
 fn measure<T: Element>(name: &str, setup: &Setup<'_>, twin: &mut Option<Twin>, case: &str) {

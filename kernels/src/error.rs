@@ -160,6 +160,12 @@ pub enum LossError {
     /// The weight is NaN or infinite.
     #[error("weight is not finite")]
     Weight,
+    /// The temperature of a standardised target divides.
+    #[error("temperature {temperature} is no positive number")]
+    Temperature {
+        /// Temperature given.
+        temperature: f32,
+    },
     /// The device failed.
     #[error(transparent)]
     Cuda(#[from] CudaError),
@@ -178,6 +184,9 @@ pub enum HeadError {
         /// Values per token, at least one.
         width: usize,
     },
+    /// The weights could not be copied to a device.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 /// Why records could not be fused.
@@ -271,6 +280,26 @@ pub enum CudaError {
         /// What is too large or unusual.
         what: &'static str,
     },
+}
+
+/// Errors that may mean that only the kernels of the device do not take the inputs.
+#[cfg(feature = "cuda")]
+pub(crate) trait Refusal {
+    fn is_refusal(&self) -> bool;
+}
+
+#[cfg(feature = "cuda")]
+impl Refusal for LossError {
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Cuda(CudaError::Unsupported { .. }))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Refusal for ScoreError {
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Cuda(CudaError::Unsupported { .. }))
+    }
 }
 
 /// Why adapters could not be merged.

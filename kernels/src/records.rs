@@ -371,11 +371,19 @@ impl<S: Symbol> Records<S> {
     /// Where the numbers of slots differ.
     pub fn append(&mut self, other: RecordView<'_, S>) -> Result<(), RecordError> {
         self.check_k(other.k)?;
+        self.extend_from(other);
+        Ok(())
+    }
+
+    /// Adds the positions of a set with the same number of slots.
+    pub(crate) fn extend_from(&mut self, other: RecordView<'_, S>) -> ColumnsMut<'_, S> {
+        debug_assert_eq!(self.k, other.k, "slots");
+        let before = self.tail.len();
         self.symbols.extend_from_slice(other.symbols);
         self.codes.extend_from_slice(other.codes);
         self.end.extend_from_slice(other.end);
         self.tail.extend_from_slice(other.tail);
-        Ok(())
+        self.since(before)
     }
 
     pub(crate) fn check_k(&self, k: usize) -> Result<(), RecordError> {
@@ -394,12 +402,18 @@ impl<S: Symbol> Records<S> {
 
     /// Adds positions that the caller must write, each once.
     pub(crate) fn extend_by(&mut self, positions: usize) -> ColumnsMut<'_, S> {
-        let (before, ends) = (self.tail.len(), self.end.len());
+        let before = self.tail.len();
         let after = before + positions;
         self.symbols.resize(after * self.k, S::default());
         self.codes.resize(after * self.k, FLOOR);
         self.end.resize(if S::HAS_END { after } else { 0 }, FLOOR);
         self.tail.resize(after, FLOOR);
+        self.since(before)
+    }
+
+    /// The positions from `before` on, of those that are there.
+    fn since(&mut self, before: usize) -> ColumnsMut<'_, S> {
+        let ends = if S::HAS_END { before } else { 0 };
         ColumnsMut {
             k: self.k,
             symbols: &mut self.symbols[before * self.k..],

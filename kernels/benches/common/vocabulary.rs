@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::path::PathBuf;
 
-use consilium_kernels::{TokenKind, Vocab};
+use consilium_kernels::{Records, TokenKind, Vocab};
 
 /// SplitMix64.
 pub(crate) struct Random(pub(crate) u64);
@@ -118,4 +118,40 @@ pub(crate) fn write_for_twin(name: &str, vocab: &Vocab, text: &[u32]) -> PathBuf
     let ranks: Vec<String> = text.iter().map(u32::to_string).collect();
     writeln!(file, "text {}", ranks.join(" ")).expect("the target folder is writable");
     path
+}
+
+/// The observed byte and letters, `k` in all.
+pub(crate) fn byte_target(vocab: &Vocab, tokens: &[u32], k: usize) -> Records {
+    let text: Vec<u8> = tokens
+        .iter()
+        .flat_map(|&rank| vocab.token_bytes(rank))
+        .copied()
+        .collect();
+    let mut random = Random(6);
+    let (mut symbols, mut codes) = (Vec::new(), Vec::new());
+    for position in 0..=text.len() {
+        let observed = text.get(position).copied().unwrap_or(b' ');
+        let mut listed = vec![observed, b' ', b'e'];
+        while listed.len() < k {
+            listed.push(b'a' + (random.next() % 26) as u8);
+            listed.sort_unstable();
+            listed.dedup();
+        }
+        listed.truncate(k);
+        codes.extend(
+            listed
+                .iter()
+                .map(|&byte| if byte == observed { 16 } else { 90 }),
+        );
+        symbols.extend(listed);
+    }
+    let positions = text.len() + 1;
+    Records::from_columns(
+        k,
+        symbols,
+        codes,
+        vec![150; positions],
+        vec![100; positions],
+    )
+    .expect("ascending bytes")
 }

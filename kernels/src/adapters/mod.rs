@@ -18,7 +18,7 @@ pub use sce::{Squares, spreads};
 
 use crate::backend::Backend;
 use crate::element::Element;
-use crate::error::{AdapterError, CudaError};
+use crate::error::AdapterError;
 use crate::fusion::Robust;
 use crate::{cpu, reference};
 
@@ -130,10 +130,10 @@ impl Backend {
                 }
             }
             Self::Cpu => cpu::adapters::merge(merging, adapters, out),
-            Self::Cuda => Err(CudaError::Unsupported {
-                what: "merging adapters",
-            }
-            .into()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => crate::cuda::merge(crate::cuda::device()?, merging, adapters, out),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(crate::error::CudaError::NotBuilt.into()),
         }
     }
 }

@@ -36,13 +36,15 @@ pub(crate) struct Passed {
 }
 
 impl PassingRow {
-    /// `None` where a class is more than a few columns of the whole row.
+    /// `None` where a class is more than a few columns of the whole row, or the largest logits are
+    /// asked for, which are not known before the last block.
     pub(crate) fn new(job: &LossJob<'_>, row: usize) -> Option<Self> {
         let mut groups = Groups::default();
         let (item, place) = job.place(row);
         groups.set(job.vocab, item, place);
         let live = job.vocab.end_ranks().end;
-        if groups.list.iter().any(|group| group.support != (0..live)) {
+        let is_partial = groups.list.iter().any(|group| group.support != (0..live));
+        if is_partial || !groups.sorted.is_empty() {
             return None;
         }
         let count: u32 = groups

@@ -29,6 +29,10 @@ pub(super) struct Leaves {
     shift: Vec<f32>,
     coefficient: Vec<f64>,
     pieces: Vec<Piece>,
+    /// Shift of blocks, and leaves of the last, which count from its first column.
+    pub(super) common: f32,
+    part_bounds: Vec<u32>,
+    part_mass: Vec<f64>,
 }
 
 impl Leaves {
@@ -67,13 +71,106 @@ impl Leaves {
         Ok(())
     }
 
+    /// Adds the columns from `first` on to their leaves; blocks come in order. A part of a leaf that is
+    /// scarce or abundant is summed against its own largest logit, so that no leaf has to be summed
+    /// again.
+    ///
+    /// # Errors
+    /// The first column that is not finite.
+    pub(super) fn add_block(
+        &mut self,
+        level: Level,
+        first: usize,
+        block: &[f32],
+    ) -> Result<(), usize> {
+        if first == 0 {
+            let leaves = self.bounds.len() - 1;
+            self.common = largest(level, &block[..block.len().min(SAMPLE)]);
+            for values in [&mut self.mass, &mut self.coefficient] {
+                values.clear();
+                values.resize(leaves, 0.0);
+            }
+            self.shift.clear();
+            self.shift.resize(leaves, f32::MIN);
+        }
+        let leaves = self.within(first, block.len());
+        self.part_bounds.clear();
+        self.part_bounds.push(0);
+        let ends = &self.bounds[leaves.start + 1..=leaves.end];
+        self.part_bounds
+            .extend(ends.iter().map(|&end| local(end, first, block.len())));
+        self.part_mass.clear();
+        self.part_mass.resize(leaves.len(), 0.0);
+        if !sum_exp(
+            level,
+            block,
+            &self.part_bounds,
+            self.common,
+            &mut self.part_mass,
+        ) {
+            let bad = block.iter().position(|value| !value.is_finite());
+            return Err(first + bad.unwrap_or(0));
+        }
+        for (part, leaf) in leaves.enumerate() {
+            let (mut shift, mut mass) = (self.common, self.part_mass[part]);
+            if !(SCARCE..=ABUNDANT).contains(&mass) {
+                let columns = self.part_bounds[part]..self.part_bounds[part + 1];
+                let columns = &block[columns.start as usize..columns.end as usize];
+                shift = largest(level, columns);
+                let end = self.part_bounds[part + 1] - self.part_bounds[part];
+                sum_exp(
+                    level,
+                    columns,
+                    &[0, end],
+                    shift,
+                    std::slice::from_mut(&mut mass),
+                );
+            }
+            self.merge(leaf, shift, mass);
+        }
+        Ok(())
+    }
+
+    /// The shift of the last block where it is one part of a leaf, neither scarce nor abundant.
+    pub(super) fn plain_shift(&self) -> Option<f32> {
+        let is_plain = matches!(self.part_mass[..], [mass] if (SCARCE..=ABUNDANT).contains(&mass));
+        is_plain.then_some(self.common)
+    }
+
+    /// Adds a mass to that of a leaf, in the larger of both scales.
+    fn merge(&mut self, leaf: usize, shift: f32, mass: f64) {
+        let (own_shift, own) = (&mut self.shift[leaf], &mut self.mass[leaf]);
+        let change = f64::from(shift) - f64::from(*own_shift);
+        if change > 0.0 {
+            *own = mass + *own * (-change).exp();
+            *own_shift = shift;
+        } else {
+            *own += mass * change.exp();
+        }
+    }
+
+    /// Leaves that have some of the columns from `first` on.
+    fn within(&self, first: usize, columns: usize) -> Range<usize> {
+        if columns == 0 {
+            return 0..0;
+        }
+        let end = self
+            .bounds
+            .partition_point(|&bound| (bound as usize) < first + columns);
+        let start = self
+            .bounds
+            .partition_point(|&bound| bound as usize <= first);
+        start - 1..end
+    }
+
     /// Leaves of a range of ranks that begins and ends where leaves do.
     pub(super) fn span(&self, ranks: &Range<u32>) -> Range<usize> {
         let leaf = |rank| self.bounds.partition_point(|&bound| bound < rank);
         leaf(ranks.start)..leaf(ranks.end)
     }
 
-    /// `ln sum exp` over some leaves; their shift is lowered where they are scarce.
+    /// `ln sum exp` over some leaves; their shift is lowered where they are scarce, which leaves that
+    /// were summed block by block, and whose row is empty here, never are.
     pub(super) fn log_mass<T: Element>(
         &mut self,
         level: Level,
@@ -81,7 +178,7 @@ impl Leaves {
         leaves: Range<usize>,
     ) -> f64 {
         let (shift, mass) = self.total(leaves.clone());
-        if mass >= SCARCE {
+        if mass >= SCARCE || row.is_empty() {
             return f64::from(shift) + mass.ln();
         }
         self.lower(level, row, leaves.clone());
@@ -108,7 +205,7 @@ impl Leaves {
             (f64::from(shift), scaled.sum::<f64>())
         };
         let (mut shift, mut mass) = total(self);
-        if mass < SCARCE {
+        if mass < SCARCE && !row.is_empty() {
             for span in spans {
                 self.lower(level, row, span.clone());
             }
@@ -160,18 +257,34 @@ impl Leaves {
         }
     }
 
+    /// Gradient of a leaf of one column.
+    pub(super) fn gradient(&self, leaf: usize) -> f64 {
+        self.coefficient[leaf] * self.mass[leaf]
+    }
+
     /// Overwrites the row by its gradient.
     pub(super) fn write<T: Element>(&mut self, level: Level, row: &mut [T]) {
-        self.pieces.clear();
-        let leaves = self.bounds[1..]
-            .iter()
-            .zip(&self.shift)
-            .zip(&self.coefficient);
-        for ((&end, &shift), &coefficient) in leaves {
-            #[expect(clippy::cast_possible_truncation, reason = "gradients are at most f32")]
-            let factor = coefficient as f32;
-            self.pieces.push(Piece { end, shift, factor });
-        }
-        scale_exp(level, row, &self.pieces);
+        self.write_block(level, 0, row);
     }
+
+    /// Overwrites the columns from `first` on by their gradient.
+    pub(super) fn write_block<T: Element>(&mut self, level: Level, first: usize, block: &mut [T]) {
+        let leaves = self.within(first, block.len());
+        self.pieces.clear();
+        self.pieces.extend(leaves.map(|leaf| {
+            #[expect(clippy::cast_possible_truncation, reason = "gradients are at most f32")]
+            let factor = self.coefficient[leaf] as f32;
+            Piece {
+                end: local(self.bounds[leaf + 1], first, block.len()),
+                shift: self.shift[leaf],
+                factor,
+            }
+        }));
+        scale_exp(level, block, &self.pieces);
+    }
+}
+
+/// A bound of leaves as a column of a block.
+fn local(bound: u32, first: usize, columns: usize) -> u32 {
+    u32::try_from((bound as usize - first).min(columns)).expect("ranks are u32")
 }

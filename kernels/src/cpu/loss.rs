@@ -7,8 +7,9 @@ use rayon::prelude::*;
 use crate::backend::NotFinite;
 use crate::cpu::leaves::Leaves;
 use crate::cpu::simd::Level;
+use crate::cpu::top::Top;
 use crate::element::Element;
-use crate::loss::{Class, Group, Groups, LossJob};
+use crate::loss::{Group, Groups, LossJob};
 
 /// Rows that one task takes at least: below this, handing a row over costs more than a small row.
 const ROWS: usize = 8;
@@ -38,6 +39,9 @@ pub(crate) fn rows<T: Element>(
 pub(super) struct Worker {
     pub(super) groups: Groups,
     pub(super) leaves: Leaves,
+    /// Largest columns of the row, and what standardised terms add to their gradient.
+    pub(super) top: Top,
+    pub(super) added: Vec<f64>,
 }
 
 impl Worker {
@@ -58,21 +62,34 @@ impl Worker {
 
     /// Loss of the groups that were set, whose row becomes the gradient.
     pub(super) fn run<T: Element>(&mut self, level: Level, live: &mut [T]) -> Result<f64, usize> {
-        let supports = self.groups.list.iter().map(|group| &group.support);
-        let classes = self.groups.classes.iter().map(|class| &class.ranks);
-        let end = u32::try_from(live.len()).expect("ranks are u32");
-        self.leaves.cut(end, supports.chain(classes));
+        let count = self.groups.sorted.iter().map(|term| term.target.len());
+        self.top.find(level, live, count.max().unwrap_or(0));
+        self.cut(u32::try_from(live.len()).expect("ranks are u32"));
         self.leaves.sum(level, live)?;
-        let mut loss = 0.0;
-        for index in 0..self.groups.list.len() {
-            loss += self.group(level, index, live);
-        }
+        let loss = self.losses(level, live) + self.sorted(level, live);
         self.leaves.write(level, live);
+        self.add(live);
         Ok(loss)
     }
 
+    /// Cuts the columns before `end` for the groups that were set.
+    pub(super) fn cut(&mut self, end: u32) {
+        let supports = self.groups.list.iter().map(|group| &group.support);
+        let classes = self.groups.classes.iter().map(|class| &class.ranks);
+        let ranges = supports.chain(classes).chain(&self.top.columns);
+        self.leaves.cut(end, ranges);
+    }
+
+    /// Loss of all groups, whose coefficients are added to the leaves; `row` is empty where those were
+    /// summed block by block.
+    pub(super) fn losses<T: Element>(&mut self, level: Level, row: &[T]) -> f64 {
+        (0..self.groups.list.len())
+            .map(|index| self.group(level, index, row))
+            .sum()
+    }
+
     fn group<T: Element>(&mut self, level: Level, index: usize, row: &[T]) -> f64 {
-        let Self { groups, leaves } = self;
+        let Self { groups, leaves, .. } = self;
         let Group {
             support,
             classes,
@@ -91,7 +108,7 @@ impl Worker {
             loss += class.share * (log_total - log_mass);
         }
         if ghost > 0.0 {
-            let gaps = gaps(leaves, &all, classes);
+            let gaps = gaps(leaves, &all, classes.iter().map(|class| &class.ranks));
             let log_mass = leaves.log_mass_of(level, row, &gaps);
             for gap in gaps {
                 leaves.add(gap, -weight * ghost, log_mass);
@@ -103,11 +120,15 @@ impl Worker {
 }
 
 /// Leaves of a span that no class holds.
-fn gaps(leaves: &Leaves, all: &Range<usize>, classes: &[Class]) -> Vec<Range<usize>> {
+pub(super) fn gaps<'a>(
+    leaves: &Leaves,
+    all: &Range<usize>,
+    classes: impl IntoIterator<Item = &'a Range<u32>>,
+) -> Vec<Range<usize>> {
     let mut start = all.start;
-    let mut gaps = Vec::with_capacity(classes.len() + 1);
+    let mut gaps = Vec::new();
     for class in classes {
-        let span = leaves.span(&class.ranks);
+        let span = leaves.span(class);
         gaps.push(start..span.start);
         start = span.end;
     }

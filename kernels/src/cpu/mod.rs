@@ -7,16 +7,20 @@
 pub(crate) mod adapters;
 pub(crate) mod blocks;
 mod encode;
+pub(crate) mod fold;
 pub(crate) mod fusion;
 mod leaves;
 pub(crate) mod loss;
 mod masses;
 pub(crate) mod multiversion;
 mod network;
+pub(crate) mod passes;
 pub(crate) mod score;
 mod simd;
+mod sorted;
 #[cfg(test)]
 pub(crate) mod tests;
+mod top;
 
 pub(crate) use masses::Dense;
 pub(crate) use simd::Level;

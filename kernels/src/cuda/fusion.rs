@@ -3,9 +3,9 @@
 use std::mem::size_of_val;
 
 use crate::code;
-use crate::cuda::device::{Device, count};
+use crate::cuda::device::{Buffer, Device, count};
 use crate::cuda::raw::{self, Unit, WARPS};
-use crate::error::{CudaError, FusionError};
+use crate::error::FusionError;
 use crate::fusion::{MASS_BITS, Mixing};
 use crate::records::{RecordShape, RecordView, Records, Symbol};
 
@@ -17,31 +17,34 @@ pub(crate) fn fuse<S: Symbol>(
     shape: &RecordShape,
     out: &mut Records<S>,
 ) -> Result<(), FusionError> {
-    let Mixing::Item(weights) = mixing else {
-        return Err(CudaError::Unsupported {
-            what: "a mixture without one weight per source",
-        }
-        .into());
-    };
     let positions = sources.first().map_or(0, RecordView::positions);
-    let most: usize = weighted(weights, sources)
-        .map(|(_, source)| source.k())
-        .sum();
+    let heard = heard(mixing, sources);
+    let most: usize = heard.iter().map(|(_, source)| source.k()).sum();
     let symbol = size_of::<S>();
-    let shared = count(most * WARPS as usize * 2 * (8 + symbol))?;
-    let kernel = device.kernel(
-        Unit::Fusion,
-        if S::HAS_END {
-            "fuse_bytes"
-        } else {
-            "fuse_tokens"
-        },
-        shared,
-    )?;
+    let lists = most * WARPS as usize * 2 * (8 + symbol);
+    let (unit, name, shared) = match (mixing, S::HAS_END) {
+        (Mixing::Item(_) | Mixing::Positions(_), true) => (Unit::Fusion, "fuse_bytes", lists),
+        (Mixing::Item(_) | Mixing::Positions(_), false) => (Unit::Fusion, "fuse_tokens", lists),
+        (Mixing::Robust(_), is_bytes) => {
+            let name = ["fuse_robust_tokens", "fuse_robust_bytes"][usize::from(is_bytes)];
+            let shares = heard.len() * WARPS as usize * 2 * 4;
+            (Unit::Robust, name, lists.next_multiple_of(4) + shares)
+        }
+    };
+    let shared = count(shared)?;
+    let kernel = device.kernel(unit, name, shared)?;
+    let dropped = match mixing {
+        Mixing::Robust(rule) => rule.dropped(heard.len()),
+        Mixing::Item(_) | Mixing::Positions(_) => 0,
+    };
+    let weights = match mixing {
+        Mixing::Positions(weights) => Some(device.upload(weights)?),
+        Mixing::Item(_) | Mixing::Robust(_) => None,
+    };
 
     let mut columns = Vec::new();
     let mut descriptions = Vec::new();
-    for (weight, source) in weighted(weights, sources) {
+    for (weight, source) in heard {
         let column = |bytes: &[u8]| device.upload(bytes);
         let parts = [
             column(symbol_bytes(source.symbols()))?,
@@ -84,10 +87,13 @@ pub(crate) fn fuse<S: Symbol>(
         codes: codes.address(),
         end: if S::HAS_END { end.address() } else { 0 },
         tail: tail.address(),
+        weights: weights.as_ref().map_or(0, Buffer::address),
+        dropped: count(dropped)?,
+        padding: 0,
     };
     let blocks = job.positions.div_ceil(WARPS);
     // SAFETY: the job of the fusion kernels: columns of `positions` entries (times slots), symbols of the kernel's size,
-    // shared memory for every warp's lists, all held by this function until the downloads below have waited.
+    // shared memory for every warp's lists and shares, all held by this function until the downloads below have waited.
     unsafe { device.launch(&kernel, (blocks, 1), shared, &job) }?;
     let mut fused = vec![S::default(); slots];
     device.download_into(&symbols, symbol_bytes_mut(&mut fused))?;
@@ -106,16 +112,16 @@ pub(crate) fn fuse<S: Symbol>(
     Ok(())
 }
 
-/// Sources that have a say.
-fn weighted<'a, 's, S: Symbol>(
-    weights: &'a [u32],
+/// Sources that have a say, with the weight of an item.
+fn heard<'a, 's, S: Symbol>(
+    mixing: Mixing<'_>,
     sources: &'a [RecordView<'s, S>],
-) -> impl Iterator<Item = (u32, &'a RecordView<'s, S>)> {
-    weights
-        .iter()
-        .copied()
-        .zip(sources)
-        .filter(|&(weight, _)| weight > 0)
+) -> Vec<(u32, &'a RecordView<'s, S>)> {
+    let Mixing::Item(weights) = mixing else {
+        return sources.iter().map(|source| (1, source)).collect();
+    };
+    let pairs = weights.iter().copied().zip(sources);
+    pairs.filter(|&(weight, _)| weight > 0).collect()
 }
 
 fn symbol_bytes<S: Symbol>(symbols: &[S]) -> &[u8] {

@@ -231,7 +231,7 @@ impl RowOf<'_> {
         }
         let labels = self.item.terms.iter().filter_map(|term| match term {
             Term::Labels { labels, .. } => labels.get(self.place.index).copied(),
-            Term::Trie { .. } | Term::Tokens { .. } => None,
+            _ => None,
         });
         labels
             .into_iter()
@@ -265,6 +265,11 @@ impl Terms {
                     Term::Tokens { .. } => {
                         return Err(CudaError::Unsupported {
                             what: "token-space targets",
+                        });
+                    }
+                    Term::Sorted { .. } | Term::Standardised { .. } => {
+                        return Err(CudaError::Unsupported {
+                            what: "sorted targets",
                         });
                     }
                     Term::Labels { labels, weight } => {

@@ -12,6 +12,7 @@
     reason = "launches, addresses and the C interface of cuBLAS; each block says why it holds"
 )]
 
+mod adapters;
 mod blas;
 mod device;
 mod fusion;
@@ -28,6 +29,7 @@ mod tests;
 mod tries;
 
 pub use crate::error::CudaError;
+pub(crate) use adapters::merge;
 pub use device::{Device, device};
 pub(crate) use fusion::fuse;
 pub use head::{Hidden, ResidentHead, WeightGradient};

@@ -30,10 +30,12 @@ pub(super) enum Unit {
     Loss,
     Gemm,
     Fusion,
+    Robust,
+    Adapters,
 }
 
 impl Unit {
-    pub(super) const COUNT: usize = 4;
+    pub(super) const COUNT: usize = 6;
 
     pub(super) fn ptx(self) -> &'static str {
         match self {
@@ -41,6 +43,8 @@ impl Unit {
             Self::Loss => include_str!("ptx/loss.ptx"),
             Self::Gemm => include_str!("ptx/gemm.ptx"),
             Self::Fusion => include_str!("ptx/fusion.ptx"),
+            Self::Robust => include_str!("ptx/robust.ptx"),
+            Self::Adapters => include_str!("ptx/adapters.ptx"),
         }
     }
 }
@@ -235,6 +239,24 @@ plain! {
         codes: Address,
         end: Address,
         tail: Address,
+        weights: Address,
+        dropped: u32,
+        padding: u32,
+    }
+
+    /// Job of the merge kernels.
+    struct Merge {
+        adapters: Address,
+        weights: Address,
+        thresholds: Address,
+        out: Address,
+        bad: Address,
+        overflow: Address,
+        count: u64,
+        among: u32,
+        rule: u32,
+        dropped: u32,
+        padding: u32,
     }
 }
 
@@ -243,6 +265,18 @@ pub(super) const TERM_TRIE: u32 = 0;
 
 /// [`Term::kind`] of a label.
 pub(super) const TERM_LABEL: u32 = 1;
+
+/// [`Merge::rule`] of weighted sums.
+pub(super) const RULE_SUM: u32 = 0;
+
+/// [`Merge::rule`] of statistics.
+pub(super) const RULE_ROBUST: u32 = 1;
+
+/// [`Merge::rule`] of TIES.
+pub(super) const RULE_TIES: u32 = 2;
+
+/// [`Merge::rule`] of SCE.
+pub(super) const RULE_SCE: u32 = 3;
 
 /// Bytes that the loss kernels keep per level in shared memory.
 pub(super) const LEVEL_STATE: u32 = 56;

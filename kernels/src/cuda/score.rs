@@ -1,13 +1,15 @@
 //! Records, branches and token bits; inputs are checked by `crate::score`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backend::NotFinite;
 use crate::cuda::device::{Buffer, Device, count};
 use crate::cuda::logits::Logits;
-use crate::cuda::raw::{self, NONE, ScoreRow, Unit, WARPS};
+use crate::cuda::raw::{self, Address, NONE, Row, Rows, ScoreRow, Unit, WARPS};
 use crate::cuda::rows::{Plan, RowsError, Sums, suffix};
-use crate::cuda::tries::ResidentTrie;
+use crate::cuda::tries::{Path, ResidentTrie};
+use crate::element::Dtype;
 use crate::error::{CudaError, ScoreError};
 use crate::records::{RecordShape, Records};
 use crate::score::{Branch, Missed};
@@ -25,11 +27,7 @@ impl From<RowsError> for ScoreError {
 /// Rows of several items, ready to be scored: everything but the logits' values is on the device.
 pub struct Scoring<'d> {
     device: &'d Device,
-    _trie: Arc<ResidentTrie>,
-    kernel: cudarc::driver::CudaFunction,
-    shared: u32,
-    sums: Sums,
-    logits: &'d Logits,
+    rows: SummedRows<'d>,
     score: Buffer<ScoreRow>,
     layout: Layout,
 }
@@ -37,8 +35,77 @@ pub struct Scoring<'d> {
 impl std::fmt::Debug for Scoring<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Scoring")
-            .field("rows", &self.sums.job.count)
+            .field("rows", &self.rows.sums.job.count)
             .finish_non_exhaustive()
+    }
+}
+
+/// Rows with the masses of their segments, which may be summed a part at a time.
+pub(super) struct SummedRows<'d> {
+    device: &'d Device,
+    _trie: Arc<ResidentTrie>,
+    kernel: cudarc::driver::CudaFunction,
+    shared: u32,
+    sums: Sums,
+    dtype: Dtype,
+}
+
+impl<'d> SummedRows<'d> {
+    /// `logits` is the address of the first row and the elements from row to row.
+    pub(super) fn new(
+        device: &'d Device,
+        vocab: &Vocab,
+        tokens: impl Iterator<Item = Option<u32>>,
+        dtype: Dtype,
+        logits: (Address, usize),
+    ) -> Result<Self, CudaError> {
+        let trie = device.trie(vocab)?;
+        let paths: Vec<&Path> = tokens.map(|token| trie.path(token)).collect();
+        let sums = Sums::new(device, vocab, &trie, &Plan::new(paths)?, dtype, logits)?;
+        let segments = sums.job.most_segments;
+        let shared = 8 * segments + sums.shared();
+        let kernel = device.kernel(Unit::Score, &format!("sum_rows_{}", suffix(dtype)), shared)?;
+        Ok(Self {
+            device,
+            _trie: trie,
+            kernel,
+            shared,
+            sums,
+            dtype,
+        })
+    }
+
+    /// The job of some rows only, whose logits start at `logits`; the first that is not finite goes to `bad`.
+    pub(super) fn part(
+        &self,
+        rows: &Range<usize>,
+        logits: Address,
+        bad: Address,
+    ) -> Result<Rows, CudaError> {
+        let (all, first) = (self.sums.job, rows.start as u64);
+        Ok(Rows {
+            rows: all.rows + first * size_of::<Row>() as u64,
+            arrived: all.arrived + first * size_of::<u32>() as u64,
+            layout: all.layout + first * size_of::<u32>() as u64,
+            logits,
+            count: count(rows.len())?,
+            bad,
+            ..all
+        })
+    }
+
+    /// Starts summing the rows of a job: one read of the logits.
+    pub(super) fn sum(&self, job: &Rows) -> Result<(), CudaError> {
+        let blocks = job.count.checked_mul(job.slices);
+        let blocks = blocks.ok_or(CudaError::Unsupported {
+            what: "more than 2^32 - 1 slices of rows",
+        })?;
+        // SAFETY: the job of `sum_rows`: as many logits as rows (checked where the job was made), a block per slice, and
+        // memory for the sums of every segment, all held by `sums` and by the owner of the logits.
+        unsafe {
+            self.device
+                .launch(&self.kernel, (blocks, 1), self.shared, job)
+        }
     }
 }
 
@@ -104,32 +171,42 @@ impl<'d> Scoring<'d> {
         items: &[&[u32]],
         logits: &'d Logits,
     ) -> Result<Self, ScoreError> {
+        let place = (logits.address(), vocab.len());
+        let scoring = Self::at(device, vocab, items, logits.dtype(), place)?;
+        check_size(logits, scoring.layout.rows.len(), vocab)?;
+        Ok(scoring)
+    }
+
+    /// As [`Self::new`] with the address of the logits and the elements from row to row.
+    pub(super) fn at(
+        device: &'d Device,
+        vocab: &Vocab,
+        items: &[&[u32]],
+        dtype: Dtype,
+        logits: (Address, usize),
+    ) -> Result<Self, ScoreError> {
         for tokens in items {
             let wrong = |&(_, &rank): &(usize, &u32)| rank >= vocab.byte_tokens();
             if let Some((position, &rank)) = tokens.iter().enumerate().find(wrong) {
                 return Err(ScoreError::NotAByteToken { position, rank });
             }
         }
-        let trie = device.trie(vocab)?;
         let tokens = items
             .iter()
             .flat_map(|tokens| tokens.iter().copied().map(Some).chain([None]));
-        let plan = Plan::new(tokens.map(|token| trie.path(token)))?;
-        check_size(logits, plan.len(), vocab)?;
-        let place = (logits.address(), vocab.len());
-        let sums = Sums::new(device, vocab, &trie, &plan, logits.dtype(), place)?;
+        let rows = SummedRows::new(device, vocab, tokens, dtype, logits)?;
         let layout = Layout::new(vocab, items)?;
-        let (kernel, shared) = sum_kernel(device, &sums, logits)?;
         Ok(Self {
             device,
-            _trie: trie,
-            kernel,
-            shared,
-            sums,
-            logits,
+            rows,
             score: device.upload(&layout.rows)?,
             layout,
         })
+    }
+
+    /// The rows, to be summed in parts.
+    pub(super) fn rows(&self) -> &SummedRows<'d> {
+        &self.rows
     }
 
     /// Starts summing the rows: one read of the logits.
@@ -137,8 +214,8 @@ impl<'d> Scoring<'d> {
     /// # Errors
     /// Where the device fails.
     pub fn sum(&self) -> Result<(), CudaError> {
-        self.sums.reset(self.device)?;
-        run_sums(self.device, &self.kernel, self.shared, &self.sums)
+        self.rows.sums.reset(self.device)?;
+        self.rows.sum(&self.rows.sums.job)
     }
 
     /// Interior stops of every item above a threshold, after [`Self::sum`].
@@ -146,19 +223,39 @@ impl<'d> Scoring<'d> {
     /// # Errors
     /// Where a logit is not finite, or the device fails.
     pub fn branches(&self, threshold: f32) -> Result<Vec<Vec<Branch>>, ScoreError> {
-        self.sums.check(self.device)?;
-        let positions = self.layout.observed.len();
-        let found = self.device.filled::<u32>(positions, 0xff)?;
-        let name = format!("find_branches_{}", suffix(self.logits.dtype()));
+        self.rows.sums.check(self.device)?;
+        let found = self.no_branches()?;
+        self.find(0, &self.rows.sums.job, threshold, &found)?;
+        Ok(self.by_item(&found)?)
+    }
+
+    /// Room for what [`Self::find`] finds.
+    pub(super) fn no_branches(&self) -> Result<Buffer<u32>, CudaError> {
+        self.device.filled(self.layout.observed.len(), 0xff)
+    }
+
+    /// Starts looking for branches in the summed rows of a job, the first of which is `first`.
+    pub(super) fn find(
+        &self,
+        first: usize,
+        rows: &Rows,
+        threshold: f32,
+        found: &Buffer<u32>,
+    ) -> Result<(), CudaError> {
+        let name = format!("find_branches_{}", suffix(self.rows.dtype));
         let job = raw::Branches {
-            rows: self.sums.job,
-            score: self.score.address(),
+            rows: *rows,
+            score: self.score.address() + (first * size_of::<ScoreRow>()) as u64,
             found: found.address(),
             threshold,
             padding: 0,
         };
-        self.per_row(&name, &job)?;
-        let found = self.device.download(&found, positions)?;
+        self.per_row(&name, rows.count, &job)
+    }
+
+    /// Waits; what was found.
+    pub(super) fn by_item(&self, found: &Buffer<u32>) -> Result<Vec<Vec<Branch>>, CudaError> {
+        let found = self.device.download(found, self.layout.observed.len())?;
         let mut items = Vec::with_capacity(self.layout.items.len());
         let mut rows = self.layout.rows.iter().peekable();
         let mut start = 0;
@@ -189,14 +286,14 @@ impl<'d> Scoring<'d> {
     /// # Errors
     /// Where a logit is not finite, or the device fails.
     pub fn token_bits(&self) -> Result<Vec<f64>, ScoreError> {
-        self.sums.check(self.device)?;
+        self.rows.sums.check(self.device)?;
         let rows = self.layout.rows.len();
         let bits = self.device.allocate::<f64>(rows)?;
         let job = raw::TokenBits {
-            rows: self.sums.job,
+            rows: self.rows.sums.job,
             bits: bits.address(),
         };
-        self.per_row("token_bits", &job)?;
+        self.per_row("token_bits", job.rows.count, &job)?;
         let bits = self.device.download(&bits, rows)?;
         let mut sums = Vec::with_capacity(self.layout.items.len());
         for (row, bits) in self.layout.rows.iter().zip(bits) {
@@ -221,11 +318,23 @@ impl<'d> Scoring<'d> {
         shape: &RecordShape,
         out: &mut Records,
     ) -> Result<Vec<Missed>, ScoreError> {
-        let device = self.device;
-        self.sums.check(device)?;
-        let branch_sums = branches
+        self.rows.sums.check(self.device)?;
+        let lists = branches.map_or(&[][..], |branches| branches.branches);
+        let sums = branches
             .map(|branches| self.sum_branches(vocab, branches))
             .transpose()?;
+        self.write(lists, sums.as_ref(), shape, out)
+    }
+
+    /// [`Self::records`] with branches whose rows are summed.
+    pub(super) fn write(
+        &self,
+        branches: &[&[Branch]],
+        branch_rows: Option<&SummedRows<'_>>,
+        shape: &RecordShape,
+        out: &mut Records,
+    ) -> Result<Vec<Missed>, ScoreError> {
+        let device = self.device;
         let expansion = self.expansion(branches)?;
         let positions = self.layout.observed.len();
         let observed = device.upload(&self.layout.observed)?;
@@ -238,8 +347,8 @@ impl<'d> Scoring<'d> {
         );
         let missed = device.filled::<f64>(positions, 0)?;
         let job = raw::Output {
-            rows: self.sums.job,
-            branches: branch_sums.as_ref().map_or(self.sums.job, |sums| sums.job),
+            rows: self.rows.sums.job,
+            branches: branch_rows.unwrap_or(&self.rows).sums.job,
             score: self.score.address(),
             branch: expansion.address(),
             observed: observed.address(),
@@ -254,7 +363,7 @@ impl<'d> Scoring<'d> {
         let kernel = device.kernel(Unit::Score, "write_records", 0)?;
         // SAFETY: the job of `write_records`: one block per row, columns with one entry per position (and slot), all
         // held by this function until the download below has waited.
-        unsafe { device.launch(&kernel, (self.sums.job.count, 1), 0, &job) }?;
+        unsafe { device.launch(&kernel, (job.rows.count, 1), 0, &job) }?;
         let records = Records::from_columns(
             shape.k,
             device.download(&symbols, slots)?,
@@ -268,11 +377,8 @@ impl<'d> Scoring<'d> {
     }
 
     /// Branch row of every position, or [`NONE`].
-    fn expansion(&self, branches: Option<BranchRows<'_>>) -> Result<Vec<u32>, ScoreError> {
+    fn expansion(&self, branches: &[&[Branch]]) -> Result<Vec<u32>, ScoreError> {
         let mut expansion = vec![NONE; self.layout.observed.len()];
-        let Some(BranchRows { branches, .. }) = branches else {
-            return Ok(expansion);
-        };
         let mut first_rows = (0_usize..)
             .zip(&self.layout.rows)
             .filter(|(_, row)| row.previous == NONE);
@@ -290,28 +396,19 @@ impl<'d> Scoring<'d> {
         Ok(expansion)
     }
 
-    fn sum_branches(&self, vocab: &Vocab, branches: BranchRows<'_>) -> Result<Sums, ScoreError> {
-        let trie = self.device.trie(vocab)?;
-        let rows = branches
-            .branches
-            .iter()
-            .map(|branches| branches.len())
-            .sum();
-        let plan = Plan::new(std::iter::repeat_n(trie.path(None), rows))?;
-        check_size(branches.logits, rows, vocab)?;
-        let place = (branches.logits.address(), vocab.len());
-        let sums = Sums::new(
-            self.device,
-            vocab,
-            &trie,
-            &plan,
-            branches.logits.dtype(),
-            place,
-        )?;
-        let (kernel, shared) = sum_kernel(self.device, &sums, branches.logits)?;
-        run_sums(self.device, &kernel, shared, &sums)?;
-        match sums.check(self.device) {
-            Ok(()) => Ok(sums),
+    fn sum_branches(
+        &self,
+        vocab: &Vocab,
+        BranchRows { branches, logits }: BranchRows<'_>,
+    ) -> Result<SummedRows<'d>, ScoreError> {
+        let rows = branches.iter().map(|branches| branches.len()).sum();
+        check_size(logits, rows, vocab)?;
+        let none = std::iter::repeat_n(None, rows);
+        let place = (logits.address(), vocab.len());
+        let rows = SummedRows::new(self.device, vocab, none, logits.dtype(), place)?;
+        rows.sum(&rows.sums.job)?;
+        match rows.sums.check(self.device) {
+            Ok(()) => Ok(rows),
             Err(RowsError::NotFinite(NotFinite { row, column })) => {
                 Err(ScoreError::BranchNotFinite { row, column })
             }
@@ -342,9 +439,14 @@ impl<'d> Scoring<'d> {
     }
 
     /// Runs a kernel of one warp per row.
-    fn per_row<J: cudarc::driver::DeviceRepr>(&self, name: &str, job: &J) -> Result<(), CudaError> {
+    fn per_row<J: cudarc::driver::DeviceRepr>(
+        &self,
+        name: &str,
+        rows: u32,
+        job: &J,
+    ) -> Result<(), CudaError> {
         let kernel = self.device.kernel(Unit::Score, name, 0)?;
-        let blocks = self.sums.job.count.div_ceil(WARPS);
+        let blocks = rows.div_ceil(WARPS);
         // SAFETY: both kernels of one warp per row take rows that are summed, and a result with an entry per row or
         // position, which the callers hold until they have downloaded it.
         unsafe { self.device.launch(&kernel, (blocks, 1), 0, job) }
@@ -371,32 +473,4 @@ fn check_size(logits: &Logits, rows: usize, vocab: &Vocab) -> Result<(), ScoreEr
             expected,
         })
     }
-}
-
-fn sum_kernel(
-    device: &Device,
-    sums: &Sums,
-    logits: &Logits,
-) -> Result<(cudarc::driver::CudaFunction, u32), CudaError> {
-    let shared = 8 * sums.job.most_segments + sums.shared();
-    let name = format!("sum_rows_{}", suffix(logits.dtype()));
-    Ok((device.kernel(Unit::Score, &name, shared)?, shared))
-}
-
-fn run_sums(
-    device: &Device,
-    kernel: &cudarc::driver::CudaFunction,
-    shared: u32,
-    sums: &Sums,
-) -> Result<(), CudaError> {
-    let blocks = sums
-        .job
-        .count
-        .checked_mul(sums.job.slices)
-        .ok_or(CudaError::Unsupported {
-            what: "more than 2^32 - 1 slices of rows",
-        })?;
-    // SAFETY: the job of `sum_rows`: as many logits as rows (checked where the job was made), a block per slice, and
-    // memory for the sums of every segment, all held by `sums` and by the owner of the logits.
-    unsafe { device.launch(kernel, (blocks, 1), shared, &sums.job) }
 }

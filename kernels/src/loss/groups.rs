@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use crate::loss::sorted::Sorted;
 use crate::loss::{ItemLoss, NO_LABEL, Tail, Term, probability};
 use crate::records::RecordView;
 use crate::trie::Node;
@@ -36,6 +37,8 @@ pub(crate) struct Class {
 pub(crate) struct Groups {
     pub(crate) list: Vec<Group>,
     pub(crate) classes: Vec<Class>,
+    /// Sorted terms, which are no groups.
+    pub(crate) sorted: Vec<Sorted>,
 }
 
 /// Where a row stands in its item.
@@ -52,6 +55,7 @@ impl Groups {
     pub(crate) fn set(&mut self, vocab: &Vocab, item: &ItemLoss<'_>, place: Place) {
         self.list.clear();
         self.classes.clear();
+        self.sorted.clear();
         for term in item.terms {
             match term {
                 Term::Trie { target, weight } => {
@@ -63,6 +67,23 @@ impl Groups {
                     weight,
                     tail,
                 } => self.tokens(vocab, target, place.index, *weight, *tail),
+                Term::Sorted { target, .. } | Term::Standardised { target, .. }
+                    if place.index >= target.positions() => {}
+                Term::Sorted { target, weight } => {
+                    let sorted = Sorted::probability(target, place.index, *weight);
+                    self.sorted.extend(sorted);
+                }
+                Term::Standardised {
+                    target,
+                    weight,
+                    temperature,
+                } => self.sorted.push(Sorted::standardised(
+                    target,
+                    place.index,
+                    *weight,
+                    *temperature,
+                    vocab.live(),
+                )),
             }
         }
     }

@@ -37,7 +37,32 @@
 //! their frequencies makes the expected gradient that of the whole distribution (random-sampling
 //! distillation, arXiv 2503.16870).
 
+//!
+//! **Sorted.** Universal logit distillation (Boizard et al., arXiv 2402.12030), on the K symbols that
+//! the target lists: `sum_{i <= K} |p_(i) - q_(i)| + |p_rest - q_rest|`, with `p_(i)` the student's
+//! i-th largest probability, `q_(i)` the target's i-th largest share, zero past the last token, and
+//! the rests what is left of each to one. One remainder instead of all small probabilities makes
+//! this a lower bound of the paper's sum. With `s` the sign of each difference, zero at equality, the
+//! gradient is `p_v (s_v - sum_i s_i p_i)`.
+//!
+//! **Standardised.** The pair loss of InfiFusion (arXiv 2501.02795): of the K largest logits of
+//! each side, in descending order, `l^ = (l - mean) / (deviation + 0.001)` with mean and (population)
+//! deviation over these K, `p^ = softmax(l^ / temperature)`, and the loss `sum_k |p^_k - q^_k|`. The
+//! paper uses K = 10 and mixes `1 - lambda` of cross-entropy with `lambda` of this, averaged over
+//! positions: that is what weights are for. Its gradient reaches the K logits alone.
+//!
+//! Both compare by place, so the target may come from any vocabulary, and its symbols are not read;
+//! neither can say *which* token is likely, which a term beside them must. Of a target's codes, mass
+//! in steps of 1/16 bit, the first reads probabilities (255 as zero, normalised) and the second
+//! logits: log-probabilities are logits less a constant of the position, which standardising
+//! removes. A floor, 255, stands for itself there: a smaller logit is not told from it. K is what a
+//! position lists; records that are filled to less than all of the mass list fewer where the
+//! teacher is certain. What codes do not carry is the order of tokens that share a code, and
+//! anything below the K-th but its sum. K above the student's number of tokens counts as that number
+//! in the second.
+
 mod groups;
+mod sorted;
 
 use crate::backend::{Backend, NotFinite};
 use crate::code::{self, FLOOR};
@@ -48,7 +73,8 @@ use crate::rows::Rows;
 use crate::vocab::Vocab;
 use crate::{cpu, reference};
 
-pub(crate) use groups::{Class, Group, Groups, Place, first_byte};
+pub(crate) use groups::{Group, Groups, Place, first_byte};
+pub(crate) use sorted::{EPSILON, Measure, Sorted, slope};
 
 /// A row of [`Term::Labels`] without a label: no loss, no gradient.
 pub const NO_LABEL: u32 = u32::MAX;
@@ -81,6 +107,24 @@ pub enum Term<'a> {
         weight: f32,
         /// What becomes of the mass that is not listed.
         tail: Tail,
+    },
+    /// Sorted probabilities of any vocabulary: the listed symbols against as many of the student's
+    /// largest, the rest as one. At most one position per row; rows past the last have no loss, as
+    /// where answers are cut to the shorter.
+    Sorted {
+        /// What to learn.
+        target: RecordView<'a, u32>,
+        /// Factor of loss and gradient.
+        weight: f32,
+    },
+    /// Sorted, standardised logits of any vocabulary; rows as in [`Term::Sorted`].
+    Standardised {
+        /// What to learn.
+        target: RecordView<'a, u32>,
+        /// Factor of loss and gradient.
+        weight: f32,
+        /// Divides the standardised logits; above zero.
+        temperature: f32,
     },
 }
 
@@ -279,6 +323,13 @@ impl<'a> LossJob<'a> {
         self.rows.len()
     }
 
+    /// Whether a term sorts the logits of a row.
+    pub(crate) fn needs_whole_rows(&self) -> bool {
+        let sorts =
+            |term: &Term<'_>| matches!(term, Term::Sorted { .. } | Term::Standardised { .. });
+        self.items.iter().any(|item| item.terms.iter().any(sorts))
+    }
+
     /// Item of a row, and its place there.
     pub(crate) fn place(&self, row: usize) -> (&'a ItemLoss<'a>, Place) {
         let (item, index) = self.rows.find(row);
@@ -296,7 +347,11 @@ fn check_item(
     let is_trie = |term: &Term<'_>| matches!(term, Term::Trie { .. });
     let rows = match item.terms.first() {
         Some(Term::Labels { labels, .. }) if !item.terms.iter().any(is_trie) => labels.len(),
-        Some(Term::Tokens { target, .. }) if !item.terms.iter().any(is_trie) => target.positions(),
+        Some(
+            Term::Tokens { target, .. }
+            | Term::Sorted { target, .. }
+            | Term::Standardised { target, .. },
+        ) if !item.terms.iter().any(is_trie) => target.positions(),
         _ => item.tokens.len() + 1,
     };
     let before = offsets.len();
@@ -324,6 +379,22 @@ fn check_item(
                         let position = slot / target.k();
                         return Err(LossError::Symbol { position, id });
                     }
+                }
+                weight
+            }
+            Term::Sorted { target, weight } => {
+                check_length("target positions", target.positions().max(rows), rows)?;
+                weight
+            }
+            Term::Standardised {
+                target,
+                weight,
+                temperature,
+            } => {
+                check_length("target positions", target.positions().max(rows), rows)?;
+                if !(temperature.is_finite() && *temperature > 0.0) {
+                    let temperature = *temperature;
+                    return Err(LossError::Temperature { temperature });
                 }
                 weight
             }

@@ -7,7 +7,7 @@ use crate::backend::NotFinite;
 use crate::element::Element;
 use crate::loss::{ItemLoss, LossJob, NO_LABEL, Place, Tail, Term, first_byte, probability};
 use crate::records::RecordView;
-use crate::reference::{log_mass, wide};
+use crate::reference::{log_mass, sorted, wide};
 use crate::vocab::Vocab;
 
 /// Class of a token at a node.
@@ -97,6 +97,22 @@ pub(crate) fn row_loss(
                     shares.insert(TokenClass::Ghost, probability(target.tail()[place.index]));
                 }
                 node(f64::from(weight), class_of, shares, row, &mut grad)
+            }
+            Term::Sorted { target, .. } | Term::Standardised { target, .. }
+                if place.index >= target.positions() =>
+            {
+                0.0
+            }
+            Term::Sorted { target, weight } => {
+                sorted::probabilities(target, place.index, weight.into(), row, &mut grad)
+            }
+            Term::Standardised {
+                target,
+                weight,
+                temperature,
+            } => {
+                let (weight, temperature) = (weight.into(), temperature.into());
+                sorted::standardised(target, place.index, weight, temperature, row, &mut grad)
             }
         };
     }

@@ -5,6 +5,7 @@ pub(crate) mod adapters;
 pub(crate) mod fusion;
 pub(crate) mod loss;
 pub(crate) mod score;
+mod sorted;
 
 use std::ops::Range;
 

@@ -91,6 +91,9 @@ inline u32 atomicAdd(u32 *at, u32 value) {
 }
 inline void atomicOr(u32 *at, u32 value) { *at |= value; }
 inline void atomicMin(u64 *at, u64 value) { *at = std::min(*at, value); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 using std::min;
 
 inline Quad load16(const void *from) {

@@ -3,13 +3,16 @@
 use std::ops::{Range, RangeInclusive};
 
 use super::{Mixing, mix};
-use crate::code;
+use crate::code::{self, FLOOR};
 use crate::cpu::multiversion::multiversion;
 use crate::fusion::WEIGHT_UNITY;
 use crate::records::{ColumnsMut, RecordShape, RecordView, Symbol};
 
 /// Most slots for which [`SETTLED`] holds.
 const SLOTS: usize = 32;
+
+/// Positions whose masses are worked out at once.
+const BLOCK: usize = 16;
 
 /// Totals with which every code is encoded as itself: `encode((T[q] << 32) / Z + lost) = q` for all
 /// q and for `lost` up to the 33 units that rounding 32 symbols and the end down adds to the tail.
@@ -20,7 +23,8 @@ pub(super) fn fits<S: Symbol>(source: &RecordView<'_, S>, shape: &RecordShape) -
     source.k() == shape.k && shape.k <= SLOTS
 }
 
-pub(super) fn run<S: Symbol>(
+/// Mends what was copied.
+pub(super) fn mend<S: Symbol>(
     source: &RecordView<'_, S>,
     range: Range<usize>,
     shape: &RecordShape,
@@ -29,10 +33,6 @@ pub(super) fn run<S: Symbol>(
     let Some(part) = source.slice(range) else {
         return;
     };
-    out.symbols.copy_from_slice(part.symbols());
-    out.codes.copy_from_slice(part.codes());
-    out.end.copy_from_slice(part.end());
-    out.tail.copy_from_slice(part.tail());
     for position in unsettled(&part, shape.fill_permille) {
         let mut place = out.part(position..position + 1);
         let weights = Mixing::Item(&[WEIGHT_UNITY]);
@@ -45,36 +45,52 @@ multiversion! {
     fn unsettled<S: Symbol>(source: &RecordView<'_, S>, fill_permille: u32) -> Vec<usize> {
         match source.k() {
             // Loops of known length.
-            8 => list(source, 8, fill_permille),
-            16 => list(source, 16, fill_permille),
-            k => list(source, k, fill_permille),
+            8 => list::<S, 8>(source, fill_permille),
+            16 => list::<S, 16>(source, fill_permille),
+            _ => (0..source.positions())
+                .filter(|&position| !is_settled(source, position, fill_permille))
+                .collect(),
         }
     }
 }
 
 #[inline(always)]
-fn list<S: Symbol>(source: &RecordView<'_, S>, k: usize, fill_permille: u32) -> Vec<usize> {
-    let slots = source
-        .symbols()
-        .chunks_exact(k)
-        .zip(source.codes().chunks_exact(k));
+fn list<S: Symbol, const K: usize>(source: &RecordView<'_, S>, fill_permille: u32) -> Vec<usize> {
     let mut found = Vec::new();
-    for (position, (symbols, codes)) in slots.enumerate() {
-        let last = symbols[k - 1];
-        let mut equal = 0_u8;
-        for &symbol in symbols {
-            equal += u8::from(symbol == last);
-        }
-        let used = (k + 1 - usize::from(equal)).min(k);
-        let end = source.end().get(position).copied();
-        let tail = source.tail()[position];
-        if !surely_settled(codes, used, end, tail, fill_permille)
-            && !settled(&codes[..used], end, tail, fill_permille)
-        {
-            found.push(position);
+    let blocks = source.symbols().chunks(BLOCK * K);
+    for (block, (symbols, codes)) in blocks.zip(source.codes().chunks(BLOCK * K)).enumerate() {
+        let (codes, _) = codes.as_chunks::<K>();
+        let positions = block * BLOCK..block * BLOCK + codes.len();
+        let end = source.end().get(positions.clone()).unwrap_or(&[]);
+        let tail = &source.tail()[positions.clone()];
+        let are_sure = surely_settled(codes, end, tail, fill_permille);
+        let is_plain = !lists_floor(symbols, codes.as_flattened());
+        for ((position, is_sure), codes) in positions.zip(are_sure).zip(codes) {
+            let is_sure = is_sure && is_plain && codes[0] != FLOOR;
+            if !is_sure && !is_settled(source, position, fill_permille) {
+                found.push(position);
+            }
         }
     }
     found
+}
+
+fn is_settled<S: Symbol>(source: &RecordView<'_, S>, position: usize, fill_permille: u32) -> bool {
+    let end = source.end().get(position).copied();
+    let codes = source.used(position).1;
+    settled(codes, end, source.tail()[position], fill_permille)
+}
+
+/// Whether a slot has the floor's code and another symbol than the slot before it: otherwise slots
+/// with that code are unused, but for a first one.
+#[inline(always)]
+fn lists_floor<S: Symbol>(symbols: &[S], codes: &[u8]) -> bool {
+    let pairs = symbols.iter().zip(symbols.iter().skip(1));
+    let mut any = 0;
+    for ((before, symbol), &code) in pairs.zip(codes.iter().skip(1)) {
+        any |= u8::from(before != symbol) & u8::from(code == FLOOR);
+    }
+    any != 0
 }
 
 /// Whether all codes stay as they are, and all symbols are chosen: the one that is chosen last is
@@ -90,30 +106,66 @@ fn settled(codes: &[u8], end: Option<u8>, tail: u8, fill_permille: u32) -> bool 
         && (codes.len() == 1 || before * 1000 < total * u64::from(fill_permille))
 }
 
-/// The same from approximate masses, with room for what they are off: no table, whole vectors.
-/// True only where [`settled`] is.
+/// The same of up to 16 positions from approximate masses, with room for what they are off: no
+/// table, whole vectors. Unused slots count as well, as the floor that they are. True only where
+/// [`settled`] is, if used slots do not have the floor's code.
 #[inline(always)]
-fn surely_settled(
-    codes: &[u8],
-    used: usize,
-    end: Option<u8>,
-    tail: u8,
+fn surely_settled<const K: usize>(
+    codes: &[[u8; K]],
+    end: &[u8],
+    tail: &[u8],
     fill_permille: u32,
-) -> bool {
-    let mut listed = 0;
-    let mut least = u32::MAX;
-    for (slot, &code) in codes.iter().enumerate() {
-        let mass = rough_mass(code);
-        listed += if slot < used { mass } else { 0 };
-        least = least.min(if slot < used { mass } else { u32::MAX });
+) -> [bool; BLOCK] {
+    let mut masses = [[0; K]; BLOCK];
+    let slots = masses.as_flattened_mut().iter_mut();
+    for (mass, &code) in slots.zip(codes.as_flattened()) {
+        *mass = rough_mass(code);
     }
-    let tail = rough_mass(tail);
-    let total = listed + end.map_or(0, rough_mass) + tail;
-    let room = total >> 12;
-    let before = u64::from(total - tail - least + room);
-    let totals = (SETTLED.start() >> 5) + u64::from(room)..(SETTLED.end() >> 5) - u64::from(room);
-    totals.contains(&u64::from(total))
-        && (used == 1 || before * 1000 < u64::from(total - room) * u64::from(fill_permille))
+    let (mut listed, mut last) = ([0_u32; BLOCK], [FLOOR; BLOCK]);
+    for (listed, masses) in listed.iter_mut().zip(&masses) {
+        *listed = masses.iter().sum();
+    }
+    for (last, codes) in last.iter_mut().zip(codes) {
+        *last = largest_below_floor(codes);
+    }
+    let (mut ends, mut tails) = ([0; BLOCK], [0; BLOCK]);
+    for (mass, &code) in ends.iter_mut().zip(end) {
+        *mass = rough_mass(code);
+    }
+    for (mass, &code) in tails.iter_mut().zip(tail) {
+        *mass = rough_mass(code);
+    }
+    let mut are_sure = [false; BLOCK];
+    for at in 0..BLOCK {
+        let before_tail = listed[at] + ends[at];
+        let most = before_tail + tails[at];
+        let room = most >> 12;
+        // Of all slots, and more.
+        let unused = 34 * (rough_mass(FLOOR) + 2);
+        let least = u64::from(most.saturating_sub(room + unused));
+        let before = u64::from(before_tail + room).saturating_sub(rough_mass(last[at]).into());
+        // No shortcut, so that positions are lanes.
+        are_sure[at] = (least >= SETTLED.start().div_ceil(32))
+            & (u64::from(most + room) <= SETTLED.end() >> 5)
+            & (before * 1000 < least * u64::from(fill_permille));
+    }
+    are_sure
+}
+
+/// The floor where there is none below it.
+#[inline(always)]
+fn largest_below_floor<const K: usize>(codes: &[u8; K]) -> u8 {
+    // One more than each code, so that the floor wraps to zero.
+    let mut lanes = codes.map(|code| code.wrapping_add(1));
+    let mut width = K / 2;
+    // Halves of a known length become vectors, a fold over all lanes does not.
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = lanes[lane].max(lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0].wrapping_sub(1)
 }
 
 /// `2^(26 - code/16)`, at most one more than 2^-13 of it off: a cubic for the sixteenths. 34 of them
@@ -128,6 +180,52 @@ fn rough_mass(code: u8) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::records::Records;
+    use crate::testing::Random;
+
+    /// Records that are nearly full, with used slots at the floor now and then.
+    #[expect(clippy::cast_possible_truncation, reason = "below 256")]
+    fn records(random: &mut Random, k: usize) -> Records {
+        let mut records = Records::new(k).unwrap();
+        for _ in 0..500 {
+            let mut left = 0.999;
+            let mut listed = std::collections::BTreeMap::new();
+            for _ in 0..=random.below(k) {
+                let mass = left * (0.3 + 0.6 * random.below(100) as f64 / 100.0);
+                left -= mass;
+                let is_floor = random.below(12) == 0;
+                let code = if is_floor { FLOOR } else { code::encode(mass) };
+                listed.insert(random.below(200) as u8, code);
+            }
+            let listed: Vec<(u8, u8)> = listed.into_iter().collect();
+            let tail = code::encode(left + 0.001);
+            records.push(&listed, code::encode(0.0002), tail);
+        }
+        records
+    }
+
+    #[test]
+    fn positions_that_are_not_listed_are_settled_exactly() {
+        let mut random = Random(2);
+        let mut counts = [0; 2];
+        for k in [1, 5, 8, 16, 32] {
+            let source = records(&mut random, k);
+            let source = source.view();
+            for fill in [600, 995, 1000] {
+                let exact: Vec<usize> = (0..source.positions())
+                    .filter(|&position| {
+                        let end = source.end().get(position).copied();
+                        let codes = source.used(position).1;
+                        !settled(codes, end, source.tail()[position], fill)
+                    })
+                    .collect();
+                assert_eq!(unsettled(&source, fill), exact, "{k} slots, {fill}");
+                counts[0] += exact.len();
+                counts[1] += source.positions() - exact.len();
+            }
+        }
+        assert!(counts.iter().all(|&count| count > 1000), "{counts:?}");
+    }
 
     #[test]
     fn rough_masses_are_close_from_both_sides() {

@@ -8,8 +8,6 @@ mod keep;
 mod mix;
 mod robust;
 
-use std::ops::Range;
-
 use rayon::prelude::*;
 
 use crate::code;
@@ -34,8 +32,15 @@ pub(crate) fn fuse<S: Symbol>(
         sources,
         shape,
     };
+    let copied = task.copied();
     for start in (0..positions).step_by(BLOCK) {
-        let columns = out.extend_by(BLOCK.min(positions - start));
+        let count = BLOCK.min(positions - start);
+        let part = copied.and_then(|source| source.slice(start..start + count));
+        let columns = match part {
+            // What was checked with the shape: the numbers of slots are the same.
+            Some(part) => out.extend_from(part),
+            None => out.extend_by(count),
+        };
         if columns.positions() <= RUN {
             task.run(start, columns);
             continue;
@@ -55,28 +60,28 @@ struct Task<'a, 'r, S> {
 }
 
 impl<S: Symbol> Task<'_, '_, S> {
-    /// Writes the positions from `start` on.
+    /// The source whose positions stay as they are, but for a few.
+    fn copied(&self) -> Option<RecordView<'_, S>> {
+        let Mixing::Item(weights) = self.mixing else {
+            return None;
+        };
+        let only = weights.iter().position(|&weight| weight == WEIGHT_UNITY)?;
+        let source = self.sources[only];
+        copy::fits(&source, self.shape).then_some(source)
+    }
+
+    /// Writes the positions from `start` on; where a source was copied, those that do not stay.
     fn run(&self, start: usize, mut columns: ColumnsMut<'_, S>) {
         let range = start..start + columns.positions();
         match self.mixing {
             Mixing::Robust(rule) => {
                 robust::run(rule, self.sources, range, self.shape, &mut columns);
             }
-            Mixing::Item(weights) => {
-                let only = weights.iter().position(|&weight| weight == WEIGHT_UNITY);
-                match only.map(|index| self.sources[index]) {
-                    Some(source) if copy::fits(&source, self.shape) => {
-                        copy::run(&source, range, self.shape, &mut columns);
-                    }
-                    _ => self.mix(range, &mut columns),
-                }
-            }
-            Mixing::Positions(_) => self.mix(range, &mut columns),
+            Mixing::Item(_) | Mixing::Positions(_) => match self.copied() {
+                Some(source) => copy::mend(&source, range, self.shape, &mut columns),
+                None => mix::run(self.mixing, self.sources, range, self.shape, &mut columns),
+            },
         }
-    }
-
-    fn mix(&self, range: Range<usize>, columns: &mut ColumnsMut<'_, S>) {
-        mix::run(self.mixing, self.sources, range, self.shape, columns);
     }
 }
 

@@ -23,7 +23,9 @@ pub(super) trait Lanes: Copy {
     /// `a * b + c`, rounded once or twice.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `2^x` for `x` up to 127; zero below -126, minus infinity included.
+    /// A bit per lane, the first lowest: whether `a` is larger.
+    fn above(self, a: Self::V, b: Self::V) -> u32;
+    /// `2^x` for `x` up to 127; zero below -126, minus infinity included; infinite from 129 on.
     fn exp2(self, x: Self::V) -> Self::V;
     /// Lanes added in halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
     fn sum(self, value: Self::V) -> f32;
@@ -133,5 +135,53 @@ pub(super) fn scale_exp<L: Lanes, T: Element>(lanes: L, row: &mut [T], pieces: &
             let scaled = lanes.mul(exp(lanes, lanes.load_some(rest), shift), factor);
             lanes.store_some(rest, scaled);
         }
+    }
+}
+
+#[inline(always)]
+pub(super) fn above<L: Lanes, T: Element>(
+    lanes: L,
+    row: &[T],
+    start: usize,
+    threshold: f32,
+    limit: usize,
+    found: &mut Vec<u32>,
+) -> usize {
+    let threshold = lanes.splat(threshold);
+    let (vectors, rest) = row[start..].as_chunks::<LANES>();
+    let (quads, singles) = vectors.as_chunks::<4>();
+    let mut at = start;
+    for [a, b, c, d] in quads {
+        let (a, b, c, d) = (lanes.load(a), lanes.load(b), lanes.load(c), lanes.load(d));
+        if lanes.above(lanes.max(lanes.max(a, b), lanes.max(c, d)), threshold) != 0 {
+            for (index, values) in [a, b, c, d].into_iter().enumerate() {
+                note(found, at + index * LANES, lanes.above(values, threshold));
+            }
+        }
+        at += 4 * LANES;
+        if found.len() >= limit {
+            return at;
+        }
+    }
+    for vector in singles {
+        note(found, at, lanes.above(lanes.load(vector), threshold));
+        at += LANES;
+    }
+    let used = (1 << rest.len()) - 1;
+    note(
+        found,
+        at,
+        used & lanes.above(lanes.load_some(rest), threshold),
+    );
+    row.len()
+}
+
+/// Appends a column for each bit.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "ranks are u32")]
+fn note(found: &mut Vec<u32>, first: usize, mut bits: u32) {
+    while bits != 0 {
+        found.push(first as u32 + bits.trailing_zeros());
+        bits &= bits - 1;
     }
 }

@@ -83,7 +83,7 @@ pub(crate) fn largest<T: Element>(level: Level, values: &[T]) -> f32 {
 /// them is not finite.
 ///
 /// A column's exponential has relative error below `2e-7 + 1.2e-7 |x|`, the second part from rounding
-/// the difference; it is zero below `2^-126`. Sums of it add at most 1.5e-6.
+/// the difference; it is zero below `2^-126` and infinite above `2^129`. Sums of it add at most 1.5e-6.
 pub(crate) fn sum_exp<T: Element>(
     level: Level,
     row: &[T],
@@ -98,6 +98,19 @@ pub(crate) fn sum_exp<T: Element>(
 /// zeros.
 pub(crate) fn scale_exp<T: Element>(level: Level, row: &mut [T], pieces: &[Piece]) {
     dispatch!(level, scale_exp(row, pieces));
+}
+
+/// Appends the columns from `start` on whose value is above the threshold to `found`, in order, until
+/// there are `limit` or a few more; returns the first column that was not looked at.
+pub(crate) fn above<T: Element>(
+    level: Level,
+    row: &[T],
+    start: usize,
+    threshold: f32,
+    limit: usize,
+    found: &mut Vec<u32>,
+) -> usize {
+    dispatch!(level, above(row, start, threshold, limit, found))
 }
 
 #[cfg(test)]
@@ -138,6 +151,14 @@ mod tests {
             }
             assert!(sum_exp(level, &[5.0_f32], &[0, 1], 5.0, &mut out));
             assert!((out[0] - 1.0).abs() < 2e-7);
+            for high in [95.0, 150.0, 1e4, f32::MAX] {
+                assert!(sum_exp(level, &[high], &[0, 1], 5.0, &mut out));
+                assert!(
+                    out[0].is_infinite(),
+                    "{level:?}: exp({high} - 5) is {}",
+                    out[0]
+                );
+            }
         }
     }
 

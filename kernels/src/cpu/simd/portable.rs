@@ -86,6 +86,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn above(self, a: V, b: V) -> u32 {
+        (0..LANES).fold(0, |bits, lane| bits | u32::from(a[lane] > b[lane]) << lane)
+    }
+
+    #[inline(always)]
     fn exp2(self, x: V) -> V {
         x.map(exp2)
     }
@@ -116,5 +121,11 @@ fn exp2(x: f32) -> f32 {
     let p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
     let bits = (shifted.to_bits() as i32).wrapping_add(127) << 23;
     let scaled = p * f32::from_bits(bits.cast_unsigned());
-    if x < -126.0 { 0.0 } else { scaled }
+    if x < -126.0 {
+        0.0
+    } else if x > 127.0 {
+        f32::INFINITY
+    } else {
+        scaled
+    }
 }

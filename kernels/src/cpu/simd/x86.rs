@@ -56,6 +56,27 @@ macro_rules! level {
             unsafe { pass(row, pieces) }
         }
 
+        pub(in crate::cpu::simd) fn above<T: Element>(
+            row: &[T],
+            start: usize,
+            threshold: f32,
+            limit: usize,
+            found: &mut Vec<u32>,
+        ) -> usize {
+            #[target_feature(enable = $features)]
+            fn pass<T: Element>(
+                row: &[T],
+                start: usize,
+                threshold: f32,
+                limit: usize,
+                found: &mut Vec<u32>,
+            ) -> usize {
+                body::above($name(()), row, start, threshold, limit, found)
+            }
+            // SAFETY: as in `largest`.
+            unsafe { pass(row, start, threshold, limit, found) }
+        }
+
         impl Lanes for $name {
             type V = $vector;
             level!(@forward $vector;
@@ -65,6 +86,7 @@ macro_rules! level {
                 mul(a: $vector, b: $vector) -> $vector;
                 mul_add(a: $vector, b: $vector, c: $vector) -> $vector;
                 max(a: $vector, b: $vector) -> $vector;
+                above(a: $vector, b: $vector) -> u32;
                 exp2(x: $vector) -> $vector;
                 sum(value: $vector) -> f32;
                 largest(value: $vector) -> f32;
@@ -152,6 +174,7 @@ pub(super) mod avx512 {
             mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
             mul_add(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
             max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+            above(a: __m512, b: __m512) -> u32 = u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b));
             sum(value: __m512) -> f32 = _mm512_reduce_add_ps(value);
             largest(value: __m512) -> f32 = _mm512_reduce_max_ps(value);
         }
@@ -283,6 +306,7 @@ pub(super) mod avx2 {
             mul(a: V, b: V) -> V = [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])];
             mul_add(a: V, b: V, c: V) -> V = [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])];
             max(a: V, b: V) -> V = [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])];
+            above(a: V, b: V) -> u32 = above_of(a[0], b[0]) | above_of(a[1], b[1]) << 8;
             exp2(x: V) -> V = [exp2_of(x[0]), exp2_of(x[1])];
             largest(value: V) -> f32 = lanes(_mm256_max_ps(value[0], value[1])).into_iter().fold(f32::MIN, f32::max);
         }
@@ -297,6 +321,12 @@ pub(super) mod avx2 {
             );
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+
+        #[target_feature(enable = "avx2,fma,f16c")]
+        #[inline]
+        fn above_of(a: __m256, b: __m256) -> u32 {
+            _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)).cast_unsigned()
         }
 
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -321,7 +351,9 @@ pub(super) mod avx2 {
             }
             let exponent = _mm256_slli_epi32::<23>(_mm256_add_epi32(whole, _mm256_set1_epi32(127)));
             let scaled = _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
-            _mm256_and_ps(scaled, _mm256_cmp_ps::<_CMP_GE_OQ>(x, least))
+            let scaled = _mm256_and_ps(scaled, _mm256_cmp_ps::<_CMP_GE_OQ>(x, least));
+            let beyond = _mm256_cmp_ps::<_CMP_GT_OQ>(x, _mm256_set1_ps(127.0));
+            _mm256_blendv_ps(scaled, _mm256_set1_ps(f32::INFINITY), beyond)
         }
 
         #[target_feature(enable = "avx2,fma,f16c")]

@@ -4,12 +4,15 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use crate::Backend;
+use crate::code::FLOOR;
 use crate::cpu::{self, Level};
 use crate::element::{Dtype, Element};
+use crate::error::LossError;
 use crate::loss::{ItemLoss, LossJob, NO_LABEL, Tail, Term};
 use crate::records::Records;
 use crate::reference;
-use crate::testing::{Case, cases, stored};
+use crate::testing::{Case, Random, cases, stored};
+use crate::vocab::{TokenKind, Vocab};
 
 /// Relative to the sum of the weights: gradients are sums of a few `f32` shares.
 const GRADIENT_TOLERANCE: f64 = 4e-6;
@@ -17,7 +20,7 @@ const GRADIENT_TOLERANCE: f64 = 4e-6;
 /// What rounding to a storage type moves a gradient by, at most.
 fn rounding<T: Element>() -> (f64, f64) {
     match T::DTYPE {
-        Dtype::F32 => (0.0, 0.0),
+        Dtype::F32 => (f64::from(f32::EPSILON), 0.0),
         Dtype::Bf16 => (1.0 / 128.0, 0.0),
         Dtype::F16 => (1.0 / 1024.0, 6.2e-8),
     }
@@ -58,6 +61,8 @@ pub(super) struct Targets {
     bytes: Records,
     labels: Vec<u32>,
     listed: Records<u32>,
+    /// Of another model, with more slots.
+    other: Records<u32>,
 }
 
 impl Targets {
@@ -74,6 +79,7 @@ impl Targets {
         Self {
             bytes: item.target(k),
             listed: item.token_target(k),
+            other: item.token_target(3 * k),
             labels,
             tokens,
         }
@@ -85,7 +91,7 @@ impl Targets {
         let all = [
             Term::Trie {
                 target: self.bytes.view(),
-                weight: 0.9,
+                weight: 0.7,
             },
             Term::Labels {
                 labels: &self.labels,
@@ -93,13 +99,22 @@ impl Targets {
             },
             Term::Tokens {
                 target,
-                weight: 0.5,
+                weight: 0.3,
                 tail: Tail::Ghost,
             },
             Term::Tokens {
                 target,
-                weight: -0.35,
+                weight: -0.25,
                 tail: Tail::Dropped,
+            },
+            Term::Sorted {
+                target: self.other.view(),
+                weight: 0.3,
+            },
+            Term::Standardised {
+                target,
+                weight: -0.2,
+                temperature: 0.7,
             },
         ];
         let chosen = all
@@ -164,7 +179,7 @@ proptest! {
     fn losses_agree_with_the_reference(
         mut case in cases(),
         k in 1_usize..6,
-        kinds in prop::array::uniform3(0_usize..16),
+        kinds in prop::array::uniform3(0_usize..64),
     ) {
         check_losses::<f32>(&mut case, k, kinds);
         check_losses::<bf16>(&mut case, k, kinds);
@@ -228,5 +243,198 @@ proptest! {
                 prop_assert!((slope - grad[rank]).abs() < 1e-8, "{} against {}", slope, grad[rank]);
             }
         }
+    }
+}
+
+/// Logits far enough apart that a small step changes no order, in random order.
+fn apart(random: &mut Random, count: usize, step: f32) -> Vec<f64> {
+    let mut row: Vec<f64> = (0_u16..)
+        .take(count)
+        .map(|place| f64::from(step * (f32::from(place) + 0.3 * random.signed())))
+        .collect();
+    for place in (1..count).rev() {
+        row.swap(place, random.below(place + 1));
+    }
+    row
+}
+
+/// Terms of every kind on one row of a vocabulary of bytes, whose target is of another vocabulary.
+#[test]
+fn the_reference_gradient_of_sorted_terms_is_the_derivative() {
+    let bytes: Vec<[u8; 1]> = (0..30).map(|byte| [byte]).collect();
+    let kinds = bytes.iter().map(|byte| TokenKind::Bytes(byte));
+    let vocab = Vocab::new(kinds.chain([TokenKind::EndOfRecord])).unwrap();
+    let mut random = Random(11);
+    for (round, step) in [0.02, 0.3, 1.5].into_iter().cycle().take(60).enumerate() {
+        let row = apart(&mut random, vocab.live(), step);
+        let mut target = Records::<u32>::new(40).unwrap();
+        let listed = 1 + u32::try_from(round * 7 % 40).unwrap();
+        let code = |random: &mut Random| u8::try_from(random.below(180)).unwrap();
+        let listed: Vec<(u32, u8)> = (0..listed)
+            .map(|index| (500_000 + index, code(&mut random)))
+            .collect();
+        target.push(&listed, FLOOR, code(&mut random));
+        let target = target.view();
+        let terms = [
+            Term::Sorted {
+                target,
+                weight: 0.8,
+            },
+            Term::Standardised {
+                target,
+                weight: 0.5,
+                temperature: 1.3,
+            },
+            Term::Labels {
+                labels: &[3],
+                weight: 0.4,
+            },
+        ];
+        for terms in [&terms[..1], &terms[1..2], &terms] {
+            let items = [ItemLoss { tokens: &[], terms }];
+            let job = LossJob::new(&vocab, &items).unwrap();
+            let (item, place) = job.place(0);
+            let loss = |row: &[f64]| reference::loss::row_loss(&vocab, item, place, row);
+            let (_, grad) = loss(&row);
+            for rank in 0..row.len() {
+                let moved = |by: f64| {
+                    let mut row = row.clone();
+                    row[rank] += by;
+                    loss(&row).0
+                };
+                let slope = (moved(1e-6) - moved(-1e-6)) / 2e-6;
+                let off = (slope - grad[rank]).abs();
+                assert!(off < 1e-6, "{round}: {slope} against {}", grad[rank]);
+            }
+        }
+    }
+}
+
+#[test]
+fn sorted_terms_see_neither_which_token_nor_the_scale_of_logits() {
+    let bytes: Vec<[u8; 1]> = (0..20).map(|byte| [byte]).collect();
+    let kinds = bytes.iter().map(|byte| TokenKind::Bytes(byte));
+    let vocab = Vocab::new(kinds.chain([TokenKind::EndOfRecord])).unwrap();
+    let mut target = Records::<u32>::new(4).unwrap();
+    target.push(&[(7, 90), (8, 20), (70_000, 40)], FLOOR, 60);
+    let sorted = [Term::Sorted {
+        target: target.view(),
+        weight: 1.0,
+    }];
+    let standardised = [Term::Standardised {
+        target: target.view(),
+        weight: 1.0,
+        temperature: 1.0,
+    }];
+    let row = apart(&mut Random(3), vocab.live(), 0.4);
+    for backend in [Backend::Cpu, Backend::Reference] {
+        let loss = |terms: &[Term<'_>], change: &dyn Fn(f64) -> f64, turn: usize| {
+            #[expect(clippy::cast_possible_truncation, reason = "logits are f32")]
+            let mut logits: Vec<f32> = row.iter().map(|&value| change(value) as f32).collect();
+            logits.rotate_left(turn);
+            let item = ItemLoss { tokens: &[], terms };
+            backend.loss_in_place(&vocab, &[item], &mut logits).unwrap()
+        };
+        for terms in [&sorted, &standardised] {
+            let plain = loss(terms, &|value| value, 0);
+            assert!(plain > 0.05, "{plain}");
+            assert!((plain - loss(terms, &|value| value, 6)).abs() < 1e-6);
+            assert!((plain - loss(terms, &|value| value + 9.0, 0)).abs() < 1e-5);
+        }
+        let plain = loss(&standardised, &|value| value, 0);
+        let steeper = loss(&standardised, &|value| 64.0 * value, 0);
+        assert!((plain - steeper).abs() < 2e-3, "{plain}, {steeper}");
+        // A student with the target's own log-probabilities has nothing to learn.
+        let mut same = vec![-40.0_f32; vocab.live()];
+        for (rank, code) in [(3, 40.0), (9, 90.0), (11, 20.0)] {
+            same[rank] = -code * std::f32::consts::LN_2 / 16.0 + 5.0;
+        }
+        let item = ItemLoss {
+            tokens: &[],
+            terms: &standardised,
+        };
+        let none = backend.loss_in_place(&vocab, &[item], &mut same).unwrap();
+        assert!(none < 1e-6, "{none}");
+    }
+}
+
+#[test]
+fn a_share_on_the_edge_has_the_slope_of_the_reference() {
+    // Equal logits and equal codes: every difference is zero, up to what `f32` makes of it.
+    let bytes: Vec<[u8; 1]> = (0..7).map(|byte| [byte]).collect();
+    let kinds = bytes.iter().map(|byte| TokenKind::Bytes(byte));
+    let vocab = Vocab::new(kinds.chain([TokenKind::EndOfRecord])).unwrap();
+    let mut target = Records::<u32>::new(8).unwrap();
+    let listed: Vec<(u32, u8)> = (0..8).map(|id| (id, 48)).collect();
+    target.push(&listed, FLOOR, FLOOR);
+    let terms = [
+        Term::Sorted {
+            target: target.view(),
+            weight: 1.0,
+        },
+        Term::Standardised {
+            target: target.view(),
+            weight: 1.0,
+            temperature: 1.0,
+        },
+    ];
+    let items = [ItemLoss {
+        tokens: &[],
+        terms: &terms,
+    }];
+    let job = LossJob::new(&vocab, &items).unwrap();
+    for level in Level::present() {
+        let mut row = vec![0.7_f32; 8];
+        let loss = cpu::loss::rows(level, &job, 0..1, &mut row).unwrap()[0];
+        assert!(loss < 1e-12, "{level:?}: {loss}");
+        assert!(
+            row.iter().all(|value| value.abs() < 1e-12),
+            "{level:?}: {row:?}"
+        );
+    }
+}
+
+#[test]
+fn rows_past_a_sorted_target_have_no_loss_and_bad_ones_are_refused() {
+    let vocab = Vocab::new([TokenKind::Bytes(b"a"), TokenKind::EndOfRecord]).unwrap();
+    let mut target = Records::<u32>::new(1).unwrap();
+    target.push(&[(9, 30)], FLOOR, 3);
+    let run = |labels: &[u32], temperature| {
+        let terms = [
+            Term::Labels {
+                labels,
+                weight: 0.0,
+            },
+            Term::Sorted {
+                target: target.view(),
+                weight: 1.0,
+            },
+            Term::Standardised {
+                target: target.view(),
+                weight: 1.0,
+                temperature,
+            },
+        ];
+        let item = ItemLoss {
+            tokens: &[],
+            terms: &terms,
+        };
+        let mut grad = vec![1.0_f32, 0.0, 1.0, 0.0];
+        grad.truncate(2 * labels.len());
+        let loss = Backend::Cpu.loss_in_place(&vocab, &[item], &mut grad);
+        loss.map(|loss| (loss, grad))
+    };
+    let (loss, grad) = run(&[0, 0], 1.0).unwrap();
+    assert!(loss > 0.1 && grad[0] > 0.0, "{loss} {grad:?}");
+    assert!(grad[2..].iter().all(|&value| value == 0.0), "{grad:?}");
+    let length = LossError::Length {
+        what: "target positions",
+        got: 1,
+        expected: 0,
+    };
+    assert_eq!(run(&[], 1.0).unwrap_err(), length);
+    for temperature in [0.0, -1.0, f32::INFINITY] {
+        let refused = LossError::Temperature { temperature };
+        assert_eq!(run(&[0], temperature).unwrap_err(), refused);
     }
 }

@@ -1,5 +1,5 @@
 //! Fast paths against the reference.
 
-mod head;
+pub(crate) mod head;
 pub(crate) mod loss;
 pub(crate) mod score;

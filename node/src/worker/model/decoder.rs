@@ -365,7 +365,7 @@ impl Model {
     ) -> Result<R, ModelError> {
         with_floats(table, |table| {
             let width = self.config.hidden_size;
-            Ok(work(&head::Head::new(vocab, Weights::F32(table), width)?))
+            Ok(work(&head::Head::best(vocab, Weights::F32(table), width)?))
         })?
     }
 

@@ -4,6 +4,10 @@
     reason = "random numbers below small bounds"
 )]
 
+mod adapters;
+mod fusion;
+mod head;
+
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -14,7 +18,7 @@ use crate::cuda::{Device, ResidentHead, device};
 use crate::element::Element;
 use crate::error::{CudaError, LossError, ScoreError};
 use crate::loss::{ItemLoss, NO_LABEL, Term};
-use crate::records::{RecordShape, Records, Symbol};
+use crate::records::{RecordShape, Records};
 use crate::reference;
 use crate::score::{ItemTokens, RecordsJob, ScoreJob};
 use crate::testing::{Case, Random, cases, stored};
@@ -443,36 +447,6 @@ fn a_resident_head_agrees_with_losses_on_its_logits() {
         check_head::<f16>(device, 517, 33, 13);
         check_head::<f32>(device, 129, 21, 4);
     }
-}
-
-#[test]
-fn fused_bytes_are_those_of_the_cpu() {
-    if present().is_none() {
-        return;
-    }
-    let mut case = large(&mut Random(8), 400);
-    for (k, slots, fill_permille) in [(1, 1, 0), (3, 2, 900), (16, 16, 995), (40, 64, 1000)] {
-        let shape = RecordShape {
-            k: slots,
-            fill_permille,
-        };
-        for weights in [vec![65_536], vec![0, 65_536, 0], vec![30_000, 35_535, 1]] {
-            let bytes: Vec<Records> = weights.iter().map(|_| case.target(k)).collect();
-            check_fusion(&weights, &bytes, &shape);
-            let tokens: Vec<Records<u32>> = weights.iter().map(|_| case.token_target(k)).collect();
-            check_fusion(&weights, &tokens, &shape);
-        }
-    }
-}
-
-fn check_fusion<S: Symbol>(weights: &[u32], sources: &[Records<S>], shape: &RecordShape) {
-    let views: Vec<_> = sources.iter().map(Records::view).collect();
-    let [ours, theirs] = [Backend::Cuda, Backend::Cpu].map(|backend| {
-        let mut out = Records::new(shape.k).unwrap();
-        backend.fuse_item(weights, &views, shape, &mut out).unwrap();
-        out
-    });
-    assert_eq!(ours, theirs);
 }
 
 #[test]

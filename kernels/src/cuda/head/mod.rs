@@ -4,10 +4,16 @@
 //! steps, while the f32 sums of the product are within 1e-5. The gradient is stored in the weights' type, scaled into
 //! the middle of its range for f16, and multiplied with f32 sums.
 
+mod scores;
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
 use crate::cuda::device::{Buffer, Device, bytes_of, count};
 use crate::cuda::gemm::{Product, multiply};
 use crate::cuda::loss::{LossJob, Places, rows_of};
-use crate::cuda::raw::Gemm;
+use crate::cuda::raw::{Address, Gemm};
 use crate::cuda::rows::width_of;
 use crate::element::{Dtype, Element};
 use crate::error::{CudaError, LossError};
@@ -40,9 +46,16 @@ impl std::fmt::Debug for ResidentHead<'_> {
 
 /// Hidden states on the device, with room for their gradient.
 pub struct Hidden {
-    states: Buffer<u8>,
+    states: States,
     gradient: Buffer<f32>,
     rows: usize,
+}
+
+/// Hidden states in the type of the head.
+struct States {
+    near: Buffer<u8>,
+    /// What rounding to that type took, where it took something.
+    rest: Option<Buffer<u8>>,
 }
 
 impl std::fmt::Debug for Hidden {
@@ -65,6 +78,16 @@ impl<'v> ResidentHead<'v> {
         width: usize,
     ) -> Result<Self, LossError> {
         check_length("head weights", weights.len(), vocab.len() * width)?;
+        Ok(Self::upload(device, vocab, weights, width)?)
+    }
+
+    /// As [`Self::new`] of weights whose number is right.
+    pub(crate) fn upload<T: Element>(
+        device: &'static Device,
+        vocab: &'v Vocab,
+        weights: &[T],
+        width: usize,
+    ) -> Result<Self, CudaError> {
         let stride = padded(width, T::DTYPE);
         Ok(Self {
             device,
@@ -100,10 +123,91 @@ impl<'v> ResidentHead<'v> {
         let rows = states.len() / self.width.max(1);
         check_length("hidden states", states.len(), rows * self.width)?;
         Ok(Hidden {
-            states: upload_padded(self.device, states, self.width, self.stride)?,
+            states: States {
+                near: upload_padded(self.device, states, self.width, self.stride)?,
+                rest: None,
+            },
             gradient: self.device.allocate(rows * self.stride)?,
             rows,
         })
+    }
+
+    /// As [`Self::hidden`] for hidden states of single precision before a head of any type.
+    ///
+    /// Those that a narrower head's type cannot hold become a sum of two matrices of it, so that a hidden state is off
+    /// by at most 2^-18 of its size, or by 2^-25 before a head of f16: less than sums in f32 are.
+    ///
+    /// # Errors
+    /// Where the size does not fit, a hidden state is beyond the range of the head's type, or the device fails.
+    pub fn wide_hidden(&self, states: &[f32]) -> Result<Hidden, LossError> {
+        let rows = states.len() / self.width.max(1);
+        check_length("hidden states", states.len(), rows * self.width)?;
+        Ok(Hidden {
+            states: self.states(states)?,
+            gradient: self.device.allocate(rows * self.stride)?,
+            rows,
+        })
+    }
+
+    fn states(&self, states: &[f32]) -> Result<States, CudaError> {
+        match self.dtype {
+            Dtype::F32 => self.split::<f32>(states),
+            Dtype::Bf16 => self.split::<bf16>(states),
+            Dtype::F16 => self.split::<f16>(states),
+        }
+    }
+
+    fn split<T: Element>(&self, states: &[f32]) -> Result<States, CudaError> {
+        let near: Vec<T> = states.iter().map(|&state| T::from_f32(state)).collect();
+        let pairs = || states.iter().zip(&near);
+        if pairs().any(|(state, near)| state.is_finite() && !near.to_f32().is_finite()) {
+            return Err(CudaError::Unsupported {
+                what: "hidden states beyond the range of the head's type",
+            });
+        }
+        let rest: Vec<T> = pairs()
+            .map(|(state, near)| T::from_f32(state - near.to_f32()))
+            .collect();
+        let is_exact = rest.iter().all(|rest| rest.to_f32() == 0.0);
+        let upload = |values: &[T]| upload_padded(self.device, values, self.width, self.stride);
+        Ok(States {
+            near: upload(&near)?,
+            rest: if is_exact { None } else { Some(upload(&rest)?) },
+        })
+    }
+
+    /// Starts the product of some rows with the weights, `[rows, stride]` at `logits`.
+    fn forward(
+        &self,
+        states: &States,
+        rows: &Range<usize>,
+        (logits, stride): (Address, usize),
+    ) -> Result<(), CudaError> {
+        let first = (rows.start * self.stride * width_of(self.dtype)) as u64;
+        for (add, part) in (0..).zip(
+            [Some(&states.near), states.rest.as_ref()]
+                .into_iter()
+                .flatten(),
+        ) {
+            let job = Gemm {
+                a: part.address() + first,
+                b: self.weights.address(),
+                c: logits,
+                a_stride: self.stride as u64,
+                b_stride: self.stride as u64,
+                c_stride: stride as u64,
+                m: count(rows.len())?,
+                n: count(self.vocab.len())?,
+                k: count(self.width)?,
+                alpha: 1.0,
+                add,
+                padding: 0,
+            };
+            // SAFETY: hidden states and weights have padded rows, the logits a padded row for each of `rows`; all live
+            // until the caller has waited.
+            unsafe { multiply(self.device, &job, self.dtype, Product::Nt) }?;
+        }
+        Ok(())
     }
 
     /// Loss of all items in nats; the gradient of the hidden states is left on the device. Where `weight_gradient` is
@@ -174,36 +278,22 @@ impl<'v> ResidentHead<'v> {
         &self,
         job: &LossJob<'_>,
         hidden: &Hidden,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         scratch: &Scratch,
         weight_gradient: Option<&mut WeightGradient>,
     ) -> Result<(), CudaError> {
-        let bytes = width_of(self.dtype) as u64;
         let (stride, wide) = (self.stride as u64, scratch.stride as u64);
         let first = rows.start as u64 * stride;
-        let states = hidden.states.address() + first * bytes;
+        self.forward(
+            &hidden.states,
+            &rows,
+            (scratch.logits.address(), scratch.stride),
+        )?;
         let (rows, width, tokens) = (
             count(rows.len())?,
             count(self.width)?,
             count(self.vocab.len())?,
         );
-        let logits = Gemm {
-            a: states,
-            b: self.weights.address(),
-            c: scratch.logits.address(),
-            a_stride: stride,
-            b_stride: stride,
-            c_stride: wide,
-            m: rows,
-            n: tokens,
-            k: width,
-            alpha: 1.0,
-            add: 0,
-            padding: 0,
-        };
-        // SAFETY: hidden states and weights have padded rows, the scratch has a chunk's rows of padded logits; all live
-        // until `loss` has waited.
-        unsafe { multiply(self.device, &logits, self.dtype, Product::Nt) }?;
         job.run()?;
         let gradient = Gemm {
             a: scratch.gradient_address(),
@@ -226,7 +316,7 @@ impl<'v> ResidentHead<'v> {
         };
         let weights = Gemm {
             a: scratch.gradient_address(),
-            b: states,
+            b: hidden.states.near.address() + first * width_of(self.dtype) as u64,
             c: weight_gradient.values.address(),
             a_stride: wide,
             b_stride: stride,

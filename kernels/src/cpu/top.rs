@@ -1,0 +1,108 @@
+//! The largest logits of a row.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use crate::cpu::simd::{Level, above};
+use crate::element::Element;
+
+/// Candidates that are collected before the largest of them raise the threshold, at least.
+const CANDIDATES: usize = 256;
+
+/// Columns of the largest logits; reused from row to row.
+#[derive(Debug, Default)]
+pub(super) struct Top {
+    /// Each as a range of one column, largest logit first, the lower column on a tie.
+    pub(super) columns: Vec<Range<u32>>,
+    found: Vec<u32>,
+    keys: Vec<Reverse<u64>>,
+}
+
+impl Top {
+    /// Finds `count` columns, or all of a shorter row. Those of a row that is not finite mean nothing.
+    pub(super) fn find<T: Element>(&mut self, level: Level, row: &[T], count: usize) {
+        self.keys.clear();
+        self.columns.clear();
+        if count == 0 {
+            return;
+        }
+        let limit = CANDIDATES.max(2 * count);
+        let (mut threshold, mut at) = (f32::NEG_INFINITY, 0);
+        while at < row.len() {
+            self.found.clear();
+            let room = limit - self.keys.len();
+            at = above(level, row, at, threshold, room, &mut self.found);
+            let keys = self.found.iter().map(|&column| key(row, column));
+            self.keys.extend(keys);
+            if self.keys.len() > count {
+                let (_, &mut last, _) = self.keys.select_nth_unstable(count - 1);
+                self.keys.truncate(count);
+                // What comes later is of a higher column: an equal one is none of the largest.
+                threshold = row[column(last) as usize].to_f32();
+            }
+        }
+        self.keys.sort_unstable();
+        let columns = self.keys.iter().map(|&key| column(key));
+        self.columns
+            .extend(columns.map(|column| column..column + 1));
+    }
+}
+
+/// A logit above the complement of its column, so that the order of the keys is that of the choice.
+fn key<T: Element>(row: &[T], column: u32) -> Reverse<u64> {
+    // Adding zero makes the two zeros equal.
+    let bits = (row[column as usize].to_f32() + 0.0).to_bits();
+    let ordered = if bits >> 31 == 1 {
+        !bits
+    } else {
+        bits | 1 << 31
+    };
+    Reverse(u64::from(ordered) << 32 | u64::from(!column))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+fn column(key: Reverse<u64>) -> u32 {
+    !(key.0 as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::testing::{Random, stored};
+
+    fn check<T: Element>(values: &[f32], counts: &[usize]) {
+        let row: Vec<T> = stored(values);
+        let mut order: Vec<u32> = (0..u32::try_from(row.len()).unwrap()).collect();
+        let value = |column: u32| row[column as usize].to_f32();
+        order.sort_by(|&a, &b| value(b).partial_cmp(&value(a)).unwrap());
+        for level in Level::present() {
+            let mut top = Top::default();
+            for &count in counts {
+                top.find(level, &row, count);
+                let found: Vec<u32> = top.columns.iter().map(|column| column.start).collect();
+                let expected = &order[..count.min(order.len())];
+                assert_eq!(found, expected, "{level:?}, {count} of {}", row.len());
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_are_those_of_a_stable_sort() {
+        let counts = [0, 1, 2, 7, 32, 300, 5000];
+        let mut random = Random(5);
+        for length in [0, 1, 15, 16, 17, 63, 64, 65, 81, 1000, 4097, 20_000] {
+            let values = random.logits(length, 9.0);
+            check::<f32>(&values, &counts);
+            check::<bf16>(&values, &counts);
+            let mut ascending = values.clone();
+            ascending.sort_unstable_by(f32::total_cmp);
+            check::<f32>(&ascending, &counts);
+            let ties: Vec<f32> = values.iter().map(|value| value.round() * 0.0).collect();
+            check::<f32>(&ties, &counts);
+            let lowest = vec![f32::MIN; length];
+            check::<f32>(&lowest, &counts);
+        }
+    }
+}
