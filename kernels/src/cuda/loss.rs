@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::cuda::device::{Buffer, Device, count};
 use crate::cuda::logits::Logits;
 use crate::cuda::raw::{self, LEVEL_STATE, LossRow, NONE, TERM_LABEL, TERM_TRIE, Unit};
-use crate::cuda::rows::{Plan, RowsError, Sums, suffix};
+use crate::cuda::rows::{Plan, RowsError, Sums, suffix, width_of};
 use crate::cuda::tries::{Path, ResidentTrie};
 use crate::element::Dtype;
 use crate::error::{CudaError, LossError};
@@ -22,6 +22,10 @@ impl From<RowsError> for LossError {
         }
     }
 }
+
+/// Bytes of logits between a row's sums and its gradient. More than the second-level cache holds, because working out the
+/// coefficients takes longer than reading what fits: on an H100 (50 MB) 16 MiB were slower in every shape measured.
+const LAG_BYTES: usize = 96 << 20;
 
 /// Terms of the rows of one launch, as they cross to the device.
 #[derive(Default)]
@@ -105,8 +109,7 @@ impl<'d> LossJob<'d> {
         let (logits, dtype) = places.logits;
         let sums = Sums::new(device, vocab, &trie, &plan, dtype, (logits, places.stride))?;
         let (segments, levels) = (sums.job.most_segments, sums.job.most_levels);
-        let shared =
-            LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (3 * segments + 1) + sums.slice_bits();
+        let shared = LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (2 * segments) + sums.shared();
         let name = if dtype == places.gradient.1 {
             format!("loss_{}", suffix(dtype))
         } else {
@@ -114,9 +117,10 @@ impl<'d> LossJob<'d> {
         };
         let kernel = device.kernel(Unit::Loss, &name, shared)?;
         let resident = device.resident_blocks(&kernel, shared)?;
-        // A gradient follows its row's sums by two such blocks of tickets: those of all resident blocks four times over,
-        // so that the coefficients, which take longer than a slice, are there in time.
-        let lag = (4 * resident).div_ceil(2 * sums.job.slices) + 1;
+        // A gradient follows its row's sums by this many rows and up to twice as many: enough that the coefficients are
+        // there in time.
+        let row_bytes = places.stride * width_of(dtype);
+        let lag = count((LAG_BYTES / row_bytes.max(1)).clamp(1, plan.len().max(1)))?;
         let table: Vec<f32> = (0..=u8::MAX).map(code_probability).collect();
         let inputs = (
             device.upload(&terms.rows)?,

@@ -20,6 +20,9 @@ pub(super) const WARPS: u32 = THREADS / 32;
 /// Elements that a warp takes at a time.
 pub(super) const TILE: u32 = 256;
 
+/// Most elements between a boundary of 128 bytes and the start of a row.
+pub(super) const SKEW: u32 = 63;
+
 /// Compiled sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unit {
@@ -114,6 +117,7 @@ plain! {
         most_levels: u32,
         edges: Address,
         segments: Address,
+        layout: Address,
         arrived: Address,
         bad: Address,
     }

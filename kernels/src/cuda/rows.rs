@@ -2,7 +2,7 @@
 
 use crate::backend::NotFinite;
 use crate::cuda::device::{Buffer, Device, count};
-use crate::cuda::raw::{Address, Mass, Row, Rows, TILE, WARPS};
+use crate::cuda::raw::{Address, Mass, Row, Rows, SKEW, TILE, Unit, WARPS};
 use crate::cuda::tries::{Path, ResidentTrie};
 use crate::element::Dtype;
 use crate::error::CudaError;
@@ -82,6 +82,7 @@ pub(super) struct Sums {
     _rows: Buffer<Row>,
     _edges: Buffer<Mass>,
     _masses: Buffer<Mass>,
+    _layout: Buffer<u32>,
 }
 
 impl Sums {
@@ -95,9 +96,11 @@ impl Sums {
         (logits, stride): (Address, usize),
     ) -> Result<Self, CudaError> {
         let width = count(vocab.len())?;
-        // Slices of 64 KiB: long enough to hide what a block does before, short enough to spread one row.
+        // Slices of up to 64 KiB: long enough to hide what a block does before, short enough to spread one row. A row
+        // starts up to `SKEW` elements behind a boundary of 128 bytes.
         let tiles = if dtype == Dtype::F32 { 8 } else { 16 };
-        let slices = (width + 7).div_ceil(tiles * TILE * WARPS);
+        let slices = (width + SKEW).div_ceil(tiles * TILE * WARPS);
+        let tiles = (width + SKEW).div_ceil(slices * TILE * WARPS);
         let edges = plan.len() * (slices * WARPS) as usize * 2;
         let sums = Self {
             job: Rows::default(),
@@ -107,6 +110,7 @@ impl Sums {
             _rows: device.upload(&plan.rows)?,
             _edges: device.allocate(edges)?,
             _masses: device.allocate(plan.segments as usize)?,
+            _layout: device.allocate(plan.segments as usize + plan.len())?,
         };
         let job = Rows {
             nodes: trie.nodes.address(),
@@ -125,9 +129,14 @@ impl Sums {
             most_levels: plan.most_levels,
             edges: sums._edges.address(),
             segments: sums._masses.address(),
+            layout: sums._layout.address(),
             arrived: sums.arrived.address(),
             bad: sums.bad.address(),
         };
+        let kernel = device.kernel(Unit::Score, "lay_out_rows", 0)?;
+        // SAFETY: the job of `lay_out_rows`: a block per row, room for the starts of all its segments and one more; what
+        // it reads lives as long as `sums` and the vocabulary's trie, which the maker of the job holds.
+        unsafe { device.launch(&kernel, (job.count, 1), 0, &job) }?;
         Ok(Self { job, ..sums })
     }
 
@@ -136,9 +145,9 @@ impl Sums {
         device.fill(&self.arrived, 0)
     }
 
-    /// Bytes of shared memory that hold the bits of a slice.
-    pub(super) fn slice_bits(&self) -> u32 {
-        self.job.tiles * TILE * WARPS / 8
+    /// Bytes of shared memory that summing a slice takes besides the masses.
+    pub(super) fn shared(&self) -> u32 {
+        4 * (WARPS * TILE + self.job.most_segments + 2)
     }
 
     /// Waits, and names the first logit that is not finite.

@@ -63,7 +63,7 @@ impl<'d> SummedRows<'d> {
         let paths: Vec<&Path> = tokens.map(|token| trie.path(token)).collect();
         let sums = Sums::new(device, vocab, &trie, &Plan::new(paths)?, dtype, logits)?;
         let segments = sums.job.most_segments;
-        let shared = 8 * segments + 4 * (segments + 1) + sums.slice_bits();
+        let shared = 8 * segments + sums.shared();
         let kernel = device.kernel(Unit::Score, &format!("sum_rows_{}", suffix(dtype)), shared)?;
         Ok(Self {
             device,
@@ -86,6 +86,7 @@ impl<'d> SummedRows<'d> {
         Ok(Rows {
             rows: all.rows + first * size_of::<Row>() as u64,
             arrived: all.arrived + first * size_of::<u32>() as u64,
+            layout: all.layout + first * size_of::<u32>() as u64,
             logits,
             count: count(rows.len())?,
             bad,

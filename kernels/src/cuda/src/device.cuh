@@ -94,10 +94,11 @@ template <class T> __device__ inline void store_vector(T *to, const float (&x)[8
                      pack_pair<T>(x[6], x[7])});
 }
 
-// e^x for x <= 0 as 2^(x log2 e). The product is rounded once (2^-24 of at most 66 where the result is above 1e-20) and
-// ex2.approx is within 2^-22, so the relative error is below 3e-6 there and below 6e-7 for results above 2^-16. A code
-// is a step of 4.4 %: it can differ from the exact one only within 2e-5 steps of a rounding boundary.
-__device__ inline float exp_of_nonpositive(float x) { return exp2_approximate(x * LOG2_E); }
+// e^x for |x| <= 46 or a result that is as good as zero, as 2^(x log2 e). The product is rounded once (2^-24 of at most
+// 66 where the result is between 1e-20 and 1e20) and ex2.approx is within 2^-22, so the relative error is below 3e-6
+// there and below 6e-7 for results within 2^16 of one. A code is a step of 4.4 %: it can differ from the exact one only
+// within 2e-5 steps of a rounding boundary.
+__device__ inline float exp_near_zero(float x) { return exp2_approximate(x * LOG2_E); }
 
 template <class T> __device__ inline T warp_sum(T value) {
 #pragma unroll

@@ -52,18 +52,18 @@ struct LevelState {
 struct LossShared {
     LevelState *levels;
     Mass *mass;
+    float *values;
     u32 *start;
     u32 *owner;
     float *coefficient;
-    u32 *bits;
 
     __device__ LossShared(const Rows &job, u8 *memory) {
         levels = (LevelState *)memory;
         mass = (Mass *)(levels + job.most_levels);
-        start = (u32 *)(mass + job.most_segments + 1);
-        owner = start + job.most_segments + 1;
+        values = (float *)(mass + job.most_segments + 1);
+        start = (u32 *)(values + WARPS * TILE);
+        owner = start + job.most_segments + 2;
         coefficient = (float *)(owner + job.most_segments);
-        bits = (u32 *)(coefficient + job.most_segments);
     }
 };
 
@@ -101,6 +101,15 @@ __device__ double trie_root(const Loss &job, const LossRow &loss_row, const Row 
     const Rows &rows = job.rows;
     Level level = rows.levels[row.first_level];
     Node root = rows.nodes[level.node];
+    // What comes from memory is asked for before the first barrier, so that the waits overlap.
+    u32 child = threadIdx.x, byte = 0, slot = NONE;
+    bool is_child = child < root.children, is_ghost = false;
+    double listed = 0, end = job.probability[job.columns[term.end]], spread = job.probability[job.columns[term.tail]];
+    if (is_child) {
+        byte = rows.nodes[root.first_child + child].byte;
+        slot = slot_of(job, term, 0, byte);
+        if (slot != NONE) listed = job.probability[job.columns[term.codes + slot]];
+    }
     removed[threadIdx.x] = 0;
     __syncthreads();
     if (loss_row.previous != NONE) {
@@ -112,16 +121,12 @@ __device__ double trie_root(const Loss &job, const LossRow &loss_row, const Row 
     }
     __syncthreads();
 
-    u32 child = threadIdx.x;
-    bool is_child = child < root.children, is_ghost = false;
     double target = 0;
     float shift = LOWEST;
     double sum = 0;
     if (is_child) {
-        u32 byte = rows.nodes[root.first_child + child].byte;
-        u32 slot = slot_of(job, term, 0, byte);
         is_ghost = slot == NONE && !removed[byte];
-        if (slot != NONE && !removed[byte]) target = job.probability[job.columns[term.codes + slot]];
+        if (!removed[byte]) target = listed;
         if (child == level.path) {
             shift = shared.levels[1].mass.shift;
             sum = shared.levels[1].mass.sum;
@@ -133,8 +138,7 @@ __device__ double trie_root(const Loss &job, const LossRow &loss_row, const Row 
     }
     float ghost_shift = block_max(is_ghost ? shift : LOWEST, scratch);
     double ghost_sum = block_sum(is_ghost ? sum * expf(shift - ghost_shift) : 0, scratch);
-    double end = job.probability[job.columns[term.end]];
-    double tail = ghost_sum > 0 ? (double)job.probability[job.columns[term.tail]] : 0;
+    double tail = ghost_sum > 0 ? spread : 0;
     double targets = block_sum(target, scratch) + end + tail;
     LevelState &state = shared.levels[0];
     if (targets <= 0) {
@@ -296,50 +300,58 @@ __device__ void write_gradient(const Loss &job, u32 row_index, const Row &row, u
     u32 skew;
     const In *base = row_base<In>(rows, row_index, skew);
     Out *out = (Out *)job.gradient + row_index * job.gradient_stride - skew;
+    u32 span = span_elements(rows), lane = threadIdx.x % 32;
+    u32 from = (slice * WARPS + threadIdx.x / 32) * span, end = skew + rows.live, width = skew + rows.width;
+    u32 stop = min(from + span, width), readable = min(stop, end);
+    Batch<In> batch(base, from + lane * 8, readable);
     if (threadIdx.x == 0)
         while (load_acquire(&job.ready[row_index]) == 0) pause();
     __syncthreads();
     for (u32 i = threadIdx.x; i <= row.segments; i += THREADS)
         shared.mass[i] =
             i < row.segments ? load_shared_result(job.coefficients + row.first_segment + i) : Mass{0, 0};
-    u32 span = span_elements(rows), slice_start = slice * WARPS * span;
-    mark(row, shared.start, shared.bits, slice_start, WARPS * span);
-    u32 lane = threadIdx.x % 32, from = slice_start + threadIdx.x / 32 * span;
-    u32 end = skew + rows.live, width = skew + rows.width;
+    __syncthreads();
     if (from >= width) return;
-    u32 current = open_segment(row, shared.start, from);
-    const u8 *boundaries = (const u8 *)shared.bits + (from - slice_start) / 8 + lane;
-    Raw<In> next = load_raw(base, from + lane * 8, end);
-    for (u32 tile = 0; tile < rows.tiles && from + tile * TILE < width; ++tile) {
-        u32 at = from + tile * TILE + lane * 8;
-        float x[8];
-        unpack(next, x);
-        if (tile + 1 < rows.tiles) next = load_raw(base, at + TILE, end);
-        u32 boundary = boundaries[tile * (TILE / 8)];
-        u32 real = inside(at, skew, end);
-        if (!__any_sync(ALL, boundary != 0 || real != 0xff)) {
-            Mass own = shared.mass[current];
+    u32 current = open_segment(shared.start, row.segments, from + 1), until = shared.start[current + 1];
+    Mass own = shared.mass[current];
+    for (u32 tile = from; tile < stop; tile += BATCH<In> * TILE) {
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) x[i] = own.y * exp_of_nonpositive(x[i] - own.x);
-            store_vector(out + at, x);
-            continue;
-        }
-        u32 count = __popc(boundary), before = boundaries_before(count);
-        u32 segment = current + before;
-        current += __shfl_sync(ALL, before + count, 31);
-        Mass own = shared.mass[segment];
+        for (u32 b = 0; b < BATCH<In>; ++b) {
+            u32 first = tile + b * TILE, at = first + lane * 8;
+            if (first >= stop) break;
+            float x[8];
+            unpack(batch.tile[b], x);
+            batch.tile[b] = load_raw(base, at + BATCH<In> * TILE, readable);
+            if (first + TILE <= until && first >= skew) {
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) {
-            if (boundary >> i & 1) own = shared.mass[++segment];
-            x[i] = real >> i & 1 ? own.y * exp_of_nonpositive(x[i] - own.x) : 0;
-        }
-        u32 written = inside(at, skew, width);
-        if (written == 0xff) {
-            store_vector(out + at, x);
-        } else {
+                for (u32 i = 0; i < 8; ++i) x[i] = own.y * exp_near_zero(x[i] - own.x);
+                store_vector(out + at, x);
+                continue;
+            }
+            u32 segment = open_segment(shared.start, row.segments, at + 1);
+            own = shared.mass[segment];
+            until = shared.start[segment + 1];
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i)
-                if (written >> i & 1) out[at + i] = narrow<Out>(x[i]);
+            for (u32 i = 0; i < 8; ++i) {
+                if (until <= at + i) {
+                    own = shared.mass[++segment];
+                    until = shared.start[segment + 1];
+                }
+                // Behind the live columns, `own` is zero and the logit anything.
+                x[i] = segment < row.segments ? own.y * exp_near_zero(x[i] - own.x) : 0;
+            }
+            current = __shfl_sync(ALL, segment, 31);
+            current += shared.start[current + 1] <= first + TILE;
+            own = shared.mass[current];
+            until = shared.start[current + 1];
+            u32 written = inside(at, skew, width);
+            if (written == 0xff) {
+                store_vector(out + at, x);
+            } else {
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i)
+                    if (written >> i & 1) out[at + i] = narrow<Out>(x[i]);
+            }
         }
     }
 }
@@ -350,12 +362,16 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
     const Rows &rows = job.rows;
     LossShared shared(rows, memory);
     u32 block = job.lag * rows.slices, blocks = (rows.count + job.lag - 1) / job.lag;
+    // The next ticket is drawn while this one is worked on. It waits for no one that waits for it: the lowest ticket
+    // that is not done is being worked on.
+    u32 upcoming = threadIdx.x == 0 ? atomicAdd(job.ticket, 1) : 0;
     for (;;) {
         __syncthreads();
-        if (threadIdx.x == 0) drawn = atomicAdd(job.ticket, 1);
+        if (threadIdx.x == 0) drawn = upcoming;
         __syncthreads();
         u32 ticket = drawn;
         if (ticket >= block * (1 + 2 * blocks)) return;
+        if (threadIdx.x == 0) upcoming = atomicAdd(job.ticket, 1);
         // The first block's sums, then in turn the next block's sums and a block's gradients.
         bool is_gradient = false;
         if (ticket >= block) {
@@ -367,14 +383,14 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
         if (row_index >= rows.count) continue;
         Row row = rows.rows[row_index];
         row_base<In>(rows, row_index, skew);
-        lay_out(rows, row, skew, shared.start, nullptr);
+        load_layout(rows, row_index, row, skew, shared.start);
         if (is_gradient) {
             write_gradient<In, Out>(job, row_index, row, slice, shared);
             continue;
         }
-        sum_slice<In>(rows, row_index, row, slice, shared.start, shared.bits);
+        sum_slice<In>(rows, row_index, row, slice, shared.start, shared.values);
         if (!is_last(rows, row_index)) continue;
-        lay_out(rows, row, skew, shared.start, shared.owner);
+        lay_out(rows, row, nullptr, shared.owner);
         finish_masses<In>(rows, row_index, row, shared.start, shared.mass);
         work_out(job, row_index, row, shared);
     }

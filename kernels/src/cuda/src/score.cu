@@ -2,16 +2,22 @@
 #include "segments.cuh"
 
 struct SumShared {
-    u32 *start;
-    u32 *bits;
     Mass *mass;
+    float *values;
+    u32 *start;
 
     __device__ SumShared(const Rows &job, u8 *memory) {
         mass = (Mass *)memory;
-        start = (u32 *)(mass + job.most_segments);
-        bits = start + job.most_segments + 1;
+        values = (float *)(mass + job.most_segments);
+        start = (u32 *)(values + WARPS * TILE);
     }
 };
+
+// One block per row.
+extern "C" __global__ void __launch_bounds__(THREADS) lay_out_rows(Rows job) {
+    Row row = job.rows[blockIdx.x];
+    lay_out(job, row, row_layout(job, blockIdx.x, row), nullptr);
+}
 
 // One block per slice of a row.
 template <class T> __device__ void sum_rows(const Rows &job) {
@@ -20,8 +26,8 @@ template <class T> __device__ void sum_rows(const Rows &job) {
     u32 row_index = blockIdx.x / job.slices, slice = blockIdx.x % job.slices, skew;
     Row row = job.rows[row_index];
     row_base<T>(job, row_index, skew);
-    lay_out(job, row, skew, shared.start, nullptr);
-    sum_slice<T>(job, row_index, row, slice, shared.start, shared.bits);
+    load_layout(job, row_index, row, skew, shared.start);
+    sum_slice<T>(job, row_index, row, slice, shared.start, shared.values);
     if (!is_last(job, row_index)) return;
     finish_masses<T>(job, row_index, row, shared.start, shared.mass);
     for (u32 i = threadIdx.x; i < row.segments; i += THREADS) job.segments[row.first_segment + i] = shared.mass[i];

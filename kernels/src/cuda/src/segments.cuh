@@ -5,16 +5,20 @@
 // replaced by its own stop and children; the ends of the record are the last. Host code gives, for every level, the index
 // of its first segment (`left`), of its first child behind the path (`right`) and the path's place among its children.
 //
-// A row is read in spans of `tiles` * 256 elements, one warp each. A span writes (shift, sum) for every segment that
-// starts and ends in it, and two more for the pieces at its edges. Whoever comes last adds the pieces up in the order of
-// spans, so that the result does not depend on scheduling. Indices into a row are counted from the 16-byte boundary at
-// or before its start: column + `skew`.
+// A row is read in spans of `tiles` * 256 elements, one warp each, against one shift: the largest logit of the span's
+// first tile. A span writes (shift, sum) for every segment that starts and ends in it, and two more for the pieces at
+// its edges. Whoever comes last adds the pieces up in the order of spans, so that the result does not depend on
+// scheduling. A sum that lost members to underflow, or came near overflow, is taken again against the segment's own
+// maximum. Indices into a row are counted from the 128-byte boundary at or before its start: column + `skew`.
 #pragma once
 #include "device.cuh"
 
 constexpr u32 TILE = 256;
-// Below this a sum against a shared shift has lost members to underflow and is taken again against its own maximum.
+// Sums between these lost nothing against their shift.
 constexpr float SCARCE = 1e-20f;
+constexpr float ABUNDANT = 1e20f;
+// Segments that start in a tile from which on lanes take a segment each.
+constexpr u32 DENSE = 8;
 
 struct Node {
     u32 start, stop, end, first_child, children, byte;
@@ -53,6 +57,7 @@ struct Rows {
     u32 most_levels;
     Mass *edges;    // [count, slices * WARPS, 2]
     Mass *segments; // [sum of segments]
+    u32 *layout;    // [sum of segments + count] first columns of a row's segments and the end of the last
     u32 *arrived;   // [count], zero
     u64 *bad;       // smallest index row * width + column of a logit that is not finite
 };
@@ -64,7 +69,7 @@ __device__ inline u32 span_elements(const Rows &job) { return job.tiles * TILE; 
 
 template <class T> __device__ inline const T *row_base(const Rows &job, u32 row, u32 &skew) {
     const T *first = (const T *)job.logits + (u64)row * job.stride;
-    skew = (u32)((u64)first % 16 / sizeof(T));
+    skew = (u32)((u64)first % 128 / sizeof(T));
     return first - skew;
 }
 
@@ -89,20 +94,20 @@ __device__ inline void level_range(const Rows &job, const Row &row, u32 depth, u
                                    : level.right + node.children - level.path - 1;
 }
 
-// Starts of the segments of a row, and the end of the last, in shared memory; with `owner` also level * 512 + class.
-__device__ inline void lay_out(const Rows &job, const Row &row, u32 skew, u32 *start, u32 *owner) {
+// First columns of the segments of a row, and the end of the last; with `owner` also level * 512 + class.
+__device__ inline void lay_out(const Rows &job, const Row &row, u32 *start, u32 *owner) {
     auto place = [&](u32 depth, u32 first, u32 step) {
         Level level = job.levels[row.first_level + depth];
         u32 stop;
         Node node = level_node(job, level, depth, stop);
         if (stop && first == 0) {
-            start[level.left] = skew + node.start;
+            if (start) start[level.left] = node.start;
             if (owner) owner[level.left] = depth * 512 + OWNER_STOP;
         }
         for (u32 child = first; child < node.children; child += step) {
             if (child == level.path) continue;
             u32 segment = child_segment(level, stop, child);
-            start[segment] = skew + job.starts[node.first_child + child];
+            if (start) start[segment] = job.starts[node.first_child + child];
             if (owner) owner[segment] = depth * 512 + job.nodes[node.first_child + child].byte;
         }
     };
@@ -110,27 +115,27 @@ __device__ inline void lay_out(const Rows &job, const Row &row, u32 skew, u32 *s
     place(0, threadIdx.x, THREADS);
     for (u32 depth = 1 + threadIdx.x / 32; depth < row.levels; depth += WARPS) place(depth, threadIdx.x % 32, 32);
     if (threadIdx.x == 0) {
-        start[row.segments - 1] = skew + job.ends;
-        start[row.segments] = skew + job.live;
+        if (start) start[row.segments - 1] = job.ends;
+        if (start) start[row.segments] = job.live;
         if (owner) owner[row.segments - 1] = OWNER_END;
     }
-    __syncthreads();
 }
 
-// One bit per element of a slice where a segment starts, but for the first segment.
-__device__ inline void mark(const Row &row, const u32 *start, u32 *bits, u32 slice_start, u32 slice_elements) {
-    for (u32 i = threadIdx.x; i < slice_elements / 32; i += THREADS) bits[i] = 0;
-    __syncthreads();
-    for (u32 i = 1 + threadIdx.x; i <= row.segments; i += THREADS) {
-        u32 at = start[i] - slice_start;
-        if (start[i] >= slice_start && at < slice_elements) atomicOr(&bits[at / 32], 1u << (at % 32));
-    }
+__device__ inline u32 *row_layout(const Rows &job, u32 row_index, const Row &row) {
+    return job.layout + row.first_segment + row_index;
+}
+
+// Starts of the segments of a row in shared memory, then the end of the last and NONE.
+__device__ inline void load_layout(const Rows &job, u32 row_index, const Row &row, u32 skew, u32 *start) {
+    const u32 *columns = row_layout(job, row_index, row);
+    for (u32 i = threadIdx.x; i <= row.segments; i += THREADS) start[i] = skew + columns[i];
+    if (threadIdx.x == 0) start[row.segments + 1] = NONE;
     __syncthreads();
 }
 
 // Segment that is open just before an element: how many segments but the first start before it.
-__device__ inline u32 open_segment(const Row &row, const u32 *start, u32 at) {
-    u32 low = 1, high = row.segments + 1;
+__device__ inline u32 open_segment(const u32 *start, u32 count, u32 at) {
+    u32 low = 1, high = count + 1;
     while (low < high) {
         u32 middle = (low + high) / 2;
         if (start[middle] < at) low = middle + 1;
@@ -139,87 +144,70 @@ __device__ inline u32 open_segment(const Row &row, const u32 *start, u32 at) {
     return low - 1;
 }
 
-// Number of boundaries in lower lanes.
-__device__ inline u32 boundaries_before(u32 own) {
-    u32 lane = threadIdx.x % 32, sum = own;
-#pragma unroll
-    for (u32 d = 1; d < 32; d *= 2) {
-        u32 left = __shfl_up_sync(ALL, sum, d);
-        if (lane >= d) sum += left;
-    }
-    return sum - own;
-}
-
 // Sums of one warp over a span of consecutive elements.
 struct SpanSums {
-    Mass *edges;    // of this span
-    Mass *segments; // of this row
-    float shift = LOWEST, sum = 0;
-    u32 current;
+    Mass *edges;      // of this span
+    Mass *segments;   // of this row
+    const u32 *start; // of this row
+    float *values;    // TILE of this warp
+    u32 count;        // segments of this row
+    u32 current;      // open segment
+    u32 next;         // where it ends
     bool is_first;
     bool seen = false;
+    float shift, sum = 0;
 
-    __device__ void whole(const float (&x)[8]) {
-        float top = shift;
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
-        float e[8];
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) e[i] = exp_of_nonpositive(x[i] - top);
-        float part = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
-        sum = sum * exp_of_nonpositive(shift - top) + part;
-        shift = top;
+    __device__ static float total(const float (&e)[8]) {
+        return ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
     }
 
-    // A tile in which segments start; `boundary` and `real` have a bit for each of the lane's elements.
-    __device__ void cut(const float (&x)[8], u32 boundary, u32 real) {
+    __device__ void close(float mass) {
+        mass = warp_sum(mass);
+        if (threadIdx.x % 32 == 0) *(seen || is_first ? &segments[current] : &edges[0]) = Mass{shift, mass};
+        seen = true;
+    }
+
+    // A tile in which segments start, the lane's elements `e` at `at`.
+    __device__ void cut(float (&e)[8], u32 at, u32 tile_end) {
         u32 lane = threadIdx.x % 32;
-        float top = shift;
+        bool is_dense = start[min(current + DENSE, count)] < tile_end;
+        if (is_dense) {
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) top = fmaxf(top, real >> i & 1 ? x[i] : LOWEST);
-        top = warp_max(top);
-        float carry = warp_sum(sum * exp_of_nonpositive(shift - top));
-        u32 flags = __ballot_sync(ALL, boundary != 0);
-        u32 own = __popc(boundary);
-        u32 before = boundaries_before(own);
-        float open = 0, head = 0;
-        u32 closed = 0;
+            for (u32 i = 0; i < 8; ++i) values[lane * 8 + i] = e[i];
+            __syncwarp();
+        }
+        do {
+            float before = 0;
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) {
-            if (boundary >> i & 1) {
-                if (closed == 0) head = open;
-                else segments[current + before + closed] = Mass{top, open};
-                open = 0;
-                ++closed;
+            for (u32 i = 0; i < 8; ++i) {
+                bool is_before = at + i < next;
+                before += is_before ? e[i] : 0;
+                e[i] = is_before ? 0 : e[i];
             }
-            if (real >> i & 1) open += exp_of_nonpositive(x[i] - top);
-        }
-        u32 up_to_here = flags & (ALL >> (31 - lane));
-        u32 opener = up_to_here ? 31 - __clz(up_to_here) : 0;
-        float run = open;
+            close(sum + before);
+            sum = 0;
+            next = start[++current + 1];
+        } while (next < tile_end && !is_dense);
+        if (is_dense) {
+            const float *tile = values - (tile_end - TILE);
+            u32 last = open_segment(start, count, tile_end);
+            for (u32 i = current + lane; i < last; i += 32) {
+                float mass = 0;
+                for (u32 j = start[i]; j < start[i + 1]; ++j) mass += tile[j];
+                segments[i] = Mass{shift, mass};
+            }
+            current = last;
+            next = start[current + 1];
 #pragma unroll
-        for (u32 d = 1; d < 32; d *= 2) {
-            float left = __shfl_up_sync(ALL, run, d);
-            if (lane >= opener + d) run += left;
+            for (u32 i = 0; i < 8; ++i) e[i] = at + i < start[current] ? 0 : e[i];
+            __syncwarp();
         }
-        float left = __shfl_up_sync(ALL, run, 1);
-        if (boundary) {
-            bool leftmost = (flags & ((1u << lane) - 1)) == 0;
-            float closing = head + (lane > 0 ? left : 0) + (leftmost ? carry : 0);
-            Mass *slot = leftmost && !seen && !is_first ? &edges[0] : &segments[current + before];
-            *slot = Mass{top, closing};
-        }
-        run = __shfl_sync(ALL, run, 31);
-        shift = top;
-        sum = lane == 0 ? run + (flags ? 0 : carry) : 0;
-        current += __shfl_sync(ALL, before + own, 31);
-        seen |= flags != 0;
+        sum = total(e);
     }
 
     __device__ void end() {
-        float top = warp_max(shift);
-        float total = warp_sum(sum * exp_of_nonpositive(shift - top));
-        if (threadIdx.x % 32 == 0) edges[seen || is_first] = Mass{top, total};
+        float mass = warp_sum(sum);
+        if (threadIdx.x % 32 == 0) edges[seen || is_first] = Mass{shift, mass};
     }
 };
 
@@ -231,39 +219,65 @@ __device__ inline u32 inside(u32 at, u32 from, u32 to) {
     return bits;
 }
 
+// Tiles that a warp asks for before it needs them: 64 bytes per lane.
+template <class T> constexpr u32 BATCH = 8 / sizeof(T);
+
+template <class T> struct Batch {
+    Raw<T> tile[BATCH<T>];
+
+    __device__ Batch(const T *base, u32 at, u32 end) {
+#pragma unroll
+        for (u32 i = 0; i < BATCH<T>; ++i) tile[i] = load_raw(base, at + i * TILE, end);
+    }
+};
+
 // Reads one slice of a row and writes its pieces.
 template <class T>
-__device__ void sum_slice(const Rows &job, u32 row_index, const Row &row, u32 slice, const u32 *start, u32 *bits) {
+__device__ void sum_slice(const Rows &job, u32 row_index, const Row &row, u32 slice, const u32 *start, float *values) {
     u32 skew;
     const T *base = row_base<T>(job, row_index, skew);
-    u32 span = span_elements(job), slice_start = slice * WARPS * span;
-    mark(row, start, bits, slice_start, WARPS * span);
-    u32 lane = threadIdx.x % 32, index = slice * WARPS + threadIdx.x / 32;
-    u32 from = index * span, end = skew + job.live;
+    u32 span = span_elements(job), lane = threadIdx.x % 32, index = slice * WARPS + threadIdx.x / 32;
+    u32 from = index * span, end = skew + job.live, stop = min(from + span, end);
     if (from >= end) return;
+    Batch<T> batch(base, from + lane * 8, stop);
     SpanSums sums;
     sums.edges = job.edges + ((u64)row_index * job.slices * WARPS + index) * 2;
     sums.segments = job.segments + row.first_segment;
-    sums.current = open_segment(row, start, from);
+    sums.start = start;
+    sums.values = values + threadIdx.x / 32 * TILE;
+    sums.count = row.segments;
+    sums.current = open_segment(start, row.segments, from);
+    sums.next = start[sums.current + 1];
     sums.is_first = index == 0;
-    const u8 *boundaries = (const u8 *)bits + (from - slice_start) / 8 + lane;
+    {
+        float x[8], top = LOWEST;
+        unpack(batch.tile[0], x);
+        u32 real = inside(from + lane * 8, skew, end);
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) top = fmaxf(top, real >> i & 1 ? x[i] : LOWEST);
+        sums.shift = warp_max(top);
+    }
     float poison = 0;
-    Raw<T> next = load_raw(base, from + lane * 8, end);
-    for (u32 tile = 0; tile < job.tiles && from + tile * TILE < end; ++tile) {
-        u32 at = from + tile * TILE + lane * 8;
-        float x[8];
-        unpack(next, x);
-        if (tile + 1 < job.tiles) next = load_raw(base, at + TILE, end);
-        u32 boundary = boundaries[tile * (TILE / 8)];
-        u32 real = inside(at, skew, end);
-        if (__any_sync(ALL, boundary != 0 || real != 0xff)) {
+    for (u32 tile = from; tile < stop; tile += BATCH<T> * TILE) {
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) poison += real >> i & 1 ? x[i] * 0.0f : 0.0f;
-            sums.cut(x, boundary, real);
-        } else {
+        for (u32 b = 0; b < BATCH<T>; ++b) {
+            u32 first = tile + b * TILE, at = first + lane * 8;
+            if (first >= stop) break;
+            float x[8];
+            unpack(batch.tile[b], x);
+            batch.tile[b] = load_raw(base, at + BATCH<T> * TILE, stop);
+            if (first < skew || first + TILE > end) {
+                u32 real = inside(at, skew, end);
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) poison += x[i] * 0.0f;
-            sums.whole(x);
+                for (u32 i = 0; i < 8; ++i) x[i] = real >> i & 1 ? x[i] : LOWEST;
+            }
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) {
+                poison += x[i] * 0.0f;
+                x[i] = exp_near_zero(x[i] - sums.shift);
+            }
+            if (first + TILE <= sums.next) sums.sum += SpanSums::total(x);
+            else sums.cut(x, at, first + TILE);
         }
     }
     sums.end();
@@ -278,22 +292,36 @@ __device__ void sum_slice(const Rows &job, u32 row_index, const Row &row, u32 sl
 
 // Adds up the pieces of a segment in the order of spans.
 __device__ inline Mass merge(const Rows &job, u32 row_index, const Row &row, u32 segment, u32 from, u32 to) {
+    constexpr u32 AHEAD = 4;
     u32 span = span_elements(job), first = from / span, last = (to - 1) / span;
     if (to < (first + 1) * span) return load_shared_result(job.segments + row.first_segment + segment);
     const Mass *edges = job.edges + (u64)row_index * job.slices * WARPS * 2;
     Mass piece = load_shared_result(edges + first * 2 + 1);
     float shift = piece.x;
     double sum = piece.y;
-    for (u32 i = first + 1; i <= last; ++i) {
-        piece = load_shared_result(edges + i * 2);
-        if (piece.x > shift) {
-            sum = sum * expf(shift - piece.x) + piece.y;
-            shift = piece.x;
-        } else {
-            sum += (double)piece.y * expf(piece.x - shift);
+    for (u32 i = first + 1; i <= last; i += AHEAD) {
+        Mass pieces[AHEAD];
+#pragma unroll
+        for (u32 j = 0; j < AHEAD; ++j) pieces[j] = load_shared_result(edges + min(i + j, last) * 2);
+#pragma unroll
+        for (u32 j = 0; j < AHEAD; ++j) {
+            if (i + j > last) break;
+            piece = pieces[j];
+            if (piece.x > shift) {
+                sum = sum * expf(shift - piece.x) + piece.y;
+                shift = piece.x;
+            } else {
+                sum += (double)piece.y * expf(piece.x - shift);
+            }
         }
     }
     return Mass{shift, (float)sum};
+}
+
+// The same mass with a sum near one, so that shifts compare as masses do.
+__device__ inline Mass normalise(Mass mass) {
+    float shift = mass.x + rintf(logf(mass.y));
+    return Mass{shift, mass.y * expf(mass.x - shift)};
 }
 
 // Whether this block is the last of a row's; its predecessors' pieces are then visible.
@@ -311,17 +339,20 @@ __device__ inline bool is_last(const Rows &job, u32 row_index) {
 // Final masses of all segments of a row, in shared memory.
 template <class T>
 __device__ void finish_masses(const Rows &job, u32 row_index, const Row &row, const u32 *start, Mass *mass) {
-    for (u32 i = threadIdx.x; i < row.segments; i += THREADS)
-        mass[i] = merge(job, row_index, row, i, start[i], start[i + 1]);
+    auto is_sound = [](Mass mass) { return mass.y >= SCARCE && mass.y <= ABUNDANT; };
+    for (u32 i = threadIdx.x; i < row.segments; i += THREADS) {
+        Mass own = merge(job, row_index, row, i, start[i], start[i + 1]);
+        mass[i] = is_sound(own) ? normalise(own) : Mass{0, 0};
+    }
     __syncthreads();
     u32 lane = threadIdx.x % 32, skew;
     const T *base = row_base<T>(job, row_index, skew);
     for (u32 i = threadIdx.x / 32; i < row.segments; i += WARPS) {
-        if (!(mass[i].y < SCARCE)) continue;
+        if (mass[i].y > 0) continue;
         float top = LOWEST, sum = 0;
         for (u32 at = start[i] + lane; at < start[i + 1]; at += 32) top = fmaxf(top, widen(base[at]));
         top = warp_max(top);
-        for (u32 at = start[i] + lane; at < start[i + 1]; at += 32) sum += exp_of_nonpositive(widen(base[at]) - top);
+        for (u32 at = start[i] + lane; at < start[i + 1]; at += 32) sum += exp_near_zero(widen(base[at]) - top);
         sum = warp_sum(sum);
         __syncwarp();
         if (lane == 0) mass[i] = Mass{top, sum};
