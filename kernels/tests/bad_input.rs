@@ -2,10 +2,10 @@
 //! are not.
 #![cfg(test)]
 
-use consilium_kernels::loss::{NO_LABEL, cross_entropy, trie_loss};
+use consilium_kernels::loss::{ItemLoss, NO_LABEL, Term, loss_in_place};
 use consilium_kernels::score::{Branch, branches, records, token_bits};
 use consilium_kernels::{
-    LossError, RecordError, RecordShape, Records, ScoreError, TokenKind, Vocab,
+    LossError, RecordError, RecordShape, RecordView, Records, ScoreError, TokenKind, Vocab,
 };
 
 const SHAPE: RecordShape = RecordShape {
@@ -36,6 +36,28 @@ fn target() -> Records {
     .unwrap()
 }
 
+/// Loss of one term, and the gradient.
+fn loss(
+    vocab: &Vocab,
+    tokens: &[u32],
+    term: Term<'_>,
+    logits: &[f32],
+) -> Result<(f64, Vec<f32>), LossError> {
+    let mut grad = logits.to_vec();
+    let terms = &[term];
+    let loss = loss_in_place(vocab, &[ItemLoss { tokens, terms }], &mut grad)?;
+    Ok((loss, grad))
+}
+
+fn trie(target: RecordView<'_>, weight: f32) -> Term<'_> {
+    Term::Trie { target, weight }
+}
+
+fn labels(labels: &[u32]) -> Term<'_> {
+    let weight = 1.0;
+    Term::Labels { labels, weight }
+}
+
 #[test]
 fn a_logit_that_is_not_finite_is_named() {
     let vocab = vocab();
@@ -54,15 +76,9 @@ fn a_logit_that_is_not_finite_is_named() {
             assert_eq!(token_bits(&vocab, &[1], &logits).unwrap_err(), expected);
             assert_eq!(out.positions(), 0);
             let expected = LossError::NotFinite { row, column };
-            let mut grad = vec![0.0; 10];
-            assert_eq!(
-                trie_loss(&vocab, &[1], target.view(), &logits, 1.0, &mut grad).unwrap_err(),
-                expected
-            );
-            assert_eq!(
-                cross_entropy(&vocab, &[1, 3], &logits, 1.0, &mut grad).unwrap_err(),
-                expected
-            );
+            for term in [trie(target.view(), 1.0), labels(&[1, 3])] {
+                assert_eq!(loss(&vocab, &[1], term, &logits).unwrap_err(), expected);
+            }
         }
         let mut logits = vec![0.5; 10];
         let branch = Branch {
@@ -155,38 +171,33 @@ fn sizes_and_ranks_that_do_not_fit_are_named() {
         Err(ScoreError::Record(RecordError::Slots { .. }))
     ));
 
-    let mut grad = vec![0.0; 10];
     let length = |what, got, expected| LossError::Length {
         what,
         got,
         expected,
     };
-    let mut loss = |tokens: &[u32], logits: &[f32], weight| {
-        trie_loss(&vocab, tokens, target.view(), logits, weight, &mut grad).unwrap_err()
+    let refused = |tokens: &[u32], logits: &[f32], weight| {
+        loss(&vocab, tokens, trie(target.view(), weight), logits).unwrap_err()
     };
     assert_eq!(
-        loss(&[1, 2], &logits, 1.0),
+        refused(&[1, 2], &logits, 1.0),
         length("target positions", 3, 4)
     );
-    assert_eq!(loss(&[1], &logits[1..], 1.0), length("logits", 9, 10));
+    assert_eq!(refused(&[1], &logits[1..], 1.0), length("logits", 9, 10));
     assert_eq!(
-        loss(&[3], &logits, 1.0),
+        refused(&[3], &logits, 1.0),
         LossError::Label {
             position: 0,
             rank: 3
         }
     );
-    assert_eq!(loss(&[1], &logits, f32::NAN), LossError::Weight);
+    assert_eq!(refused(&[1], &logits, f32::NAN), LossError::Weight);
     assert_eq!(
-        cross_entropy(&vocab, &[1, 4], &logits, 1.0, &mut grad).unwrap_err(),
+        loss(&vocab, &[], labels(&[1, 4]), &logits).unwrap_err(),
         LossError::Label {
             position: 1,
             rank: 4
         }
-    );
-    assert_eq!(
-        trie_loss(&vocab, &[1], target.view(), &logits, 1.0, &mut []).unwrap_err(),
-        length("gradient", 0, 10)
     );
 }
 
@@ -198,8 +209,7 @@ fn an_impossible_observation_still_teaches() {
     // The text "a" and its end, both thought impossible.
     let target =
         Records::from_columns(1, vec![97, 97], vec![0, 255], vec![255, 0], vec![255; 2]).unwrap();
-    let mut grad = vec![0.0; 10];
-    let loss = trie_loss(&vocab, &[0], target.view(), &logits, 1.0, &mut grad).unwrap();
+    let (loss, grad) = loss(&vocab, &[0], trie(target.view(), 1.0), &logits).unwrap();
     assert!((loss - 40_000.0).abs() < 5.0, "{loss}");
     assert!((grad[0] + 1.0).abs() < 1e-5, "{grad:?}");
     assert!((grad[8] + 1.0).abs() < 1e-5, "{grad:?}");
@@ -212,17 +222,15 @@ fn an_impossible_observation_still_teaches() {
 }
 
 #[test]
-fn a_root_without_target_is_skipped_and_a_row_without_label_untouched() {
+fn a_root_without_target_is_skipped_and_a_row_without_label_has_no_gradient() {
     let vocab = vocab();
     let logits = [0.3, -0.2, 0.1, 0.7, 9.0].repeat(2);
     // Position 0 lists only a byte that no token starts with, and nothing else has mass.
     let target =
         Records::from_columns(1, vec![200, 97], vec![0, 255], vec![255, 0], vec![255; 2]).unwrap();
-    let mut grad = vec![0.0; 10];
-    let loss = trie_loss(&vocab, &[2], target.view(), &logits, 1.0, &mut grad).unwrap();
-    let mut expected = vec![0.0; 10];
-    let end_only = cross_entropy(&vocab, &[NO_LABEL, 3], &logits, 1.0, &mut expected).unwrap();
-    assert!((loss - end_only).abs() < 1e-9);
+    let (skipped, grad) = loss(&vocab, &[2], trie(target.view(), 1.0), &logits).unwrap();
+    let (end_only, expected) = loss(&vocab, &[], labels(&[NO_LABEL, 3]), &logits).unwrap();
+    assert!((skipped - end_only).abs() < 1e-9);
     assert_eq!(grad, expected);
     assert!(expected[..5].iter().all(|&value| value == 0.0));
 }

@@ -1,7 +1,7 @@
 //! The trie loss of a small item, class by class as one would write it down.
 #![cfg(test)]
 
-use consilium_kernels::loss::trie_loss;
+use consilium_kernels::loss::{ItemLoss, Term, loss_in_place};
 use consilium_kernels::{Backend, Records, TokenKind, Vocab};
 
 const A: usize = 0;
@@ -79,8 +79,16 @@ fn every_node_asks_for_what_the_formula_says() {
     let expected = begins + stops + follows + ends;
 
     let tokens = [0, 3];
-    let mut grad = vec![0.0; 15];
-    let loss = trie_loss(&vocab, &tokens, target.view(), &LOGITS, 2.0, &mut grad).unwrap();
+    let terms = [Term::Trie {
+        target: target.view(),
+        weight: 2.0,
+    }];
+    let item = ItemLoss {
+        tokens: &tokens,
+        terms: &terms,
+    };
+    let mut grad = LOGITS;
+    let loss = loss_in_place(&vocab, &[item], &mut grad).unwrap();
     assert!(
         (loss - 2.0 * expected).abs() < 1e-4,
         "{loss} against {}",
@@ -93,9 +101,8 @@ fn every_node_asks_for_what_the_formula_says() {
         2.0 * second[B]
     );
 
-    grad.fill(0.0);
     let exact = Backend::Reference
-        .trie_loss(&vocab, &tokens, target.view(), &LOGITS, 2.0, &mut grad)
+        .loss_in_place(&vocab, &[item], &mut LOGITS.clone())
         .unwrap();
     // Decoding rounds the mass of a code to 2^-31.
     assert!(

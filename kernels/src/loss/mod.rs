@@ -162,44 +162,6 @@ pub fn loss_in_place<T: Element>(
     Backend::best().loss_in_place(vocab, items, logits)
 }
 
-/// Trie loss of one item in nats, times `weight`; adds its gradient to `grad`.
-///
-/// `tokens` are the ranks of the target's m tokens without the end; `target` has one position per
-/// byte and one for the end; `logits` and `grad` are `[m + 1, V]`: row i predicts token i, the last
-/// row the end of the record.
-///
-/// # Errors
-/// Where sizes disagree, a rank spells no bytes, or a logit or the weight is not finite; `grad` is
-/// then of no use.
-pub fn trie_loss(
-    vocab: &Vocab,
-    tokens: &[u32],
-    target: RecordView<'_>,
-    logits: &[f32],
-    weight: f32,
-    grad: &mut [f32],
-) -> Result<f64, LossError> {
-    Backend::best().trie_loss(vocab, tokens, target, logits, weight, grad)
-}
-
-/// Cross-entropy of labels in nats, times `weight`; adds its gradient to `grad`.
-///
-/// `labels` are ranks, one per row of `logits` and `grad` `[labels.len(), V]`; [`NO_LABEL`] skips a
-/// row. A label stands for its class: all tokens with the same bytes, or all that end a record.
-///
-/// # Errors
-/// Where sizes disagree, a label is ignored or out of range, or a logit or the weight is not
-/// finite; `grad` is then of no use.
-pub fn cross_entropy(
-    vocab: &Vocab,
-    labels: &[u32],
-    logits: &[f32],
-    weight: f32,
-    grad: &mut [f32],
-) -> Result<f64, LossError> {
-    Backend::best().cross_entropy(vocab, labels, logits, weight, grad)
-}
-
 impl Backend {
     /// [`loss_in_place`] on this implementation.
     ///
@@ -227,63 +189,6 @@ impl Backend {
             Self::Cuda => return Err(crate::error::CudaError::NotBuilt.into()),
         };
         Ok(losses?.iter().sum())
-    }
-
-    /// [`trie_loss`] on this implementation.
-    ///
-    /// # Errors
-    /// As [`trie_loss`].
-    pub fn trie_loss(
-        self,
-        vocab: &Vocab,
-        tokens: &[u32],
-        target: RecordView<'_>,
-        logits: &[f32],
-        weight: f32,
-        grad: &mut [f32],
-    ) -> Result<f64, LossError> {
-        let terms = [Term::Trie { target, weight }];
-        let item = ItemLoss {
-            tokens,
-            terms: &terms,
-        };
-        self.add_gradient(vocab, item, logits, grad)
-    }
-
-    /// [`cross_entropy`] on this implementation.
-    ///
-    /// # Errors
-    /// As [`cross_entropy`].
-    pub fn cross_entropy(
-        self,
-        vocab: &Vocab,
-        labels: &[u32],
-        logits: &[f32],
-        weight: f32,
-        grad: &mut [f32],
-    ) -> Result<f64, LossError> {
-        let terms = [Term::Labels { labels, weight }];
-        let item = ItemLoss {
-            tokens: &[],
-            terms: &terms,
-        };
-        self.add_gradient(vocab, item, logits, grad)
-    }
-
-    fn add_gradient(
-        self,
-        vocab: &Vocab,
-        item: ItemLoss<'_>,
-        logits: &[f32],
-        grad: &mut [f32],
-    ) -> Result<f64, LossError> {
-        let mut own = logits.to_vec();
-        let loss = self.loss_in_place(vocab, &[item], &mut own)?;
-        check_length("gradient", grad.len(), own.len())?;
-        for (sum, own) in grad.iter_mut().zip(own) {
-            *sum += own;
-        }
-        Ok(loss)
     }
 }
 
