@@ -182,8 +182,8 @@ pub struct RoutingRow {
 }
 
 /// Why the bound of bits and facts is none of rules: what the texts of [`crate::world`] hold.
-pub const RULE_NOTE: &str = "Centralised training bounds bits and facts but not the rules of sets B and C: private text \
-    shows a rule on set A alone, in one line of five, while public text asks for sets A and B in two lines of five and \
+pub const RULE_NOTE: &str = "Centralised training bounds bits and facts, not rules: private text shows a rule on set A \
+    alone, in one line of five, while public text asks for sets A and B in two lines of five and \
     the sources' records answer there.";
 
 /// Wall-clock time of a part of the run.
