@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
@@ -14,6 +16,9 @@ use super::{Blobs, StoreError};
 
 /// Memory for pages of the index in bytes.
 const CACHE: u64 = 16 << 20;
+
+/// Time that sled's threads have to let go of a database that failed.
+const UNLOCKS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Place of one contribution.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -175,7 +180,7 @@ impl Index {
         // One database at a time may hold the folder.
         let open = match self.open.take() {
             Some(open) => open,
-            None => Open::load(&self.path).map_err(|error| index_error(&self.path, error))?,
+            None => Open::load_again(&self.path).map_err(|error| index_error(&self.path, error))?,
         };
         open.insert(slot, filled)
             .map_err(|error| index_error(&self.path, error))?;
@@ -211,7 +216,7 @@ impl Index {
     fn read<T>(&self, f: impl FnOnce(&Open) -> sled::Result<T>) -> Result<T, StoreError> {
         let read = match &self.open {
             Some(open) => f(open),
-            None => Open::load(&self.path).and_then(|open| f(&open)),
+            None => Open::load_again(&self.path).and_then(|open| f(&open)),
         };
         read.map_err(|error| index_error(&self.path, error))
     }
@@ -228,6 +233,19 @@ impl Open {
             artefacts: db.open_tree("artefacts")?,
             db,
         })
+    }
+
+    /// Opens a database that this process let go of: sled's own threads may hold its lock a little longer.
+    fn load_again(folder: &Path) -> sled::Result<Self> {
+        let patience = Instant::now() + UNLOCKS_WITHIN;
+        loop {
+            match Self::load(folder) {
+                Err(error) if is_locked(&error) && Instant::now() < patience => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                result => return result,
+            }
+        }
     }
 
     fn insert(&self, slot: &Slot, filled: &IndexedSlot) -> sled::Result<()> {
@@ -317,6 +335,11 @@ fn is_corrupt(error: &sled::Error) -> bool {
         | sled::Error::Unsupported(_) => true,
         sled::Error::CollectionNotFound(_) => false,
     }
+}
+
+/// Sled has no error of its own for this.
+fn is_locked(error: &sled::Error) -> bool {
+    matches!(error, sled::Error::Io(error) if error.to_string().contains("could not acquire lock"))
 }
 
 fn index_error(path: &Path, source: sled::Error) -> StoreError {
