@@ -118,6 +118,7 @@ plain! {
         edges: Address,
         segments: Address,
         layout: Address,
+        owners: Address,
         arrived: Address,
         bad: Address,
     }
@@ -197,6 +198,8 @@ plain! {
         ticket: Address,
         lag: u32,
         scale: f32,
+        most_listed: u32,
+        padding: u32,
     }
 
     /// Matrix product.
@@ -279,4 +282,4 @@ pub(super) const RULE_TIES: u32 = 2;
 pub(super) const RULE_SCE: u32 = 3;
 
 /// Bytes that the loss kernels keep per level in shared memory.
-pub(super) const LEVEL_STATE: u32 = 56;
+pub(super) const LEVEL_STATE: u32 = 96;

@@ -82,7 +82,7 @@ pub(super) struct Sums {
     _rows: Buffer<Row>,
     _edges: Buffer<Mass>,
     _masses: Buffer<Mass>,
-    _layout: Buffer<u32>,
+    _layout: (Buffer<u32>, Buffer<u32>),
 }
 
 impl Sums {
@@ -110,7 +110,10 @@ impl Sums {
             _rows: device.upload(&plan.rows)?,
             _edges: device.allocate(edges)?,
             _masses: device.allocate(plan.segments as usize)?,
-            _layout: device.allocate(plan.segments as usize + plan.len())?,
+            _layout: (
+                device.allocate(plan.segments as usize + plan.len())?,
+                device.allocate(plan.segments as usize)?,
+            ),
         };
         let job = Rows {
             nodes: trie.nodes.address(),
@@ -129,12 +132,13 @@ impl Sums {
             most_levels: plan.most_levels,
             edges: sums._edges.address(),
             segments: sums._masses.address(),
-            layout: sums._layout.address(),
+            layout: sums._layout.0.address(),
+            owners: sums._layout.1.address(),
             arrived: sums.arrived.address(),
             bad: sums.bad.address(),
         };
         let kernel = device.kernel(Unit::Score, "lay_out_rows", 0)?;
-        // SAFETY: the job of `lay_out_rows`: a block per row, room for the starts of all its segments and one more; what
+        // SAFETY: the job of `lay_out_rows`: a block per row, room for the starts of all its segments and one more, and for their owners; what
         // it reads lives as long as `sums` and the vocabulary's trie, which the maker of the job holds.
         unsafe { device.launch(&kernel, (job.count, 1), 0, &job) }?;
         Ok(Self { job, ..sums })

@@ -69,6 +69,15 @@ inline u32 __ballot_sync(u32, bool vote) {
 }
 inline bool __any_sync(u32, bool vote) { return __ballot_sync(0u, vote) != 0; }
 inline void __syncthreads() { emulator::wait_for_block(); }
+inline int __syncthreads_or(int vote) {
+    static thread_local int any;
+    emulator::wait_for_block();
+    if (threadIdx.x == 0) any = 0;
+    emulator::wait_for_block();
+    any |= vote;
+    emulator::wait_for_block();
+    return any;
+}
 inline void __syncwarp() { emulator::wait_for_warp(); }
 inline void __threadfence() {}
 inline u32 __popc(u32 x) { return (u32)__builtin_popcount(x); }

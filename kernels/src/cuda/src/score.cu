@@ -16,17 +16,15 @@ struct SumShared {
 // One block per row.
 extern "C" __global__ void __launch_bounds__(THREADS) lay_out_rows(Rows job) {
     Row row = job.rows[blockIdx.x];
-    lay_out(job, row, row_layout(job, blockIdx.x, row), nullptr);
+    lay_out(job, row, row_layout(job, blockIdx.x, row), job.owners + row.first_segment);
 }
 
 // One block per slice of a row.
 template <class T> __device__ void sum_rows(const Rows &job) {
     DYNAMIC_SHARED(memory);
     SumShared shared(job, memory);
-    u32 row_index = blockIdx.x / job.slices, slice = blockIdx.x % job.slices, skew;
-    Row row = job.rows[row_index];
-    row_base<T>(job, row_index, skew);
-    load_layout(job, row_index, row, skew, shared.start);
+    u32 row_index = blockIdx.x / job.slices, slice = blockIdx.x % job.slices;
+    Row row;
     sum_slice<T>(job, row_index, row, slice, shared.start, shared.values);
     if (!is_last(job, row_index)) return;
     finish_masses<T>(job, row_index, row, shared.start, shared.mass);

@@ -58,6 +58,7 @@ struct Rows {
     Mass *edges;    // [count, slices * WARPS, 2]
     Mass *segments; // [sum of segments]
     u32 *layout;    // [sum of segments + count] first columns of a row's segments and the end of the last
+    u32 *owners;    // [sum of segments] level * 512 + class of every segment
     u32 *arrived;   // [count], zero
     u64 *bad;       // smallest index row * width + column of a logit that is not finite
 };
@@ -94,30 +95,30 @@ __device__ inline void level_range(const Rows &job, const Row &row, u32 depth, u
                                    : level.right + node.children - level.path - 1;
 }
 
-// First columns of the segments of a row, and the end of the last; with `owner` also level * 512 + class.
+// First columns of the segments of a row and the end of the last, and who owns them.
 __device__ inline void lay_out(const Rows &job, const Row &row, u32 *start, u32 *owner) {
     auto place = [&](u32 depth, u32 first, u32 step) {
         Level level = job.levels[row.first_level + depth];
         u32 stop;
         Node node = level_node(job, level, depth, stop);
         if (stop && first == 0) {
-            if (start) start[level.left] = node.start;
-            if (owner) owner[level.left] = depth * 512 + OWNER_STOP;
+            start[level.left] = node.start;
+            owner[level.left] = depth * 512 + OWNER_STOP;
         }
         for (u32 child = first; child < node.children; child += step) {
             if (child == level.path) continue;
             u32 segment = child_segment(level, stop, child);
-            if (start) start[segment] = job.starts[node.first_child + child];
-            if (owner) owner[segment] = depth * 512 + job.nodes[node.first_child + child].byte;
+            start[segment] = job.starts[node.first_child + child];
+            owner[segment] = depth * 512 + job.nodes[node.first_child + child].byte;
         }
     };
     // The root has up to 256 children, the others mostly few.
     place(0, threadIdx.x, THREADS);
     for (u32 depth = 1 + threadIdx.x / 32; depth < row.levels; depth += WARPS) place(depth, threadIdx.x % 32, 32);
     if (threadIdx.x == 0) {
-        if (start) start[row.segments - 1] = job.ends;
-        if (start) start[row.segments] = job.live;
-        if (owner) owner[row.segments - 1] = OWNER_END;
+        start[row.segments - 1] = job.ends;
+        start[row.segments] = job.live;
+        owner[row.segments - 1] = OWNER_END;
     }
 }
 
@@ -231,15 +232,17 @@ template <class T> struct Batch {
     }
 };
 
-// Reads one slice of a row and writes its pieces.
+// Reads one slice of a row and writes its pieces. The row's layout comes to `start` while the first tiles are on their way.
 template <class T>
-__device__ void sum_slice(const Rows &job, u32 row_index, const Row &row, u32 slice, const u32 *start, float *values) {
+__device__ void sum_slice(const Rows &job, u32 row_index, Row &row, u32 slice, u32 *start, float *values) {
     u32 skew;
     const T *base = row_base<T>(job, row_index, skew);
     u32 span = span_elements(job), lane = threadIdx.x % 32, index = slice * WARPS + threadIdx.x / 32;
     u32 from = index * span, end = skew + job.live, stop = min(from + span, end);
-    if (from >= end) return;
     Batch<T> batch(base, from + lane * 8, stop);
+    row = job.rows[row_index];
+    load_layout(job, row_index, row, skew, start);
+    if (from >= end) return;
     SpanSums sums;
     sums.edges = job.edges + ((u64)row_index * job.slices * WARPS + index) * 2;
     sums.segments = job.segments + row.first_segment;
@@ -327,6 +330,10 @@ __device__ inline Mass normalise(Mass mass) {
 // Whether this block is the last of a row's; its predecessors' pieces are then visible.
 __device__ inline bool is_last(const Rows &job, u32 row_index) {
     __shared__ bool last;
+    if (job.slices == 1) {
+        __syncthreads();
+        return true;
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(&job.arrived[row_index], 1) + 1 == job.slices;
@@ -339,12 +346,14 @@ __device__ inline bool is_last(const Rows &job, u32 row_index) {
 // Final masses of all segments of a row, in shared memory.
 template <class T>
 __device__ void finish_masses(const Rows &job, u32 row_index, const Row &row, const u32 *start, Mass *mass) {
-    auto is_sound = [](Mass mass) { return mass.y >= SCARCE && mass.y <= ABUNDANT; };
+    bool is_lacking = false;
     for (u32 i = threadIdx.x; i < row.segments; i += THREADS) {
         Mass own = merge(job, row_index, row, i, start[i], start[i + 1]);
-        mass[i] = is_sound(own) ? normalise(own) : Mass{0, 0};
+        bool is_sound = own.y >= SCARCE && own.y <= ABUNDANT;
+        mass[i] = is_sound ? normalise(own) : Mass{0, 0};
+        is_lacking |= !is_sound;
     }
-    __syncthreads();
+    if (!__syncthreads_or(is_lacking)) return;
     u32 lane = threadIdx.x % 32, skew;
     const T *base = row_base<T>(job, row_index, skew);
     for (u32 i = threadIdx.x / 32; i < row.segments; i += WARPS) {
