@@ -20,6 +20,9 @@ pub(super) const WARPS: u32 = THREADS / 32;
 /// Elements that a warp takes at a time.
 pub(super) const TILE: u32 = 256;
 
+/// Bytes of a warp's tiles that are on their way.
+pub(super) const RING: u32 = 4096;
+
 /// Most elements between a boundary of 128 bytes and the start of a row.
 pub(super) const SKEW: u32 = 63;
 

@@ -2,7 +2,7 @@
 
 use crate::backend::NotFinite;
 use crate::cuda::device::{Buffer, Device, count};
-use crate::cuda::raw::{Address, Mass, Row, Rows, SKEW, TILE, Unit, WARPS};
+use crate::cuda::raw::{Address, Mass, RING, Row, Rows, SKEW, TILE, Unit, WARPS};
 use crate::cuda::tries::{Path, ResidentTrie};
 use crate::element::Dtype;
 use crate::error::CudaError;
@@ -149,9 +149,9 @@ impl Sums {
         device.fill(&self.arrived, 0)
     }
 
-    /// Bytes of shared memory that summing a slice takes besides the masses.
+    /// Bytes of shared memory that reading a row takes: tiles on their way, starts in a tile, starts of the segments.
     pub(super) fn shared(&self) -> u32 {
-        4 * (WARPS * TILE + self.job.most_segments + 2)
+        WARPS * (RING + TILE) + 4 * (self.job.most_segments + 3)
     }
 
     /// Waits, and names the first logit that is not finite.

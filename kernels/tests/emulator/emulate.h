@@ -124,6 +124,8 @@ inline u16 f32_to_bf16(float value) {
     u32 bits = __float_as_uint(value);
     return (u16)(value != value ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline u32 f32_to_f16_pair(float low, float high) { return f32_to_f16(low) | (u32)f32_to_f16(high) << 16; }
+inline u32 f32_to_bf16_pair(float low, float high) { return f32_to_bf16(low) | (u32)f32_to_bf16(high) << 16; }
 
 inline void copy_async(void *to, const void *from, bool real) {
     emulator::check_aligned(to);

@@ -61,10 +61,9 @@ struct LevelState {
 constexpr float GHOST = -1;
 
 struct LossShared {
+    Reading reading;
     LevelState *levels;
     Mass *mass;
-    float *values;
-    u32 *start;
     u32 *owner;
     float *coefficient;
     float *target; // of a term, by segment
@@ -74,11 +73,9 @@ struct LossShared {
 
     __device__ LossShared(const Loss &job, u8 *memory) {
         const Rows &rows = job.rows;
-        levels = (LevelState *)memory;
+        levels = (LevelState *)reading.lay(memory, rows);
         mass = (Mass *)(levels + rows.most_levels);
-        values = (float *)(mass + rows.most_segments + 1);
-        start = (u32 *)(values + WARPS * TILE);
-        owner = start + rows.most_segments + 2;
+        owner = (u32 *)(mass + rows.most_segments + 1);
         coefficient = (float *)(owner + rows.most_segments);
         target = coefficient + rows.most_segments;
         symbols = (u8 *)(target + rows.most_segments);
@@ -314,29 +311,19 @@ __device__ void work_out(const Loss &job, u32 row_index, const LossRow &loss_row
     }
 }
 
-// Segment of an element in a tile that starts in segment `current`.
-__device__ inline u32 segment_at(const u32 *start, u32 count, u32 current, u32 at, u32 tile_end) {
-    constexpr u32 FEW = 6;
-    if (start[min(current + FEW + 1, count + 1)] < tile_end) return open_segment(start, count, at + 1);
-    u32 segment = current;
-#pragma unroll
-    for (u32 i = 1; i <= FEW; ++i) segment += start[min(current + i, count + 1)] <= at;
-    return segment;
-}
-
 // Writes one slice of a row's gradient.
 template <class In, class Out>
 __device__ void write_gradient(const Loss &job, u32 row_index, u32 slice, LossShared &shared) {
     const Rows &rows = job.rows;
-    u32 skew;
+    const u32 *start = shared.reading.start;
+    u32 skew, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const In *base = row_base<In>(rows, row_index, skew);
     Out *out = (Out *)job.gradient + row_index * job.gradient_stride - skew;
-    u32 span = span_elements(rows), lane = threadIdx.x % 32;
-    u32 from = (slice * WARPS + threadIdx.x / 32) * span, end = skew + rows.live, width = skew + rows.width;
-    u32 stop = min(from + span, width), readable = min(stop, end);
-    Batch<In> batch(base, from + lane * 8, readable);
+    u32 span = span_elements(rows), from = (slice * WARPS + warp) * span;
+    u32 end = skew + rows.live, width = skew + rows.width, stop = min(from + span, width);
+    Ring<In> ring(shared.reading.ring, base, from, min(stop, end));
     Row row = rows.rows[row_index];
-    load_layout(rows, row_index, row, skew, shared.start);
+    load_layout(rows, row_index, row, skew, shared.reading.start);
     if (threadIdx.x == 0)
         while (load_acquire(&job.ready[row_index]) == 0) pause();
     __syncthreads();
@@ -344,49 +331,43 @@ __device__ void write_gradient(const Loss &job, u32 row_index, u32 slice, LossSh
         shared.mass[i] =
             i < row.segments ? load_shared_result(job.coefficients + row.first_segment + i) : Mass{0, 0};
     __syncthreads();
-    if (from >= width) return;
-    u32 current = open_segment(shared.start, row.segments, from + 1), until = shared.start[current + 1];
+    if (from >= width) return copy_wait<0>();
+    u32 current = open_segment(start, row.segments, from + 1), until = start[current + 1];
     Mass own = shared.mass[current];
-    for (u32 tile = from; tile < stop; tile += BATCH<In> * TILE) {
+    for (u32 first = from; first < stop; first += TILE) {
+        u32 tile = first / TILE, at = first + lane * 8;
+        float x[8];
+        ring.take(tile, x);
+        if (first + TILE <= until) {
 #pragma unroll
-        for (u32 b = 0; b < BATCH<In>; ++b) {
-            u32 first = tile + b * TILE, at = first + lane * 8;
-            if (first >= stop) break;
-            float x[8];
-            unpack(batch.tile[b], x);
-            batch.tile[b] = load_raw(base, at + BATCH<In> * TILE, readable);
-            if (first + TILE <= until && first >= skew) {
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) x[i] = own.y * exp_near_zero(x[i] - own.x);
-                store_vector(out + at, x);
-                continue;
-            }
-            u32 segment = segment_at(shared.start, row.segments, current, at, first + TILE);
-            own = shared.mass[segment];
-            until = shared.start[segment + 1];
+            for (u32 i = 0; i < 8; ++i) x[i] = own.y * exp_near_zero(x[i] - own.x);
+        } else {
+            u32 before, all;
+            u64 starts = starts_in_tile(shared.reading.flags + warp * TILE, start, row.segments, current, first, before, all);
+            u32 segment = current + before;
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) {
-                if (until <= at + i) {
-                    own = shared.mass[++segment];
-                    until = shared.start[segment + 1];
-                }
-                // Behind the live columns, `own` is zero and the logit anything.
-                x[i] = segment < row.segments ? own.y * exp_near_zero(x[i] - own.x) : 0;
+                segment += (u32)(starts >> 8 * i) & 1;
+                Mass mass = shared.mass[segment];
+                // Behind the live columns the coefficient is zero and the logit anything.
+                x[i] = segment < row.segments ? mass.y * exp_near_zero(x[i] - mass.x) : 0;
             }
-            current = __shfl_sync(ALL, segment, 31);
-            current += shared.start[current + 1] <= first + TILE;
+            current += all;
+            current += start[current + 1] <= first + TILE;
             own = shared.mass[current];
-            until = shared.start[current + 1];
-            u32 written = inside(at, skew, width);
-            if (written == 0xff) {
-                store_vector(out + at, x);
-            } else {
+            until = start[current + 1];
+        }
+        ring.ask(tile + Ring<In>::STAGES);
+        u32 written = inside(at, skew, width);
+        if (written == 0xff) {
+            store_vector(out + at, x);
+        } else {
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i)
-                    if (written >> i & 1) out[at + i] = narrow<Out>(x[i]);
-            }
+            for (u32 i = 0; i < 8; ++i)
+                if (written >> i & 1) out[at + i] = narrow<Out>(x[i]);
         }
     }
+    copy_wait<0>();
 }
 
 template <class In, class Out> __device__ void loss_rows(const Loss &job) {
@@ -396,7 +377,6 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
     const Rows &rows = job.rows;
     LossShared shared(job, memory);
     tables.probability[threadIdx.x] = job.probability[threadIdx.x];
-    u32 block = job.lag * rows.slices, blocks = (rows.count + job.lag - 1) / job.lag;
     // The next ticket is drawn while this one is worked on. It waits for no one that waits for it: the lowest ticket
     // that is not done is being worked on.
     u32 upcoming = threadIdx.x == 0 ? atomicAdd(job.ticket, 1) : 0;
@@ -404,7 +384,7 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
         __syncthreads();
         if (threadIdx.x == 0) drawn = upcoming;
         __syncthreads();
-        u32 ticket = drawn;
+        u32 ticket = drawn, block = job.lag * rows.slices, blocks = (rows.count + job.lag - 1) / job.lag;
         if (ticket >= block * (1 + 2 * blocks)) return;
         if (threadIdx.x == 0) upcoming = atomicAdd(job.ticket, 1);
         // The first block's sums, then in turn the next block's sums and a block's gradients.
@@ -421,18 +401,18 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
             continue;
         }
         Row row;
-        sum_slice<In>(rows, row_index, row, slice, shared.start, shared.values);
+        sum_slice<In>(rows, row_index, row, slice, shared.reading);
         if (!is_last(rows, row_index)) continue;
         LossRow loss_row = job.loss_rows[row_index];
         if (loss_row.terms > 0) stage_term(job, row, job.terms[loss_row.first_term], shared, tables);
         stage_row(job, loss_row, row, shared, tables);
-        finish_masses<In>(rows, row_index, row, shared.start, shared.mass);
+        finish_masses<In>(rows, row_index, row, shared.reading.start, shared.mass);
         work_out(job, row_index, loss_row, row, shared, tables);
     }
 }
 
 #define LOSS(name, In, Out)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) name(Loss job) { loss_rows<In, Out>(job); }
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) name(Loss job) { loss_rows<In, Out>(job); }
 
 LOSS(loss_f32, float, float)
 LOSS(loss_bf16, Bf16, Bf16)
