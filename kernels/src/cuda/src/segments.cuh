@@ -148,33 +148,39 @@ template <class T> struct Ring {
     static constexpr u32 BYTES = 4096;
     static constexpr u32 STAGES = BYTES / (TILE * sizeof(T));
     static constexpr u32 WORDS = Raw<T>::WORDS;
-    Quad *words; // of this lane: [STAGES, WORDS], 32 words apart
+    Quad *words; // of this warp: [STAGES, WORDS * 32]
     const T *base;
     u32 end; // words that start here or later are not read
 
     __device__ Ring(u8 *memory, const T *base, u32 first, u32 end)
-        : words((Quad *)(memory + threadIdx.x / 32 * BYTES) + threadIdx.x % 32), base(base), end(end) {
+        : words((Quad *)(memory + threadIdx.x / 32 * BYTES)), base(base), end(end) {
         for (u32 i = 0; i < STAGES; ++i) ask(first / TILE + i);
     }
 
-    // The lane's elements of a tile, counted from the base.
+    // Place of a word in its stage. Lanes copy words side by side and read WORDS in a row: neither meets in a bank.
+    __device__ static u32 place(u32 word) { return WORDS == 1 ? word : word ^ (word >> 3 & 1); }
+
+    // Asks for a tile of the row, in the stage of the one that all lanes took last.
     __device__ void ask(u32 tile) {
-        u32 at = tile * TILE + threadIdx.x % 32 * 8;
+        u32 lane = threadIdx.x % 32;
+        if (WORDS > 1) __syncwarp();
 #pragma unroll
         for (u32 i = 0; i < WORDS; ++i) {
-            u32 start = at + i * Raw<T>::PER_WORD;
+            u32 word = i * 32 + lane, start = tile * TILE + word * Raw<T>::PER_WORD;
             bool real = start < end;
-            copy_async(&words[(tile % STAGES * WORDS + i) * 32], base + (real ? start : 0), real);
+            copy_async(&words[tile % STAGES * WORDS * 32 + place(word)], base + (real ? start : 0), real);
         }
         copy_commit();
     }
 
-    // Waits for the earliest tile; it stays until it is asked for another.
+    // Waits for a tile, the earliest that was asked for; the lane's elements of it.
     __device__ void take(u32 tile, float (&x)[8]) {
         copy_wait<STAGES - 1>();
+        if (WORDS > 1) __syncwarp();
         Raw<T> raw;
 #pragma unroll
-        for (u32 i = 0; i < WORDS; ++i) raw.word[i] = words[(tile % STAGES * WORDS + i) * 32];
+        for (u32 i = 0; i < WORDS; ++i)
+            raw.word[i] = words[tile % STAGES * WORDS * 32 + place(threadIdx.x % 32 * WORDS + i)];
         unpack(raw, x);
     }
 };
