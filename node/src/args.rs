@@ -104,10 +104,57 @@ pub(crate) struct InitArgs {
     pub(crate) out: PathBuf,
 }
 
+/// A run is a file, options, or a file some of whose values options replace.
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// The training run: a TOML file with the text, the model to start from and the stages.
-    pub(crate) file: PathBuf,
+    #[arg(required_unless_present_all = ["start", "data", "output", "steps"])]
+    pub(crate) file: Option<PathBuf>,
+    /// Folder of the model to start from.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) start: Option<PathBuf>,
+    /// Files or folders of records (JSON lines, Parquet, text), in place of those of the file's only stage.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) data: Vec<PathBuf>,
+    /// Folder to write.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: Option<PathBuf>,
+    /// Folder of checkpoints and TensorBoard events.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) run: Option<PathBuf>,
+    /// Steps of the optimiser.
+    #[arg(long)]
+    pub(crate) steps: Option<u64>,
+    /// Highest learning rate; 1e-4 without it, 2e-4 for adapters.
+    #[arg(long)]
+    pub(crate) learning_rate: Option<f64>,
+    /// Rows of a batch.
+    #[arg(long)]
+    pub(crate) rows: Option<usize>,
+    /// Tokens of a row; 1024 without a file.
+    #[arg(long)]
+    pub(crate) row_tokens: Option<usize>,
+    /// Batches whose gradients are added up for one step.
+    #[arg(long)]
+    pub(crate) accumulate: Option<usize>,
+    /// Train adapters of this rank and write a PEFT folder.
+    #[arg(long, value_name = "RANK")]
+    pub(crate) lora_rank: Option<usize>,
+    /// Scale of the adapters times their rank; twice the rank without it.
+    #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
+    pub(crate) lora_alpha: Option<f64>,
+    /// Share of the records that is held out; the weights that do best on it are kept.
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) held_out: Option<f64>,
+    /// Steps between checkpoints.
+    #[arg(long, value_name = "STEPS")]
+    pub(crate) checkpoint_every: Option<u64>,
+    /// Seed of the data's order and of fresh adapters.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Bad records that are skipped before the next one ends the run; 0 without it.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_bad_rows: Option<u64>,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }

@@ -21,7 +21,6 @@ use crate::agent;
 use crate::agent::ledger::Chain;
 use crate::args::{
     Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs, Threads,
-    TrainArgs,
 };
 use crate::config::{self, Config};
 use crate::error::NodeError;
@@ -29,7 +28,8 @@ use crate::reply::Reply;
 use crate::spool::Spool;
 use crate::status;
 use crate::supervise::{WorkerProgram, keep_running};
-use crate::worker::commands::{self, TrainFile};
+use crate::training;
+use crate::worker::commands;
 use crate::worker::progress::Terminal;
 use crate::worker::{self, Folders, RunOptions, WorkError};
 
@@ -65,7 +65,7 @@ fn run(cli: Cli) -> Result<Reply, NodeError> {
         }
         Command::Agent(args) => serve(&load(&args)?, None),
         Command::Worker { config, supervised } => work(&load(&config)?, supervised),
-        Command::Train(args) => train(&args),
+        Command::Train(args) => training::train(&args, cli.json),
         Command::Score(args) => score(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::Status(args) => status::of(&load(&args)?),
@@ -134,16 +134,6 @@ fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
     Ok(Reply::done("ended"))
 }
 
-fn train(args: &TrainArgs) -> Result<Reply, NodeError> {
-    let file = TrainFile::load(&args.file)?;
-    let loss = on_threads(args.threads, || {
-        commands::train(&file, &mut Terminal::new("steps"))
-    })?;
-    Ok(Reply::done(format!("wrote {}", file.output.display()))
-        .with("model", file.output.display().to_string())
-        .with("loss_nats", loss))
-}
-
 fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
     let items = args.last.map(|last| args.first.unwrap_or(0)..last);
     let shape = RecordShape {
@@ -178,7 +168,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<Reply, NodeError> {
 }
 
 /// Runs numeric work on a pool of its own size.
-fn on_threads<T: Send>(
+pub(crate) fn on_threads<T: Send>(
     threads: Threads,
     work: impl FnOnce() -> Result<T, WorkError> + Send,
 ) -> Result<T, NodeError> {

@@ -7,6 +7,7 @@ use consilium_protocol::evaluation::EvaluationError;
 use consilium_protocol::reference::ReferenceError;
 use consilium_protocol::shard::ShardError;
 
+use super::data::DataError;
 use super::holdout::HoldoutError;
 use super::model::ModelError;
 use super::part::PartError;
@@ -72,6 +73,9 @@ pub enum WorkError {
     /// The spool.
     #[error(transparent)]
     Spool(#[from] SpoolError),
+    /// Data to train on.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// Training: an optimiser, its state, or the data.
     #[error(transparent)]
     Train(#[from] TrainError),

@@ -16,6 +16,7 @@ pub mod progress;
 mod run;
 pub mod score;
 pub mod source;
+pub mod tensorboard;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod tokenizer;
