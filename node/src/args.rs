@@ -53,8 +53,10 @@ pub(crate) enum Command {
         #[arg(long, hide = true)]
         supervised: bool,
     },
-    /// Train a model on private text.
+    /// Train a model on private text, or go on with a run that was interrupted.
     Train(TrainArgs),
+    /// Say what a training run would need, memory and time, and whether it fits this machine.
+    Plan(TrainArgs),
     /// Score a reference set with a model: the records that a round would ask for.
     Score(ScoreArgs),
     /// Measure a model on private items.
@@ -155,6 +157,9 @@ pub(crate) struct TrainArgs {
     /// Bad records that are skipped before the next one ends the run; 0 without it.
     #[arg(long, value_name = "N")]
     pub(crate) max_bad_rows: Option<u64>,
+    /// Memory that the run may take, such as 8GiB; what the machine and its control groups have left without it.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) memory: Option<u64>,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -206,4 +211,52 @@ pub(crate) struct Threads {
     /// Threads; all cores without it.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+}
+
+/// A number of bytes with a unit: `512MiB`, `8GiB`, `16GB`; without one, bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.find(|c: char| c.is_ascii_alphabetic()) {
+        Some(at) => text.split_at(at),
+        None => (text, ""),
+    };
+    let factor = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => f64::from(1 << 20),
+        "g" | "gib" => f64::from(1 << 30),
+        "t" | "tib" => f64::from(1 << 30) * 1024.0,
+        other => return Err(format!("unit `{other}`, expected one such as MiB or GiB")),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| "expected a number such as 8GiB")?;
+    let bytes = number * factor;
+    if !(1.0..=1e18).contains(&bytes) {
+        return Err("expected more than nothing, and at most 1e18 bytes".to_owned());
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to be in range"
+    )]
+    let bytes = bytes as u64;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(bytes("1.5 mib"), Ok(3 << 19));
+        assert_eq!(bytes("2GB"), Ok(2_000_000_000));
+        assert_eq!(bytes("77"), Ok(77));
+        for bad in ["", "GiB", "8XB", "-1", "0", "nan", "1e30"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
 }

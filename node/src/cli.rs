@@ -66,6 +66,7 @@ fn run(cli: Cli) -> Result<Reply, NodeError> {
         Command::Agent(args) => serve(&load(&args)?, None),
         Command::Worker { config, supervised } => work(&load(&config)?, supervised),
         Command::Train(args) => training::train(&args, cli.json),
+        Command::Plan(args) => training::plan(&args, cli.json),
         Command::Score(args) => score(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::Status(args) => status::of(&load(&args)?),

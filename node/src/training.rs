@@ -16,7 +16,8 @@ use crate::reply::Reply;
 use crate::worker::WorkError;
 use crate::worker::commands::{self, LoraFile, StageFile, TrainFile, Trained};
 use crate::worker::data::Counts;
-use crate::worker::progress::TrainingTerminal;
+use crate::worker::plan::{Memory, machine};
+use crate::worker::progress::{TrainingTerminal, human};
 use crate::worker::tensorboard::EventFile;
 use crate::worker::train::run::{Event, Shell, StepReport, Watch};
 
@@ -46,7 +47,7 @@ pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
             stop: &|| stop.load(Ordering::Relaxed),
             watch: &mut watch,
         };
-        commands::train(&file, &mut shell)
+        commands::train(&file, args.memory, &mut shell)
     })?;
     Ok(reply(&trained, &file))
 }
@@ -73,6 +74,72 @@ fn reply(trained: &Trained, file: &TrainFile) -> Reply {
         .with("split_records", sum(|counts| counts.broken))
         .with("shortened_contexts", sum(|counts| counts.shortened))
         .with("run", file.run_folder().display().to_string())
+        .with("peak_memory_bytes", machine::peak().map_or(Value::Null, Value::from))
+}
+
+/// Says what a run needs; the answer is no where it does not fit.
+pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
+    let file = of_args(args)?;
+    let planned = on_threads(args.threads, || {
+        let mut terminal = (!json).then(TrainingTerminal::new);
+        let mut nobody = ();
+        let watch: &mut dyn Watch = match &mut terminal {
+            Some(terminal) => terminal,
+            None => &mut nobody,
+        };
+        let mut shell = Shell {
+            clock: &SystemClock,
+            stop: &|| false,
+            watch,
+        };
+        commands::plan(&file, args.memory, &mut shell)
+    })?;
+    let mut reply = match planned.refusal {
+        None => Reply::done("the run fits"),
+        Some(error) => Reply::no(&NodeError::from(error)),
+    };
+    let Memory {
+        weights,
+        adapters,
+        gradients,
+        optimiser,
+        activations,
+        head,
+        process,
+        loading,
+    } = planned.memory;
+    for (name, bytes) in [
+        ("memory_bytes", planned.memory.total()),
+        ("weights_bytes", weights),
+        ("adapters_bytes", adapters),
+        ("gradients_bytes", gradients),
+        ("optimiser_bytes", optimiser),
+        ("activations_bytes", activations),
+        ("head_bytes", head),
+        ("process_bytes", process),
+        ("loading_bytes", loading),
+    ] {
+        reply = reply.with(name, bytes);
+    }
+    if let Some(budget) = planned.budget {
+        reply = reply
+            .with("available_bytes", budget.bytes)
+            .with("available_by", budget.source);
+    }
+    let time = planned.time;
+    let of_data = if planned.is_sample { "at_least" } else { "tokens_of_all_records" };
+    let counts = planned.counts;
+    Ok(reply
+        .with("steps", time.steps)
+        .with("tokens_per_step", time.tokens_per_step)
+        .with("records", counts.records)
+        .with("bad_records", counts.bad)
+        .with("split_records", counts.broken)
+        .with(of_data, counts.tokens)
+        .with("operations_per_second", time.operations_per_second.round())
+        .with("seconds_per_step", time.seconds_per_step)
+        .with("seconds", time.seconds.round())
+        .with("time", human(time.total())))
 }
 
 /// The first signal asks the run to end after its step; it writes a checkpoint first.

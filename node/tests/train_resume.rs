@@ -71,8 +71,17 @@ steps = 14
 learning_rate = 5e-3
 "#;
 
-/// Runs the program until its end or, with `kill_at`, until that checkpoint is on disk. Returns what it said.
-fn run(file: &Path, kill_at: Option<u64>) -> Vec<Value> {
+/// How a process ends before its time.
+#[derive(Clone, Copy, PartialEq)]
+enum Interrupt {
+    /// SIGKILL once this checkpoint is on disk.
+    Kill(u64),
+    /// SIGTERM once this step was taken.
+    Terminate(u64),
+}
+
+/// Runs the program until its end, or until it is interrupted. Returns what it said.
+fn run(file: &Path, interrupt: Option<Interrupt>) -> Vec<Value> {
     let mut child = Command::new(env!("CARGO_BIN_EXE_consilium-node"))
         .args(["--json", "train", "--threads", "1"])
         .arg(file)
@@ -83,17 +92,31 @@ fn run(file: &Path, kill_at: Option<u64>) -> Vec<Value> {
     let mut said = Vec::new();
     for line in BufReader::new(child.stdout.take().unwrap()).lines() {
         let value: Value = serde_json::from_str(&line.unwrap()).unwrap();
-        let is_checkpoint = value["event"] == "checkpoint";
         let at = value["step"].as_u64();
+        let kind = value["event"].as_str().unwrap_or_default().to_owned();
         said.push(value);
-        if is_checkpoint && at == kill_at && kill_at.is_some() {
-            child.kill().unwrap();
-            break;
+        match (interrupt, kind.as_str()) {
+            (Some(Interrupt::Kill(step)), "checkpoint") if at == Some(step) => {
+                child.kill().unwrap();
+                break;
+            }
+            (Some(Interrupt::Terminate(step)), "step") if at == Some(step) => {
+                let id = child.id().to_string();
+                let sent = Command::new("kill").args(["-TERM", &id]).status().unwrap();
+                assert!(sent.success());
+            }
+            _ => {}
         }
     }
     let status = child.wait().unwrap();
-    assert_eq!(status.success(), kill_at.is_none(), "{said:?}");
+    assert_eq!(status.success(), interrupt.is_none(), "{said:?}");
     said
+}
+
+/// The last checkpoint of a process.
+fn checkpoint(said: &[Value]) -> Option<u64> {
+    let event = said.iter().rfind(|value| value["event"] == "checkpoint")?;
+    event["step"].as_u64()
 }
 
 fn weights(folder: &Path, name: &str) -> Vec<u8> {
@@ -122,16 +145,26 @@ fn a_killed_run_ends_with_the_weights_of_an_uninterrupted_one() {
     let file = write("killed.toml", FULL, "killed");
     // In the first stage, at its end, and in the second: each process goes on where the one before was seen to be.
     let mut before = None;
-    for kill_at in [5, 10, 12, 22] {
-        assert_eq!(resumed(&run(&file, Some(kill_at))), before);
-        before = Some(kill_at);
+    for step in [5, 10, 12] {
+        assert_eq!(resumed(&run(&file, Some(Interrupt::Kill(step)))), before);
+        before = Some(step);
+    }
+    // Asked to end, it writes a checkpoint first, wherever it is.
+    let said = run(&file, Some(Interrupt::Terminate(14)));
+    assert_eq!(resumed(&said), before);
+    let last = said.last().unwrap();
+    assert!(last["message"].as_str().unwrap().contains("stopped"), "{last}");
+    let stopped = checkpoint(&said);
+    assert!(stopped >= Some(14), "{said:?}");
+    if stopped < Some(22) {
+        assert_eq!(resumed(&run(&file, Some(Interrupt::Kill(22)))), stopped);
     }
     let rest = run(&file, None);
-    assert_eq!(resumed(&rest), Some(22));
+    assert_eq!(resumed(&rest), stopped.max(Some(22)));
     let name = "model.safetensors";
     assert!(weights(&at("whole"), name) == weights(&at("killed"), name), "the weights differ");
     let steps = |said: &[Value]| -> Vec<Value> {
-        let is_step = |value: &&Value| value["event"] == "step" && value["step"].as_u64() > Some(22);
+        let is_step = |value: &&Value| value["event"] == "step" && value["step"].as_u64() > stopped.max(Some(22));
         let loss = |value: &Value| value["loss_nats"].clone();
         said.iter().filter(is_step).map(loss).collect()
     };
@@ -141,7 +174,7 @@ fn a_killed_run_ends_with_the_weights_of_an_uninterrupted_one() {
 
     run(&write("adapter.toml", ADAPTER, "adapter"), None);
     let file = write("killed-adapter.toml", ADAPTER, "killed-adapter");
-    run(&file, Some(6));
+    run(&file, Some(Interrupt::Kill(6)));
     run(&file, None);
     let name = "adapter_model.safetensors";
     assert!(weights(&at("adapter"), name) == weights(&at("killed-adapter"), name));
@@ -154,7 +187,7 @@ fn a_checkpoint_of_other_settings_or_data_is_refused_and_stays() {
     write_site(folder.path());
     let text = FULL.replace("OUTPUT", "model");
     fs::write(at("train.toml"), &text).unwrap();
-    run(&at("train.toml"), Some(5));
+    run(&at("train.toml"), Some(Interrupt::Kill(5)));
     let refused = |what: &str| {
         let output = Command::new(env!("CARGO_BIN_EXE_consilium-node"))
             .arg("train")

@@ -12,6 +12,7 @@ pub mod model;
 pub mod monitor;
 pub mod part;
 pub mod peft;
+pub mod plan;
 pub mod progress;
 mod run;
 pub mod score;

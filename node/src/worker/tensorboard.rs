@@ -154,8 +154,10 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
 mod tests {
     use super::*;
 
-    /// Read back by TensorBoard's own reader: `tests/interop/tensorboard.sh`.
-    const GOLDEN: &str = "";
+    /// Two values of one step; `tests/interop/read_tensorboard.py --golden` has TensorBoard's own reader read them.
+    const GOLDEN: &str = "1800000000000000a37f4b220900001040fc54d9411a0d627261696e2e4576656e743a32338d2fe93400000000000000\
+        5e33175c0900001040fc54d94110ac022a260a110a0a747261696e2f6c6f737315000020400a110a0a747261696e2f72\
+        617465156f12833a86f22a0b";
 
     #[test]
     fn the_bytes_are_those_that_tensorboard_reads() {

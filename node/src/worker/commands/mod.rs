@@ -1,5 +1,6 @@
-//! What `consilium-node train`, `score` and `evaluate` do.
+//! What `consilium-node train`, `plan`, `score` and `evaluate` do.
 
+mod plan;
 mod train;
 mod train_file;
 
@@ -18,6 +19,7 @@ use super::monitor::Monitor;
 use super::score::{ScoreStats, score_shard};
 use super::source::LoadedModel;
 
+pub use plan::{Planned, plan};
 pub use train::{Trained, train};
 pub use train_file::{LoraFile, NewModel, StageFile, TrainFile};
 
@@ -100,7 +102,7 @@ mod tests {
         let mut scores = Vec::new();
         for name in ["first", "second"] {
             let file = TrainFile::load(&at(&format!("{name}.toml"))).unwrap();
-            train(&file, &mut testing::shell(&mut ())).unwrap();
+            train(&file, None, &mut testing::shell(&mut ())).unwrap();
             let holdout = at("holdout.jsonl");
             scores.push(
                 evaluate(&at(name), None, &holdout, &mut ())

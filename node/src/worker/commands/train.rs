@@ -6,6 +6,7 @@ use std::sync::Arc;
 use consilium_protocol::Digest;
 use serde_json::json;
 
+use super::plan::refuse_what_does_not_fit;
 use super::train_file::{NewModel, TrainFile};
 use crate::worker::data::{
     BadRows, ChatFormat, Counts, DataError, Dataset, Encoder, Items, PlainChat, Preparation, Row,
@@ -38,13 +39,18 @@ pub struct Trained {
 }
 
 /// Trains a model or an adapter as a file says, or goes on where an earlier process of the same run was when it ended,
-/// and writes its folder.
+/// and writes its folder. `memory` is how many bytes the run may take, what the machine has without it.
 ///
 /// # Errors
 /// A file cannot be read or written, training fails, or [`WorkError::Stopped`]: the same call then goes on.
-pub fn train(file: &TrainFile, shell: &mut Shell<'_>) -> Result<Trained, WorkError> {
+pub fn train(
+    file: &TrainFile,
+    memory: Option<u64>,
+    shell: &mut Shell<'_>,
+) -> Result<Trained, WorkError> {
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
+    refuse_what_does_not_fit(file, memory)?;
     // Every path is looked at before the first step.
     let sources = file
         .stages
@@ -187,6 +193,7 @@ impl Run<'_> {
             long: file.long_items,
             held_out: file.held_out,
             seed: file.seed.wrapping_add(stage),
+            max_bad_rows: file.max_bad_rows,
             at_most: None,
         };
         let of_bytes = source.bytes();
@@ -203,7 +210,7 @@ impl Run<'_> {
             })
         };
         let folder = self.folder.path();
-        let data = prepare(source, &encoder, &how, file.max_bad_rows, folder, |counts| {
+        let data = prepare(source, &encoder, &how, folder, |counts| {
             tell(counts, false)
         })?;
         tell(&data.counts, true)?;
@@ -280,22 +287,29 @@ fn model_files(folder: &Path) -> Result<serde_json::Value, WorkError> {
 }
 
 fn new_model(new: &NewModel, source: &Source, file: &TrainFile) -> Result<LoadedModel, WorkError> {
-    let tokenizer = match (&new.tokenizer, new.vocabulary) {
-        (Some(folder), _) => Tokenizer::load(folder)?,
-        (None, Some(size)) => {
-            let texts = texts(source, file.max_bad_rows)?;
-            train_bpe(texts.iter().map(String::as_str), size)?
-        }
-        (None, None) => {
-            return Err(WorkError::Setting {
-                field: "new.tokenizer",
-                problem: "name its folder, or give the size of a new vocabulary".to_owned(),
-            });
-        }
-    };
+    let tokenizer = new_tokenizer(new, source, file)?;
     let mut config = new.config(tokenizer.size());
     config.eos = vec![tokenizer.end_of_record()];
     LoadedModel::random(Arc::new(tokenizer), config, file.seed)
+}
+
+/// The tokenizer of a new model: one of a folder, or one made from the beginning of its text.
+pub(super) fn new_tokenizer(
+    new: &NewModel,
+    source: &Source,
+    file: &TrainFile,
+) -> Result<Tokenizer, WorkError> {
+    match (&new.tokenizer, new.vocabulary) {
+        (Some(folder), _) => Ok(Tokenizer::load(folder)?),
+        (None, Some(size)) => {
+            let texts = texts(source, file.max_bad_rows)?;
+            Ok(train_bpe(texts.iter().map(String::as_str), size)?)
+        }
+        (None, None) => Err(WorkError::Setting {
+            field: "new.tokenizer",
+            problem: "name its folder, or give the size of a new vocabulary".to_owned(),
+        }),
+    }
 }
 
 impl NewModel {

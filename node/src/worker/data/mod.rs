@@ -22,7 +22,7 @@ pub use chat::{ChatFormat, PlainChat, Rendered};
 pub use encode::Encoder;
 pub use fit::{LongItems, Loss};
 pub use item::Item;
-pub use prepare::{Counts, Dataset, Preparation, prepare};
+pub use prepare::{Counts, Dataset, Preparation, count, prepare};
 pub use read::{BadRows, Place, Placed, Source};
 pub use shape::{Message, Row, Shape};
 pub use store::{Items, TokenFile, TokenWriter};

@@ -198,9 +198,10 @@ fn column(leaf: usize, field: usize, of: &ColumnDescriptor) -> Result<Option<Col
     let parts = of.path().parts();
     let kind = match (parts.len(), of.max_rep_level(), parts.last().map(String::as_str)) {
         (1, 0, _) => Kind::Text,
-        (_, 1, Some("role")) => Kind::Role,
-        (_, 1, Some("content")) => Kind::Content,
-        (_, 1, Some(_)) if parts.len() > 2 => return Ok(None),
+        // A list has one or two levels of its own between its name and its elements' fields.
+        (3..=4, 1, Some("role")) => Kind::Role,
+        (3..=4, 1, Some("content")) => Kind::Content,
+        (3.., _, _) => return Ok(None),
         _ => {
             return Err(Refused::Table(format!(
                 "column `{name}` is neither text nor a list of `role` and `content`; export it as one of them"

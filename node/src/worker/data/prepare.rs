@@ -31,6 +31,8 @@ pub struct Preparation {
     pub held_out: f64,
     /// Seed of the choice of these.
     pub seed: u64,
+    /// Bad records that may be skipped.
+    pub max_bad_rows: u64,
     /// Bytes of text after which reading stops; all without it.
     pub at_most: Option<u64>,
 }
@@ -60,6 +62,34 @@ pub struct Counts {
     pub text_bytes: u64,
 }
 
+impl Counts {
+    /// Adds those of another source.
+    pub fn add(&mut self, other: &Self) {
+        let Self {
+            files,
+            records,
+            bad,
+            held_out,
+            shortened,
+            broken,
+            items,
+            tokens,
+            learned,
+            text_bytes,
+        } = other;
+        self.files += files;
+        self.records += records;
+        self.bad += bad;
+        self.held_out += held_out;
+        self.shortened += shortened;
+        self.broken += broken;
+        self.items += items;
+        self.tokens += tokens;
+        self.learned += learned;
+        self.text_bytes += text_bytes;
+    }
+}
+
 /// Items to train on and to evaluate with.
 #[derive(Debug)]
 pub struct Dataset {
@@ -81,7 +111,7 @@ impl Dataset {
 }
 
 /// Reads all records of a source, tokenises them on all threads, fits them into rows and keeps them in a folder, in files
-/// without a name. `watch` sees the bytes of text that were read so far.
+/// without a name. `watch` sees what was found so far.
 ///
 /// # Errors
 /// Bad files, more bad records than allowed, a full disk, nothing to train on, or what `watch` gives.
@@ -89,18 +119,49 @@ pub fn prepare<E: From<DataError>>(
     source: &Source,
     encoder: &Encoder<'_>,
     how: &Preparation,
-    max_bad_rows: u64,
     folder: &Path,
-    mut watch: impl FnMut(&Counts) -> Result<(), E>,
+    watch: impl FnMut(&Counts) -> Result<(), E>,
 ) -> Result<Dataset, E> {
+    let writers = Some([TokenWriter::new(folder)?, TokenWriter::new(folder)?]);
+    let sink = run(source, encoder, how, writers, watch)?;
+    let [train, held_out] = match sink.writers {
+        Some(writers) => writers.map(TokenWriter::finish),
+        None => return Err(DataError::Empty.into()),
+    };
+    Ok(Dataset {
+        train: Arc::new(train?),
+        held_out: Arc::new(held_out?),
+        counts: sink.counts,
+    })
+}
+
+/// As [`prepare`], but keeps nothing.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn count<E: From<DataError>>(
+    source: &Source,
+    encoder: &Encoder<'_>,
+    how: &Preparation,
+    watch: impl FnMut(&Counts) -> Result<(), E>,
+) -> Result<Counts, E> {
+    Ok(run(source, encoder, how, None, watch)?.counts)
+}
+
+fn run<'a, E: From<DataError>>(
+    source: &Source,
+    encoder: &Encoder<'_>,
+    how: &'a Preparation,
+    writers: Option<[TokenWriter; 2]>,
+    mut watch: impl FnMut(&Counts) -> Result<(), E>,
+) -> Result<Sink<'a>, E> {
     let mut sink = Sink {
         how,
-        train: TokenWriter::new(folder)?,
-        held_out: TokenWriter::new(folder)?,
+        writers,
         choice: ChaCha12Rng::seed_from_u64(how.seed),
         counts: Counts::default(),
     };
-    let mut bad = BadRows::up_to(max_bad_rows);
+    let mut bad = BadRows::up_to(how.max_bad_rows);
     let mut waiting: Vec<Placed> = Vec::new();
     let (mut bytes, mut last_file) = (0, None);
     source.read(&mut bad, |bad, placed| {
@@ -115,30 +176,24 @@ pub fn prepare<E: From<DataError>>(
             bytes = 0;
             watch(&sink.counts)?;
         }
-        Ok::<bool, E>(how.at_most.is_none_or(|most| sink.counts.text_bytes + (bytes as u64) < most))
+        let text = sink.counts.text_bytes + bytes as u64;
+        Ok::<bool, E>(how.at_most.is_none_or(|most| text < most))
     })?;
     sink.take(source, encoder, &mut waiting, &mut bad)?;
     sink.counts.bad = bad.count();
     watch(&sink.counts)?;
-    let counts = sink.counts;
-    if counts.items == 0 {
-        return Err(DataError::NothingLeft {
-            records: counts.records,
-        }
-        .into());
+    if sink.counts.items == 0 {
+        let records = sink.counts.records;
+        return Err(DataError::NothingLeft { records }.into());
     }
-    Ok(Dataset {
-        train: Arc::new(sink.train.finish()?),
-        held_out: Arc::new(sink.held_out.finish()?),
-        counts,
-    })
+    Ok(sink)
 }
 
 /// Where items go.
 struct Sink<'a> {
     how: &'a Preparation,
-    train: TokenWriter,
-    held_out: TokenWriter,
+    /// Items to train on, and those held out.
+    writers: Option<[TokenWriter; 2]>,
     choice: ChaCha12Rng,
     counts: Counts,
 }
@@ -179,13 +234,18 @@ impl Sink<'_> {
         }
         if is_held_out {
             counts.held_out += 1;
-            return pieces.iter().try_for_each(|piece| self.held_out.push(piece));
+            let Some([_, held_out]) = &mut self.writers else {
+                return Ok(());
+            };
+            return pieces.iter().try_for_each(|piece| held_out.push(piece));
         }
         for piece in &pieces {
             counts.items += 1;
             counts.tokens += piece.row_tokens() as u64;
             counts.learned += piece.labels() as u64;
-            self.train.push(piece)?;
+            if let Some([train, _]) = &mut self.writers {
+                train.push(piece)?;
+            }
         }
         Ok(())
     }

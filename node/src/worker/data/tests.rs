@@ -115,6 +115,11 @@ fn a_bad_line_is_named_by_file_line_and_column_and_never_quoted() {
         let error = of_file("x.jsonl", mark(bad).as_bytes(), 0).unwrap_err().to_string();
         assert!(error.contains(reason) && !error.contains(MARKER), "{bad}: {error}");
     }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("huge.jsonl");
+    std::fs::File::create(&path).unwrap().set_len(1 << 30).unwrap();
+    let error = rows(&[path], 0).unwrap_err().to_string();
+    assert!(error.contains("huge.jsonl:1:16777217: the line has 1073741824 bytes"), "{error}");
     let error = of_file("x.txt", b"fine\nab\xff\n", 0).unwrap_err().to_string();
     assert!(error.contains("x.txt:2:3: not UTF-8"), "{error}");
     for name in ["x.jsonl", "x.txt", "x.parquet"] {
@@ -259,10 +264,11 @@ fn preparing_counts_divides_and_repeats_itself() {
             long: LongItems::Split,
             held_out,
             seed,
+            max_bad_rows: 0,
             at_most: None,
         };
         let source = Source::open(std::slice::from_ref(&path)).unwrap();
-        prepare(&source, &encoder, &how, 0, folder.path(), |_| Ok::<_, DataError>(())).unwrap()
+        prepare(&source, &encoder, &how, folder.path(), |_| Ok::<_, DataError>(())).unwrap()
     };
     let whole = prepared(0.0, 1);
     let counts = whole.counts;

@@ -1,5 +1,6 @@
 //! A stage of a run: steps, measurements on held-out items, checkpoints, and going on after a process was killed.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -89,39 +90,54 @@ impl Watch for () {
     }
 }
 
-/// Files of a run.
-#[derive(Debug, Clone)]
-pub struct RunFolder(PathBuf);
+/// Files of a run, which one process has at a time.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    /// The kernel opens the lock when the process ends, however it ends.
+    _lock: File,
+}
 
 impl RunFolder {
-    /// Makes the folder.
+    /// Makes the folder and locks it.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// It cannot be made, or another process trains in it.
     pub fn create(path: PathBuf) -> Result<Self, WorkError> {
-        match std::fs::create_dir_all(&path) {
-            Ok(()) => Ok(Self(path)),
-            Err(source) => Err(WorkError::Write { path, source }),
+        let failed = |source| WorkError::Write {
+            path: path.clone(),
+            source,
+        };
+        std::fs::create_dir_all(&path).map_err(failed)?;
+        let lock = File::create(path.join("lock")).map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path, _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(WorkError::File {
+                path,
+                problem: "another process trains in this folder; wait for it, or name another with `run`"
+                    .to_owned(),
+            }),
+            Err(TryLockError::Error(source)) => Err(failed(source)),
         }
     }
 
     /// The folder.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     /// The last checkpoint.
     #[must_use]
     pub fn checkpoint(&self) -> PathBuf {
-        self.0.join("checkpoint.safetensors")
+        self.path.join("checkpoint.safetensors")
     }
 
     /// Weights of a stage's lowest loss on held-out items. Every stage has its own: after a kill an earlier one may have
     /// to be ended again.
     #[must_use]
     pub fn best(&self, stage: u64) -> PathBuf {
-        self.0.join(format!("best-stage-{}.safetensors", stage + 1))
+        self.path.join(format!("best-stage-{}.safetensors", stage + 1))
     }
 
     /// Where the run was when its process ended; none if it starts here.
