@@ -231,7 +231,10 @@ fn bytes(text: &str) -> Result<u64, String> {
         "t" | "tib" => f64::from(1 << 30) * 1024.0,
         other => return Err(format!("unit `{other}`, expected one such as MiB or GiB")),
     };
-    let number: f64 = number.trim().parse().map_err(|_| "expected a number such as 8GiB")?;
+    let number: f64 = number
+        .trim()
+        .parse()
+        .map_err(|_| "expected a number such as 8GiB")?;
     let bytes = number * factor;
     if !(1.0..=1e18).contains(&bytes) {
         return Err("expected more than nothing, and at most 1e18 bytes".to_owned());

@@ -15,7 +15,10 @@ use consilium_protocol::Clock as _;
 use consilium_protocol::quic::Tasks;
 use consilium_protocol::time::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::agent;
 use crate::agent::ledger::Chain;
@@ -250,14 +253,17 @@ fn head(path: &Path, chain: &Chain) -> Reply {
 
 fn log_to_stderr(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // This crate writes the text that it tokenises, character by character, whatever it is. No RUST_LOG asks for that.
+    let is_safe = filter_fn(|metadata| !metadata.target().starts_with("tokenizers"));
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_ansi(!plain && std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    // Fails only if a program that acts as several has set one already.
-    let _ = match format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
+    let lines = match format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
     };
+    let lines = lines.with_filter(filter.and(is_safe));
+    // Fails only if a program that acts as several has set one already.
+    let _ = tracing_subscriber::registry().with(lines).try_init();
 }

@@ -54,7 +54,11 @@ pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
 
 fn reply(trained: &Trained, file: &TrainFile) -> Reply {
     let output = trained.output.display().to_string();
-    let what = if file.lora.is_some() { "adapter" } else { "model" };
+    let what = if file.lora.is_some() {
+        "adapter"
+    } else {
+        "model"
+    };
     let mut reply = Reply::done(format!("wrote {output}")).with(what, output);
     if let Some(loss) = trained.loss {
         reply = reply.with("loss_nats", loss);
@@ -74,7 +78,10 @@ fn reply(trained: &Trained, file: &TrainFile) -> Reply {
         .with("split_records", sum(|counts| counts.broken))
         .with("shortened_contexts", sum(|counts| counts.shortened))
         .with("run", file.run_folder().display().to_string())
-        .with("peak_memory_bytes", machine::peak().map_or(Value::Null, Value::from))
+        .with(
+            "peak_memory_bytes",
+            machine::peak().map_or(Value::Null, Value::from),
+        )
 }
 
 /// Says what a run needs; the answer is no where it does not fit.
@@ -127,7 +134,11 @@ pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
             .with("available_by", budget.source);
     }
     let time = planned.time;
-    let of_data = if planned.is_sample { "at_least" } else { "tokens_of_all_records" };
+    let of_data = if planned.is_sample {
+        "at_least"
+    } else {
+        "tokens_of_all_records"
+    };
     let counts = planned.counts;
     Ok(reply
         .with("steps", time.steps)
@@ -176,7 +187,12 @@ pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
                 ..TrainFile::new(output.clone(), start.clone(), stage)
             }
         }
-        _ => return Err(setting("file", "name a file, or --start, --data, --output and --steps")),
+        _ => {
+            return Err(setting(
+                "file",
+                "name a file, or --start, --data, --output and --steps",
+            ));
+        }
     };
     let for_stage = !args.data.is_empty() || args.steps.is_some() || args.learning_rate.is_some();
     match file.stages.as_mut_slice() {
@@ -259,9 +275,11 @@ impl Watchers<'_> {
                 events.scalars(report.now, report.step, &values)
             }
             Event::Evaluated { step, loss, .. } => match &mut self.events {
-                Some(events) => {
-                    events.scalars(SystemClock.now(), *step, &[("held_out/loss", narrow(*loss))])
-                }
+                Some(events) => events.scalars(
+                    SystemClock.now(),
+                    *step,
+                    &[("held_out/loss", narrow(*loss))],
+                ),
                 None => Ok(()),
             },
             _ => Ok(()),
@@ -321,7 +339,9 @@ fn object(event: &Event<'_>) -> Option<Value> {
             step,
             loss,
             is_best,
-        } => json!({ "event": "evaluated", "step": step, "held_out_loss_nats": loss, "is_best": is_best }),
+        } => {
+            json!({ "event": "evaluated", "step": step, "held_out_loss_nats": loss, "is_best": is_best })
+        }
         Event::Checkpoint { step, path } => {
             json!({ "event": "checkpoint", "step": step, "path": path.display().to_string() })
         }

@@ -13,7 +13,8 @@ use serde_json::Value;
 const WORDS: [&str; 5] = ["dolin", "merak", "tamu", "sirel", "kavo"];
 
 fn write_site(folder: &Path) {
-    let turn = |role: &str, content: String| format!("{{\"role\":\"{role}\",\"content\":\"{content}\"}}");
+    let turn =
+        |role: &str, content: String| format!("{{\"role\":\"{role}\",\"content\":\"{content}\"}}");
     let lines: String = (0..160)
         .map(|i| {
             let (asked, answer) = (WORDS[i % 5], WORDS[i * 3 / 5 % 5]);
@@ -153,7 +154,10 @@ fn a_killed_run_ends_with_the_weights_of_an_uninterrupted_one() {
     let said = run(&file, Some(Interrupt::Terminate(14)));
     assert_eq!(resumed(&said), before);
     let last = said.last().unwrap();
-    assert!(last["message"].as_str().unwrap().contains("stopped"), "{last}");
+    assert!(
+        last["message"].as_str().unwrap().contains("stopped"),
+        "{last}"
+    );
     let stopped = checkpoint(&said);
     assert!(stopped >= Some(14), "{said:?}");
     if stopped < Some(22) {
@@ -162,9 +166,14 @@ fn a_killed_run_ends_with_the_weights_of_an_uninterrupted_one() {
     let rest = run(&file, None);
     assert_eq!(resumed(&rest), stopped.max(Some(22)));
     let name = "model.safetensors";
-    assert!(weights(&at("whole"), name) == weights(&at("killed"), name), "the weights differ");
+    assert!(
+        weights(&at("whole"), name) == weights(&at("killed"), name),
+        "the weights differ"
+    );
     let steps = |said: &[Value]| -> Vec<Value> {
-        let is_step = |value: &&Value| value["event"] == "step" && value["step"].as_u64() > stopped.max(Some(22));
+        let is_step = |value: &&Value| {
+            value["event"] == "step" && value["step"].as_u64() > stopped.max(Some(22))
+        };
         let loss = |value: &Value| value["loss_nats"].clone();
         said.iter().filter(is_step).map(loss).collect()
     };
@@ -196,7 +205,10 @@ fn a_checkpoint_of_other_settings_or_data_is_refused_and_stays() {
             .unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains(what) && said.contains("checkpoint.safetensors"), "{said}");
+        assert!(
+            said.contains(what) && said.contains("checkpoint.safetensors"),
+            "{said}"
+        );
         assert!(at("runs/model/checkpoint.safetensors").exists());
     };
     fs::write(at("train.toml"), text.replace("5e-3", "4e-3")).unwrap();

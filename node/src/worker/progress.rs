@@ -100,7 +100,9 @@ impl TrainingTerminal {
             bar.set_length(steps);
             bar.set_position(step);
             let left = human(left);
-            bar.set_message(format!("loss {loss:.4}, {tokens_per_second:.0} tokens/s, {left} left"));
+            bar.set_message(format!(
+                "loss {loss:.4}, {tokens_per_second:.0} tokens/s, {left} left"
+            ));
             return;
         }
         let tenths = step.saturating_mul(10) / steps.max(1);
@@ -157,7 +159,9 @@ impl Watch for TrainingTerminal {
                     "read the data"
                 );
             }),
-            Event::Resumed { step } => self.say(|| tracing::info!(step, "goes on from a checkpoint")),
+            Event::Resumed { step } => {
+                self.say(|| tracing::info!(step, "goes on from a checkpoint"))
+            }
             Event::Evaluated {
                 step,
                 loss,

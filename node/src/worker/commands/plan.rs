@@ -7,7 +7,7 @@ use super::train_file::TrainFile;
 use crate::worker::data::{self, Counts, Encoder, Preparation, Source};
 use crate::worker::error::{WorkError, size};
 use crate::worker::model::{ModelConfig, ModelError};
-use crate::worker::plan::{Budget, Memory, Shape, Time, Trained, product_rate};
+use crate::worker::plan::{Budget, Memory, Shape, Time, Trained, speed};
 use crate::worker::tokenizer::Tokenizer;
 use crate::worker::train::run::{Event, Shell};
 
@@ -31,8 +31,8 @@ pub struct Planned {
     pub is_sample: bool,
 }
 
-/// Reads the data, estimates memory from the model's configuration and time from a short measured product of matrices. No
-/// weights are read.
+/// Reads the data, estimates memory from the model's configuration, and time from a few steps of a small model
+/// like it. No weights are read.
 ///
 /// # Errors
 /// The settings, the model's configuration or the data are bad.
@@ -47,10 +47,10 @@ pub fn plan(
     let budget = Budget::find(memory);
     let refusal = budget
         .as_ref()
-        .and_then(|budget| refusal(&config, &shape, budget));
+        .and_then(|budget| refusal(&config, &shape, budget, file.start.is_some()));
     let (counts, is_sample) = count(file, &config, shell)?;
     let steps = file.stages.iter().map(|stage| stage.steps).sum();
-    let rate = product_rate(&config, shape.tokens(), shell.clock);
+    let rate = speed(&config, &shape, shell.clock)?;
     Ok(Planned {
         memory: Memory::of(&config, &shape),
         budget,
@@ -70,7 +70,9 @@ pub(super) fn refuse_what_does_not_fit(
     memory: Option<u64>,
 ) -> Result<(), WorkError> {
     let (config, shape) = sizes(file)?;
-    let refused = Budget::find(memory).and_then(|budget| refusal(&config, &shape, &budget));
+    let can_adapt = file.start.is_some();
+    let budget = Budget::find(memory);
+    let refused = budget.and_then(|budget| refusal(&config, &shape, &budget, can_adapt));
     refused.map_or(Ok(()), Err)
 }
 
@@ -129,15 +131,22 @@ fn weight_bytes(folder: &Path) -> usize {
         .fold(0, usize::saturating_add)
 }
 
-/// Why a run does not fit, with the smallest change that would.
-fn refusal(config: &ModelConfig, shape: &Shape, budget: &Budget) -> Option<WorkError> {
+/// Why a run does not fit, with the smallest change that would. `can_adapt` says whether there is a model for adapters.
+fn refusal(
+    config: &ModelConfig,
+    shape: &Shape,
+    budget: &Budget,
+    can_adapt: bool,
+) -> Option<WorkError> {
     let needs = |shape: &Shape| Memory::of(config, shape).total() as u64;
     let needed = needs(shape);
     if needed <= budget.bytes {
         return None;
     }
     let fits = |shape: &Shape| needs(shape) <= budget.bytes;
-    let rows = (1..shape.rows).rev().find(|&rows| fits(&Shape { rows, ..*shape }));
+    let rows = (1..shape.rows)
+        .rev()
+        .find(|&rows| fits(&Shape { rows, ..*shape }));
     let shorter = Shape {
         rows: 1,
         row_tokens: shape.row_tokens.min(256),
@@ -153,12 +162,13 @@ fn refusal(config: &ModelConfig, shape: &Shape, budget: &Budget) -> Option<WorkE
     let fix = match rows {
         Some(rows) => format!("rows = {rows} fits; raise accumulate to keep the batch"),
         None if fits(&shorter) => format!("rows = 1 and row_tokens = {} fit", shorter.row_tokens),
-        None if shape.trained == Trained::All && fits(&adapters) => {
-            "train adapters in place of all weights: --lora-rank 8 --rows 1 --row-tokens 256 fit".to_owned()
+        None if can_adapt && shape.trained == Trained::All && fits(&adapters) => {
+            "train adapters in place of all weights: --lora-rank 8 --rows 1 --row-tokens 256 fit"
+                .to_owned()
         }
         None => format!(
             "this model needs at least {}; take a smaller one, or a larger machine",
-            size(needs(&adapters).min(needs(&shorter)))
+            size(needs(if can_adapt { &adapters } else { &shorter }))
         ),
     };
     Some(WorkError::Memory {

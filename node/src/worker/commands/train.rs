@@ -153,7 +153,12 @@ impl Run<'_> {
             settings: self.settings,
             data: data.digest().to_string(),
             stage,
-            before: file.stages.iter().take(index).map(|stage| stage.steps).sum(),
+            before: file
+                .stages
+                .iter()
+                .take(index)
+                .map(|stage| stage.steps)
+                .sum(),
             steps: file.stages.iter().map(|stage| stage.steps).sum(),
             held_out: Items::from(Arc::clone(&data.held_out)),
             end_of_record,
@@ -210,9 +215,7 @@ impl Run<'_> {
             })
         };
         let folder = self.folder.path();
-        let data = prepare(source, &encoder, &how, folder, |counts| {
-            tell(counts, false)
-        })?;
+        let data = prepare(source, &encoder, &how, folder, |counts| tell(counts, false))?;
         tell(&data.counts, true)?;
         if file.held_out > 0.0 && data.counts.held_out == 0 {
             return Err(WorkError::Setting {
@@ -278,7 +281,9 @@ fn model_files(folder: &Path) -> Result<serde_json::Value, WorkError> {
         let entry = entry.map_err(failed(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.ends_with(".safetensors") {
-            let size = std::fs::metadata(entry.path()).map_err(failed(folder))?.len();
+            let size = std::fs::metadata(entry.path())
+                .map_err(failed(folder))?
+                .len();
             weights.push((name, size));
         }
     }

@@ -223,8 +223,8 @@ impl TrainFile {
             path: path.to_owned(),
             problem,
         };
-        let mut file: Self =
-            toml::from_str(&text).map_err(|error| refuse(error.to_string().trim_end().to_owned()))?;
+        let mut file: Self = toml::from_str(&text)
+            .map_err(|error| refuse(error.to_string().trim_end().to_owned()))?;
         file.check()
             .map_err(|(field, problem)| refuse(format!("{field}: {problem}")))?;
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
@@ -330,7 +330,12 @@ fn whole(
     Err((field, problem))
 }
 
-fn real(field: &'static str, value: f64, least: f64, most: f64) -> Result<(), (&'static str, String)> {
+fn real(
+    field: &'static str,
+    value: f64,
+    least: f64,
+    most: f64,
+) -> Result<(), (&'static str, String)> {
     if (least..=most).contains(&value) {
         return Ok(());
     }
@@ -341,5 +346,8 @@ fn above_zero(field: &'static str, value: f64, most: f64) -> Result<(), (&'stati
     if value > 0.0 && value <= most {
         return Ok(());
     }
-    Err((field, format!("{value}, expected more than 0 and at most {most}")))
+    Err((
+        field,
+        format!("{value}, expected more than 0 and at most {most}"),
+    ))
 }

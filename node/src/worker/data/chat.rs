@@ -20,7 +20,8 @@ pub trait ChatFormat: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// The messages cannot be rendered. The reason never quotes them.
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, String>;
+    fn render(&self, messages: &[Message], add_generation_prompt: bool)
+    -> Result<Rendered, String>;
 
     /// Whether the text holds the names of special tokens, which are to become those tokens.
     fn has_special_tokens(&self) -> bool;
@@ -42,7 +43,11 @@ pub trait ChatFormat: fmt::Debug + Send + Sync {
 pub struct PlainChat;
 
 impl ChatFormat for PlainChat {
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, String> {
+    fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, String> {
         let mut rendered = Rendered::default();
         let text = &mut rendered.text;
         for (at, message) in (1..).zip(messages) {

@@ -71,7 +71,9 @@ impl<'a> Encoder<'a> {
             0
         } else {
             // What the model sees before it answers must be how the whole begins.
-            let answer = completion.first().is_some_and(|turn| turn.role == ASSISTANT);
+            let answer = completion
+                .first()
+                .is_some_and(|turn| turn.role == ASSISTANT);
             let given = self.chat.render(prompt, answer)?;
             if !text.starts_with(&given.text) {
                 return Err(
@@ -116,7 +118,8 @@ impl<'a> Encoder<'a> {
         // What follows the last learned part is not needed, except to know whether the record ends there.
         let rest = text.get(at..).unwrap_or_default();
         let ends = self.ends();
-        let has_end = (tokens.iter().zip(&mask)).any(|(id, &learned)| learned && self.is(*id, &ends));
+        let has_end =
+            (tokens.iter().zip(&mask)).any(|(id, &learned)| learned && self.is(*id, &ends));
         let is_whole = rest.trim().is_empty() && !has_end;
         Item::of_learned(tokens, &mask, is_whole).ok_or_else(|| {
             "nothing to learn: the assistant's turns are empty, or special tokens alone".to_owned()

@@ -59,7 +59,12 @@ pub(super) fn fit(mut item: Item, length: usize, long: LongItems, out: &mut Vec<
         // The first piece with something to learn.
         LongItems::Cut => mask.iter().position(|&learned| learned).unwrap_or(0) / room + 1,
     };
-    for (at, (tokens, mask)) in tokens.chunks(room).zip(mask.chunks(room)).enumerate().take(used) {
+    for (at, (tokens, mask)) in tokens
+        .chunks(room)
+        .zip(mask.chunks(room))
+        .enumerate()
+        .take(used)
+    {
         let ends = at + 1 == pieces && !item.open;
         out.extend(Item::of_learned(tokens.to_vec(), mask, ends));
     }
@@ -91,18 +96,31 @@ mod tests {
         };
         for length in 2..25 {
             let (fit, split) = pieces(&item, length, LongItems::Split);
-            assert_eq!(learned(&split), learned(std::slice::from_ref(&item)), "{length}");
+            assert_eq!(
+                learned(&split),
+                learned(std::slice::from_ref(&item)),
+                "{length}"
+            );
             let open = split.iter().map(|item| item.open);
-            assert!(open.eq((1..=split.len()).map(|at| at < split.len())), "{length}");
+            assert!(
+                open.eq((1..=split.len()).map(|at| at < split.len())),
+                "{length}"
+            );
             assert_eq!(fit == Fit::Broken, length < 16, "{length}");
         }
         let (_, cut) = pieces(&item, 10, LongItems::Cut);
-        assert_eq!(cut, [Item {
-            open: true,
-            ..Item::new((0..5).collect(), vec![5, 6, 7])
-        }]);
+        assert_eq!(
+            cut,
+            [Item {
+                open: true,
+                ..Item::new((0..5).collect(), vec![5, 6, 7])
+            }]
+        );
         let (fit, shortened) = pieces(&item, 18, LongItems::Cut);
-        assert_eq!((fit, shortened[0].context.as_slice()), (Fit::Shortened, &[3, 4][..]));
+        assert_eq!(
+            (fit, shortened[0].context.as_slice()),
+            (Fit::Shortened, &[3, 4][..])
+        );
         assert!(!shortened[0].open);
     }
 }

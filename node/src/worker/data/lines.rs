@@ -76,7 +76,10 @@ mod tests {
         let bytes = io::repeat(b'x').take(long).chain(&b"\nnext\n"[..]);
         let mut reader = BufReader::new(bytes);
         let mut line = Vec::new();
-        assert_eq!(next_line(&mut reader, &mut line).unwrap(), Line::TooLong(long));
+        assert_eq!(
+            next_line(&mut reader, &mut line).unwrap(),
+            Line::TooLong(long)
+        );
         assert!(line.capacity() < LONGEST);
         assert_eq!(next_line(&mut reader, &mut line).unwrap(), Line::Whole);
         assert_eq!(line, b"next");

@@ -74,9 +74,7 @@ impl Table {
         let shape = Shape::of(|name| {
             leaves().any(|(_, leaf)| leaf.path().parts().first().is_some_and(|root| root == name))
         })
-        .map_err(|reason| {
-            Refused::Table(reason.replace("field", "column"))
-        })?;
+        .map_err(|reason| Refused::Table(reason.replace("field", "column")))?;
         let wanted: &[usize] = match shape {
             Shape::Text => &[0],
             Shape::Pair => &[1, 2],
@@ -164,10 +162,12 @@ impl Table {
         let readers = self
             .columns
             .iter()
-            .map(|column| match group.get_column_reader(column.leaf).map_err(refused)? {
-                ColumnReader::ByteArrayColumnReader(reader) => Ok(reader),
-                _ => Err(Refused::Table("a column of text is of another type".into())),
-            })
+            .map(
+                |column| match group.get_column_reader(column.leaf).map_err(refused)? {
+                    ColumnReader::ByteArrayColumnReader(reader) => Ok(reader),
+                    _ => Err(Refused::Table("a column of text is of another type".into())),
+                },
+            )
             .collect::<Result<_, _>>()?;
         Ok(Group { readers, left })
     }
@@ -196,7 +196,11 @@ fn damaged(what: &str) -> Refused {
 fn column(leaf: usize, field: usize, of: &ColumnDescriptor) -> Result<Option<Column>, Refused> {
     let name = FIELDS[field];
     let parts = of.path().parts();
-    let kind = match (parts.len(), of.max_rep_level(), parts.last().map(String::as_str)) {
+    let kind = match (
+        parts.len(),
+        of.max_rep_level(),
+        parts.last().map(String::as_str),
+    ) {
         (1, 0, _) => Kind::Text,
         // A list has one or two levels of its own between its name and its elements' fields.
         (3..=4, 1, Some("role")) => Kind::Role,
@@ -210,7 +214,10 @@ fn column(leaf: usize, field: usize, of: &ColumnDescriptor) -> Result<Option<Col
     };
     let is_text = of.physical_type() == Physical::BYTE_ARRAY
         && !matches!(of.logical_type_ref(), Some(logical) if *logical != LogicalType::String)
-        && matches!(of.converted_type(), ConvertedType::NONE | ConvertedType::UTF8);
+        && matches!(
+            of.converted_type(),
+            ConvertedType::NONE | ConvertedType::UTF8
+        );
     if !is_text {
         return Err(Refused::Table(format!(
             "column `{}` is {} ({}), expected text (UTF-8)",
@@ -269,7 +276,10 @@ fn read(
         records += read;
     }
     if column.max_def == 0 {
-        return Ok(values.iter().map(|value| Ok(vec![Some(text(value)?)])).collect());
+        return Ok(values
+            .iter()
+            .map(|value| Ok(vec![Some(text(value)?)]))
+            .collect());
     }
     let mut values = values.iter();
     let mut cells = Vec::with_capacity(count);
@@ -329,7 +339,11 @@ fn put(row: &mut Fields, column: &Column, cell: Cell) {
         return;
     };
     if column.kind == Kind::Text {
-        *field = cell.into_iter().next().flatten().map_or(Field::Absent, Field::Text);
+        *field = cell
+            .into_iter()
+            .next()
+            .flatten()
+            .map_or(Field::Absent, Field::Text);
         return;
     }
     if *field == Field::Absent {

@@ -9,12 +9,12 @@ use rand_chacha::ChaCha12Rng;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::DataError;
 use super::encode::Encoder;
 use super::fit::{Fit, LongItems, fit};
 use super::item::Item;
 use super::read::{BadRows, Placed, Source};
 use super::store::{TokenFile, TokenWriter};
-use super::DataError;
 
 /// Records that are tokenised at once, and the bytes of text they may have together.
 const RECORDS: usize = 512;
@@ -105,7 +105,10 @@ impl Dataset {
     /// Digest of all items and of their division: the same digest means the same training.
     #[must_use]
     pub fn digest(&self) -> Digest {
-        let both = [self.train.digest().to_string(), self.held_out.digest().to_string()];
+        let both = [
+            self.train.digest().to_string(),
+            self.held_out.digest().to_string(),
+        ];
         Digest::of(both.concat().as_bytes())
     }
 }

@@ -175,7 +175,9 @@ impl Source {
     /// Name of a file, for messages.
     #[must_use]
     pub fn path(&self, file: usize) -> &Path {
-        self.files.get(file).map_or(Path::new("?"), PathBuf::as_path)
+        self.files
+            .get(file)
+            .map_or(Path::new("?"), PathBuf::as_path)
     }
 
     /// Reads all records in order, giving each to `take`, until that says stop (false).
@@ -250,7 +252,11 @@ fn starts_with_magic(file: &mut File) -> io::Result<bool> {
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), DataError> {
     let failed = |source| read_error(folder, source);
     let mut entries = std::fs::read_dir(folder)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>())
+        .and_then(|entries| {
+            entries
+                .map(|entry| Ok(entry?.path()))
+                .collect::<io::Result<Vec<_>>>()
+        })
         .map_err(failed)?;
     entries.sort();
     for path in entries {

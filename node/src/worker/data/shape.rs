@@ -225,7 +225,10 @@ fn turns(name: &str, field: Field) -> Result<Vec<Message>, String> {
             return Err(format!("field `{name}` is no list of messages"));
         }
     };
-    (0..).zip(turns).map(|(at, turn)| message(name, at, turn)).collect()
+    (0..)
+        .zip(turns)
+        .map(|(at, turn)| message(name, at, turn))
+        .collect()
 }
 
 fn message(name: &str, at: usize, turn: Turn) -> Result<Message, String> {

@@ -218,10 +218,11 @@ impl TokenWriter {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let row_tokens = item.row_tokens();
         let sizes = u64::from(word(words.len())?) | u64::from(word(row_tokens)?) << 32;
-        self.write(&bytes, sizes).map_err(|source| DataError::Store {
-            folder: self.folder.clone(),
-            source,
-        })?;
+        self.write(&bytes, sizes)
+            .map_err(|source| DataError::Store {
+                folder: self.folder.clone(),
+                source,
+            })?;
         if row_tokens > self.longest.1 {
             self.longest = (self.len, row_tokens);
         }

@@ -1,19 +1,9 @@
-//! What the machine has: memory that a process may take, and the speed of its matrix products.
+//! The memory that the machine has, and that this process took.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use consilium_kernels::matmul::{View, ViewMut, Write, abt};
-use consilium_protocol::Clock;
 use serde::Serialize;
-
-use crate::worker::model::ModelConfig;
-
-/// Most values of a matrix of the probe: it is to be short and small.
-const PROBE: usize = 1 << 21;
-
-/// How long the probe runs at least.
-const PROBE_MILLIS: u64 = 150;
 
 /// Memory that a run may take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -36,7 +26,8 @@ impl Budget {
             });
         }
         let read = |path: &Path| fs::read_to_string(path).ok();
-        let available = read(Path::new("/proc/meminfo")).and_then(|text| kibibytes(&text, "MemAvailable:"));
+        let available =
+            read(Path::new("/proc/meminfo")).and_then(|text| kibibytes(&text, "MemAvailable:"));
         let available = available.map(|bytes| Self {
             bytes,
             source: "/proc/meminfo".to_owned(),
@@ -58,11 +49,7 @@ fn kibibytes(text: &str, name: &str) -> Option<u64> {
 
 /// What each control group on the way up from the process's own has left: its limit, less what it uses and cannot give
 /// back. `groups` is `/proc/self/cgroup`.
-fn group_budgets(
-    groups: &str,
-    root: &Path,
-    read: &dyn Fn(&Path) -> Option<String>,
-) -> Vec<Budget> {
+fn group_budgets(groups: &str, root: &Path, read: &dyn Fn(&Path) -> Option<String>) -> Vec<Budget> {
     let mut found = Vec::new();
     for line in groups.lines() {
         let mut parts = line.splitn(3, ':');
@@ -73,16 +60,25 @@ fn group_budgets(
         let (root, limit, usage) = if controllers.is_empty() {
             (root.to_owned(), "memory.max", "memory.current")
         } else if controllers.split(',').any(|name| name == "memory") {
-            (root.join("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")
+            (
+                root.join("memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
         } else {
             continue;
         };
         let own = root.join(path.trim_start_matches('/'));
-        for folder in own.ancestors().take_while(|folder| folder.starts_with(&root)) {
-            let number = |name: &str| -> Option<u64> { read(&folder.join(name))?.trim().parse().ok() };
+        for folder in own
+            .ancestors()
+            .take_while(|folder| folder.starts_with(&root))
+        {
+            let number =
+                |name: &str| -> Option<u64> { read(&folder.join(name))?.trim().parse().ok() };
             // "max" is no number: no limit.
             if let (Some(limit), Some(used)) = (number(limit), number(usage)) {
-                let cached = read(&folder.join("memory.stat")).and_then(|stat| inactive_file(&stat));
+                let cached =
+                    read(&folder.join("memory.stat")).and_then(|stat| inactive_file(&stat));
                 let used = used.saturating_sub(cached.unwrap_or(0));
                 found.push(Budget {
                     bytes: limit.saturating_sub(used),
@@ -113,33 +109,6 @@ pub fn peak() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-/// Operations a second of a product of hidden states with a feed-forward layer, on the threads of the current pool.
-#[must_use]
-pub fn product_rate(config: &ModelConfig, tokens: usize, clock: &dyn Clock) -> f64 {
-    let width = config.hidden_size.clamp(1, 4096);
-    let rows = tokens.clamp(1, PROBE / width);
-    let columns = config.intermediate_size.clamp(1, PROBE / width);
-    let (a, b) = (vec![0.5; rows * width], vec![0.25; columns * width]);
-    let mut out = vec![0.0; rows * columns];
-    let mut product = || {
-        let (a, b) = (View::new(&a, rows, width), View::new(&b, columns, width));
-        abt(ViewMut::new(&mut out, rows, columns), Write::Replace, a, b, 1.0);
-    };
-    product();
-    let start = clock.now();
-    let mut products = 0_u32;
-    let millis = loop {
-        product();
-        products += 1;
-        let passed = clock.now().since(start).as_millis();
-        if passed >= u128::from(PROBE_MILLIS) || products >= 1 << 20 {
-            break passed.max(1);
-        }
-    };
-    let operations = 2.0 * rows as f64 * columns as f64 * width as f64 * f64::from(products);
-    operations / (millis as f64 / 1000.0)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -165,7 +134,10 @@ mod tests {
         assert_eq!(bytes("0::/a/b\n"), [600]);
         assert_eq!(bytes("3:cpu,memory:/c\n1:pids:/a\n"), [0]);
         assert_eq!(bytes("nonsense"), [0_u64; 0]);
-        assert_eq!(kibibytes("MemFree: 1 kB\nMemAvailable:   12 kB\n", "MemAvailable:"), Some(12288));
+        assert_eq!(
+            kibibytes("MemFree: 1 kB\nMemAvailable:   12 kB\n", "MemAvailable:"),
+            Some(12288)
+        );
         assert!(Budget::find(None).is_some_and(|budget| budget.bytes > 0));
         assert!(peak().is_some_and(|bytes| bytes > 1 << 20));
     }

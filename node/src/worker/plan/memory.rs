@@ -192,7 +192,11 @@ impl Memory {
     #[must_use]
     pub const fn total(&self) -> usize {
         let step = self.adapters + self.gradients + self.optimiser + self.activations + self.head;
-        let above = if step > self.loading { step } else { self.loading };
+        let above = if step > self.loading {
+            step
+        } else {
+            self.loading
+        };
         self.weights + self.process + above
     }
 }

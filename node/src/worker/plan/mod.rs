@@ -2,6 +2,7 @@
 
 pub mod machine;
 pub mod memory;
+mod probe;
 
 use std::time::Duration;
 
@@ -9,12 +10,9 @@ use serde::Serialize;
 
 use super::model::ModelConfig;
 
-pub use machine::{Budget, product_rate};
+pub use machine::Budget;
 pub use memory::{Memory, Shape, Trained};
-
-/// Multiplications and additions of a run beside its matrix products, as a share of these: norms, rotations, activation
-/// functions, softmax, the optimiser.
-const ELEMENTWISE: f64 = 0.35;
+pub use probe::speed;
 
 /// How long a run takes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -25,7 +23,7 @@ pub struct Time {
     pub tokens_per_step: u64,
     /// Floating-point operations of one step's matrix products.
     pub operations_per_step: f64,
-    /// Operations a second of one matrix product of the model's size, as measured.
+    /// Operations a second of measured steps of a small model, all else that a step does included.
     pub operations_per_second: f64,
     /// Seconds of one step.
     pub seconds_per_step: f64,
@@ -34,11 +32,11 @@ pub struct Time {
 }
 
 impl Time {
-    /// From the size of a run and the measured speed of a matrix product.
+    /// From the size of a run and what [`speed`] measured.
     #[must_use]
     pub fn of(config: &ModelConfig, shape: &Shape, steps: u64, operations_per_second: f64) -> Self {
         let operations = operations(config, shape);
-        let seconds_per_step = operations * (1.0 + ELEMENTWISE) / operations_per_second.max(1.0);
+        let seconds_per_step = operations / operations_per_second.max(1.0);
         Self {
             steps,
             tokens_per_step: (shape.tokens() * shape.accumulate) as u64,
@@ -63,7 +61,8 @@ fn operations(config: &ModelConfig, shape: &Shape) -> f64 {
     let sizes = memory::Sizes::of(config);
     let trains_layers = matches!(shape.trained, Trained::All);
     let trains_head = shape.trained.trains_head();
-    let layers = (config.layers * sizes.layer_products) as f64 * if trains_layers { 3.0 } else { 2.0 };
+    let layers =
+        (config.layers * sizes.layer_products) as f64 * if trains_layers { 3.0 } else { 2.0 };
     let head = sizes.table as f64 * if trains_head { 4.0 } else { 3.0 };
     let factors = 6.0 * memory::factors(config, shape.trained) as f64;
     // Scores and mixing of all pairs that see each other, half of the square; two products forward, five backward.

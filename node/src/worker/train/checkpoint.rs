@@ -155,7 +155,8 @@ fn header(model: &Model, place: &Place) -> serde_json::Result<Vec<u8>> {
     for slot in model.trainable().iter().flat_map(|bank| bank.slots()) {
         for part in PARTS {
             let end = start + slot.range().len() * size_of::<f32>();
-            let entry = json!({ "dtype": "F32", "shape": slot.shape, "data_offsets": [start, end] });
+            let entry =
+                json!({ "dtype": "F32", "shape": slot.shape, "data_offsets": [start, end] });
             entries.insert(format!("{part}/{}", slot.name), entry);
             start = end;
         }

@@ -6,8 +6,8 @@ use consilium_kernels::Vocab;
 use consilium_kernels::loss::{ItemLoss, Term};
 
 use super::adamw::{AdamW, AdamWConfig};
-use super::schedule::Schedule;
 use super::checkpoint::RunPlace;
+use super::schedule::Schedule;
 use super::{TrainError, checkpoint};
 use crate::worker::data::{Batch, Batches, Items};
 use crate::worker::model::{Gradients, Model};

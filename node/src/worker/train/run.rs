@@ -114,8 +114,9 @@ impl RunFolder {
             Ok(()) => Ok(Self { path, _lock: lock }),
             Err(TryLockError::WouldBlock) => Err(WorkError::File {
                 path,
-                problem: "another process trains in this folder; wait for it, or name another with `run`"
-                    .to_owned(),
+                problem:
+                    "another process trains in this folder; wait for it, or name another with `run`"
+                        .to_owned(),
             }),
             Err(TryLockError::Error(source)) => Err(failed(source)),
         }
@@ -137,7 +138,8 @@ impl RunFolder {
     /// to be ended again.
     #[must_use]
     pub fn best(&self, stage: u64) -> PathBuf {
-        self.path.join(format!("best-stage-{}.safetensors", stage + 1))
+        self.path
+            .join(format!("best-stage-{}.safetensors", stage + 1))
     }
 
     /// Where the run was when its process ended; none if it starts here.
@@ -152,7 +154,10 @@ impl RunFolder {
         let place = checkpoint::place(&path)?;
         match place.run.clone() {
             Some(run) if run.settings == settings => Ok(Some((place, run))),
-            Some(_) => Err(other_run(path, "other settings, or another model to start from")),
+            Some(_) => Err(other_run(
+                path,
+                "other settings, or another model to start from",
+            )),
             None => Err(other_run(path, "of another kind")),
         }
     }
@@ -262,7 +267,10 @@ impl StagePlan<'_> {
             let stopped = (shell.stop)() && !is_last;
             if progress.step % self.checkpoint_every == 0 || is_last || stopped {
                 trainer.checkpoint_of(&path, Some(self.place(at, best)))?;
-                shell.watch.event(Event::Checkpoint { step: at, path: &path })?;
+                shell.watch.event(Event::Checkpoint {
+                    step: at,
+                    path: &path,
+                })?;
             }
             if stopped {
                 return Err(WorkError::Stopped);
@@ -311,7 +319,11 @@ impl StagePlan<'_> {
         }
     }
 
-    fn report(&self, progress: &Progress, (tokens_per_second, now, step_seconds): (f64, UnixMillis, f64)) -> StepReport {
+    fn report(
+        &self,
+        progress: &Progress,
+        (tokens_per_second, now, step_seconds): (f64, UnixMillis, f64),
+    ) -> StepReport {
         let step = self.before + progress.step;
         let left = self.steps.saturating_sub(step) as f64 * step_seconds;
         StepReport {
@@ -350,6 +362,10 @@ impl Pace {
         self.tokens += progress.tokens as u64;
         // The clock has milliseconds; a wall clock may also be set back.
         let seconds = now.since(self.start).as_secs_f64().max(1e-3);
-        (self.tokens as f64 / seconds, now, seconds / self.steps as f64)
+        (
+            self.tokens as f64 / seconds,
+            now,
+            seconds / self.steps as f64,
+        )
     }
 }
