@@ -139,7 +139,7 @@ impl Run<'_> {
         };
         let row_tokens = file.row_tokens.min(loaded.model.config().max_positions);
         let data = self.data(&loaded, source, stage, row_tokens, shell)?;
-        let end_of_record = loaded.tokenizer.end_of_record();
+        let start = loaded.tokenizer.end_of_record();
         let config = TrainConfig {
             rows: file.rows,
             length: row_tokens,
@@ -161,7 +161,7 @@ impl Run<'_> {
                 .sum(),
             steps: file.stages.iter().map(|stage| stage.steps).sum(),
             held_out: Items::from(Arc::clone(&data.held_out)),
-            end_of_record,
+            start,
             evaluate_every: file.evaluate_every,
             checkpoint_every: file.checkpoint_every,
         };
@@ -170,7 +170,7 @@ impl Run<'_> {
             tokenizer,
             vocab,
         } = loaded;
-        let mut trainer = Trainer::new(model, &vocab, data.train, end_of_record, config)?;
+        let mut trainer = Trainer::new(model, &vocab, data.train, start, config)?;
         let place = self.place.filter(|place| place.stage == stage);
         let end = plan.run(&mut trainer, place, shell)?;
         self.trained.loss = end.loss.or(self.trained.loss);

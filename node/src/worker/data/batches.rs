@@ -13,7 +13,7 @@ use crate::worker::model::{Packed, Segment};
 #[derive(Debug)]
 pub struct Batches {
     items: Items,
-    end_of_record: u32,
+    start: u32,
     rows: usize,
     length: usize,
     seed: u64,
@@ -33,12 +33,12 @@ pub struct Cursor {
 /// Items packed for one forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
-    /// Tokens; every item starts with an end-of-record token.
+    /// Tokens; every item begins with the token that starts records.
     pub packed: Packed,
     /// Rows whose logits predict a learned token of a target or the end of a target, ascending.
     pub rows: Vec<u32>,
-    /// Ids of the tokens that they predict.
-    pub labels: Vec<u32>,
+    /// Ids of the tokens that they predict; none for the end of the record.
+    pub labels: Vec<Option<u32>>,
     /// Where each item lies.
     pub items: Vec<PackedItem>,
 }
@@ -55,25 +55,23 @@ pub struct PackedItem {
 }
 
 impl Batch {
-    /// Appends an item.
-    pub fn push(&mut self, index: usize, item: &Item, end_of_record: u32) {
+    /// Appends an item behind the token that starts records.
+    pub fn push(&mut self, index: usize, item: &Item, start: u32) {
         let tokens = item.context.iter().chain(&item.target).copied();
-        let segment = self
-            .packed
-            .push(std::iter::once(end_of_record).chain(tokens));
+        let segment = self.packed.push(std::iter::once(start).chain(tokens));
         let first = self.rows.len();
         let before = segment.start + item.context.len();
-        let mut predict = |at: usize, label: u32| {
+        let mut predict = |at: usize, label: Option<u32>| {
             if let Ok(row) = u32::try_from(before + at) {
                 self.rows.push(row);
                 self.labels.push(label);
             }
         };
         for at in item.learned() {
-            predict(at, item.target[at]);
+            predict(at, Some(item.target[at]));
         }
         if !item.open {
-            predict(item.target.len(), end_of_record);
+            predict(item.target.len(), None);
         }
         self.items.push(PackedItem {
             item: index,
@@ -84,13 +82,13 @@ impl Batch {
 }
 
 impl Batches {
-    /// Batches of at most `rows` rows of `length` tokens. Every item must fit a row.
+    /// Batches of at most `rows` rows of `length` tokens. Every item, with the token `start` before it, must fit a row.
     ///
     /// # Errors
     /// No items or rows, or an item that does not fit.
     pub fn new(
         items: impl Into<Items>,
-        end_of_record: u32,
+        start: u32,
         rows: usize,
         length: usize,
         seed: u64,
@@ -108,7 +106,7 @@ impl Batches {
         }
         let mut batches = Self {
             items,
-            end_of_record,
+            start,
             rows,
             length,
             seed,
@@ -159,7 +157,7 @@ impl Batches {
             };
             *room -= tokens;
             let item = self.items.get(next as usize)?;
-            batch.push(next as usize, &item, self.end_of_record);
+            batch.push(next as usize, &item, self.start);
             self.cursor.used += 1;
         }
     }
@@ -229,7 +227,7 @@ mod tests {
         batch.push(1, &piece, 99);
         assert_eq!(batch.packed.tokens, [99, 1, 2, 3, 4, 5, 6, 99, 7, 8]);
         assert_eq!(batch.rows, [2, 5, 6, 7, 8]);
-        assert_eq!(batch.labels, [3, 6, 99, 7, 8]);
+        assert_eq!(batch.labels, [Some(3), Some(6), None, Some(7), Some(8)]);
         assert_eq!(batch.items[1].logits, 3..5);
     }
 

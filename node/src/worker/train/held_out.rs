@@ -11,7 +11,7 @@ use crate::worker::model::Model;
 /// Row tokens of one pass; beyond this a pass gains nothing.
 const TOKENS: usize = 2048;
 
-/// Mean loss of a label over all items, in nats; the same items and weights give the same number.
+/// Mean loss of a label over all items, each behind the token `start`, in nats; the same items and weights give the same number.
 ///
 /// # Errors
 /// Items cannot be read, or the model gives no finite numbers.
@@ -19,7 +19,7 @@ pub fn mean_loss(
     model: &Model,
     vocab: &Vocab,
     items: &Items,
-    end_of_record: u32,
+    start: u32,
 ) -> Result<f64, TrainError> {
     let (mut sum, mut labels) = (0.0, 0);
     let mut batch = Batch::default();
@@ -30,7 +30,7 @@ pub fn mean_loss(
             sum += loss(model, vocab, &batch)?;
             batch = Batch::default();
         }
-        batch.push(index, &item, end_of_record);
+        batch.push(index, &item, start);
         labels += item.labels();
     }
     if !batch.rows.is_empty() {
@@ -40,7 +40,7 @@ pub fn mean_loss(
 }
 
 fn loss(model: &Model, vocab: &Vocab, batch: &Batch) -> Result<f64, TrainError> {
-    let labels = ranks(model, batch);
+    let labels = ranks(model, vocab, batch);
     let pass = model.score(&batch.packed, &batch.rows)?;
     let terms = [Term::Labels {
         labels: &labels,

@@ -76,11 +76,11 @@ pub fn train_language_model(
     model: Model,
     vocab: &Vocab,
     items: impl Into<Items>,
-    end_of_record: u32,
+    start: u32,
     config: TrainConfig,
     mut progress: impl FnMut(&Progress),
 ) -> Result<Model, TrainError> {
-    let mut trainer = Trainer::new(model, vocab, items, end_of_record, config)?;
+    let mut trainer = Trainer::new(model, vocab, items, start, config)?;
     while !trainer.is_done() {
         progress(&trainer.step()?);
     }
@@ -88,21 +88,15 @@ pub fn train_language_model(
 }
 
 impl<'v> Trainer<'v> {
-    /// Starts at step 0. `vocab` must have the model's order.
+    /// Begins with step 0. `vocab` must have the model's order; the token `start` stands before every item.
     pub fn new(
         model: Model,
         vocab: &'v Vocab,
         items: impl Into<Items>,
-        end_of_record: u32,
+        start: u32,
         config: TrainConfig,
     ) -> Result<Self, TrainError> {
-        let batches = Batches::new(
-            items,
-            end_of_record,
-            config.rows,
-            config.length,
-            config.seed,
-        )?;
+        let batches = Batches::new(items, start, config.rows, config.length, config.seed)?;
         let optimiser = AdamW::new(&model, config.optimiser);
         Ok(Self {
             model,
@@ -173,7 +167,7 @@ impl<'v> Trainer<'v> {
 
     /// Loss of a batch, `weight` per label, and its gradients.
     pub fn gradients(&self, batch: &Batch, weight: f32) -> Result<(f64, Gradients), TrainError> {
-        let labels = ranks(&self.model, batch);
+        let labels = ranks(&self.model, self.vocab, batch);
         let pass = self.model.forward(&batch.packed, batch.rows.clone())?;
         let terms = [Term::Labels {
             labels: &labels,
@@ -224,8 +218,9 @@ impl<'v> Trainer<'v> {
     }
 }
 
-/// Ranks of a batch's labels.
-pub(super) fn ranks(model: &Model, batch: &Batch) -> Vec<u32> {
-    let ranks = model.rank_of_id();
-    batch.labels.iter().map(|&id| ranks[id as usize]).collect()
+/// Ranks of a batch's labels: of tokens, or of the end of a record.
+pub(super) fn ranks(model: &Model, vocab: &Vocab, batch: &Batch) -> Vec<u32> {
+    let (ranks, end) = (model.rank_of_id(), vocab.end_ranks().start);
+    let rank = |label: &Option<u32>| label.map_or(end, |id| ranks[id as usize]);
+    batch.labels.iter().map(rank).collect()
 }

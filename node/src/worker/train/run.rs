@@ -198,8 +198,8 @@ pub struct StagePlan<'a> {
     pub steps: u64,
     /// Items held out; none are measured where it is empty.
     pub held_out: Items,
-    /// The token that starts and ends records.
-    pub end_of_record: u32,
+    /// The token that starts records.
+    pub start: u32,
     /// Steps between measurements.
     pub evaluate_every: u64,
     /// Steps between checkpoints.
@@ -290,12 +290,8 @@ impl StagePlan<'_> {
         best: &mut Option<Best>,
         shell: &mut Shell<'_>,
     ) -> Result<(), WorkError> {
-        let loss = held_out::mean_loss(
-            trainer.model(),
-            trainer.vocab(),
-            &self.held_out,
-            self.end_of_record,
-        )?;
+        let loss =
+            held_out::mean_loss(trainer.model(), trainer.vocab(), &self.held_out, self.start)?;
         let is_best = best.is_none_or(|best| loss < best.loss);
         if is_best {
             *best = Some(Best { step, loss });
