@@ -15,13 +15,15 @@ use consilium_protocol::Clock as _;
 use consilium_protocol::quic::Tasks;
 use consilium_protocol::time::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 use crate::agent;
 use crate::agent::ledger::Chain;
 use crate::args::{
     Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs, Threads,
-    TrainArgs,
 };
 use crate::config::{self, Config};
 use crate::error::NodeError;
@@ -29,7 +31,8 @@ use crate::reply::Reply;
 use crate::spool::Spool;
 use crate::status;
 use crate::supervise::{WorkerProgram, keep_running};
-use crate::worker::commands::{self, TrainFile};
+use crate::training;
+use crate::worker::commands;
 use crate::worker::progress::Terminal;
 use crate::worker::{self, Folders, RunOptions, WorkError};
 
@@ -65,7 +68,8 @@ fn run(cli: Cli) -> Result<Reply, NodeError> {
         }
         Command::Agent(args) => serve(&load(&args)?, None),
         Command::Worker { config, supervised } => work(&load(&config)?, supervised),
-        Command::Train(args) => train(&args),
+        Command::Train(args) => training::train(&args, cli.json),
+        Command::Plan(args) => training::plan(&args, cli.json),
         Command::Score(args) => score(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::Status(args) => status::of(&load(&args)?),
@@ -134,16 +138,6 @@ fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
     Ok(Reply::done("ended"))
 }
 
-fn train(args: &TrainArgs) -> Result<Reply, NodeError> {
-    let file = TrainFile::load(&args.file)?;
-    let loss = on_threads(args.threads, || {
-        commands::train(&file, &mut Terminal::new("steps"))
-    })?;
-    Ok(Reply::done(format!("wrote {}", file.output.display()))
-        .with("model", file.output.display().to_string())
-        .with("loss_nats", loss))
-}
-
 fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
     let items = args.last.map(|last| args.first.unwrap_or(0)..last);
     let shape = RecordShape {
@@ -178,7 +172,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<Reply, NodeError> {
 }
 
 /// Runs numeric work on a pool of its own size.
-fn on_threads<T: Send>(
+pub(crate) fn on_threads<T: Send>(
     threads: Threads,
     work: impl FnOnce() -> Result<T, WorkError> + Send,
 ) -> Result<T, NodeError> {
@@ -259,14 +253,17 @@ fn head(path: &Path, chain: &Chain) -> Reply {
 
 fn log_to_stderr(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // This crate writes the text that it tokenises, character by character, whatever it is. No RUST_LOG asks for that.
+    let is_safe = filter_fn(|metadata| !metadata.target().starts_with("tokenizers"));
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_ansi(!plain && std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    // Fails only if a program that acts as several has set one already.
-    let _ = match format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
+    let lines = match format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
     };
+    let lines = lines.with_filter(filter.and(is_safe));
+    // Fails only if a program that acts as several has set one already.
+    let _ = tracing_subscriber::registry().with(lines).try_init();
 }

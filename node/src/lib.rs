@@ -11,4 +11,5 @@ mod reply;
 pub mod spool;
 mod status;
 mod supervise;
+mod training;
 pub mod worker;

@@ -99,7 +99,7 @@ impl LoadedModel {
         };
         let mut context = self.tokenizer.encode(context)?;
         context.drain(..context.len().saturating_sub(room));
-        Ok(Some(Item { context, target }))
+        Ok(Some(Item::new(context, target)))
     }
 
     /// As [`item`](Self::item) with the model's own limit.

@@ -3,7 +3,9 @@
 pub mod adamw;
 pub mod checkpoint;
 pub mod distill;
+pub mod held_out;
 pub mod language_model;
+pub mod run;
 pub mod schedule;
 pub mod targets;
 
@@ -45,6 +47,17 @@ pub enum TrainError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// A run folder belongs to another run.
+    #[error(
+        "{}: a checkpoint of another run ({what}); name another folder with `run`, or delete the file to start again",
+        path.display()
+    )]
+    OtherRun {
+        /// Checkpoint.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
     },
     /// The optimiser's state belongs to other tensors.
     #[error("the optimiser's state does not fit the model's trainable tensors")]
