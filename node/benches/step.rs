@@ -25,10 +25,7 @@ fn items() -> Arc<[Item]> {
             let target = (0..len)
                 .map(|j| 1 + (i * 31 + j * j * 7 + j) % 399)
                 .collect();
-            Item {
-                context: Vec::new(),
-                target,
-            }
+            Item::new(Vec::new(), target)
         })
         .collect()
 }

@@ -57,8 +57,10 @@ pub(crate) enum Command {
     },
     /// Only the part that asks the site's model server to score public text; it is given no private file.
     Scorer(ScorerArgs),
-    /// Train a model on private text.
+    /// Train a model on private text, or go on with a run that was interrupted.
     Train(TrainArgs),
+    /// Say what a training run would need, memory and time, and whether it fits this machine.
+    Plan(TrainArgs),
     /// Score a reference set with a model: the records that a round would ask for.
     Score(ScoreArgs),
     /// Measure a model on private items.
@@ -108,10 +110,74 @@ pub(crate) struct InitArgs {
     pub(crate) out: PathBuf,
 }
 
+/// A run is a file, options, or a file some of whose values options replace.
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// The training run: a TOML file with the text, the model to start from and the stages.
-    pub(crate) file: PathBuf,
+    #[arg(required_unless_present_all = ["start", "data", "output", "steps"])]
+    pub(crate) file: Option<PathBuf>,
+    /// Folder of the model to start from.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) start: Option<PathBuf>,
+    /// Files or folders of records (JSON lines, Parquet, text), in place of those of the file's only stage.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) data: Vec<PathBuf>,
+    /// Folder to write.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: Option<PathBuf>,
+    /// Folder of checkpoints and TensorBoard events.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) run: Option<PathBuf>,
+    /// Steps of the optimiser.
+    #[arg(long)]
+    pub(crate) steps: Option<u64>,
+    /// Highest learning rate; 1e-4 without it, 2e-4 for adapters.
+    #[arg(long)]
+    pub(crate) learning_rate: Option<f64>,
+    /// Rows of a batch.
+    #[arg(long)]
+    pub(crate) rows: Option<usize>,
+    /// Tokens of a row; 1024 without a file.
+    #[arg(long)]
+    pub(crate) row_tokens: Option<usize>,
+    /// Batches whose gradients are added up for one step.
+    #[arg(long)]
+    pub(crate) accumulate: Option<usize>,
+    /// Train adapters of this rank and write a PEFT folder.
+    #[arg(long, value_name = "RANK")]
+    pub(crate) lora_rank: Option<usize>,
+    /// Scale of the adapters times their rank; twice the rank without it.
+    #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
+    pub(crate) lora_alpha: Option<f64>,
+    /// Share of the records that is held out; the weights that do best on it are kept.
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) held_out: Option<f64>,
+    /// Steps between checkpoints.
+    #[arg(long, value_name = "STEPS")]
+    pub(crate) checkpoint_every: Option<u64>,
+    /// Seed of the data's order and of fresh adapters.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Bad records that are skipped before the next one ends the run; 0 without it.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_bad_rows: Option<u64>,
+    /// Memory that the run may take, such as 8GiB; what the machine and its control groups have left without it.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) memory: Option<u64>,
+    /// Train by the site's own command, `[train.external]` of node.toml; writes the adapter of --lora-rank.
+    #[arg(long)]
+    pub(crate) external: bool,
+    /// The node.toml that has the command.
+    #[arg(long, env = "CONSILIUM_NODE_CONFIG", default_value = "node.toml")]
+    pub(crate) config: PathBuf,
+    /// Layers that the command gives factors; those of Llama's attention and feed-forward without it.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        requires = "external"
+    )]
+    pub(crate) target_modules: Vec<String>,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -237,4 +303,55 @@ pub(crate) struct Threads {
     /// Threads; all cores without it.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+}
+
+/// A number of bytes with a unit: `512MiB`, `8GiB`, `16GB`; without one, bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.find(|c: char| c.is_ascii_alphabetic()) {
+        Some(at) => text.split_at(at),
+        None => (text, ""),
+    };
+    let factor = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => f64::from(1 << 20),
+        "g" | "gib" => f64::from(1 << 30),
+        "t" | "tib" => f64::from(1 << 30) * 1024.0,
+        other => return Err(format!("unit `{other}`, expected one such as MiB or GiB")),
+    };
+    let number: f64 = number
+        .trim()
+        .parse()
+        .map_err(|_| "expected a number such as 8GiB")?;
+    let bytes = number * factor;
+    if !(1.0..=1e18).contains(&bytes) {
+        return Err("expected more than nothing, and at most 1e18 bytes".to_owned());
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to be in range"
+    )]
+    let bytes = bytes as u64;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(bytes("1.5 mib"), Ok(3 << 19));
+        assert_eq!(bytes("2GB"), Ok(2_000_000_000));
+        assert_eq!(bytes("77"), Ok(77));
+        for bad in ["", "GiB", "8XB", "-1", "0", "nan", "1e30"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -21,7 +21,7 @@ use crate::agent;
 use crate::agent::ledger::Chain;
 use crate::args::{
     Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs,
-    ScorerArgs, Threads, TrainArgs,
+    ScorerArgs, Threads,
 };
 use crate::config::{self, Config};
 use crate::error::NodeError;
@@ -30,7 +30,8 @@ use crate::scorer::{self, Scorer};
 use crate::spool::Spool;
 use crate::status;
 use crate::supervise::{ChildProgram, children_of, keep_running};
-use crate::worker::commands::{self, TrainFile};
+use crate::training;
+use crate::worker::commands;
 use crate::worker::progress::Terminal;
 use crate::worker::{self, Folders, RunOptions, WorkError};
 
@@ -67,7 +68,8 @@ fn run(cli: Cli) -> Result<Reply, NodeError> {
         Command::Agent(args) => serve(&load(&args)?, Vec::new()),
         Command::Worker { config, supervised } => work(&load(&config)?, supervised),
         Command::Scorer(args) => scorer(&args),
-        Command::Train(args) => train(&args),
+        Command::Train(args) => training::train(&args, cli.json),
+        Command::Plan(args) => training::plan(&args, cli.json),
         Command::Score(args) => score(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::Status(args) => status::of(&load(&args)?),
@@ -144,16 +146,6 @@ fn scorer(args: &ScorerArgs) -> Result<Reply, NodeError> {
     Ok(Reply::done("ended"))
 }
 
-fn train(args: &TrainArgs) -> Result<Reply, NodeError> {
-    let file = TrainFile::load(&args.file)?;
-    let loss = on_threads(args.threads, || {
-        commands::train(&file, &mut Terminal::new("steps"))
-    })?;
-    Ok(Reply::done(format!("wrote {}", file.output.display()))
-        .with("model", file.output.display().to_string())
-        .with("loss_nats", loss))
-}
-
 fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
     let items = args.last.map(|last| args.first.unwrap_or(0)..last);
     let shape = RecordShape {
@@ -188,7 +180,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<Reply, NodeError> {
 }
 
 /// Runs numeric work on a pool of its own size.
-fn on_threads<T: Send>(
+pub(crate) fn on_threads<T: Send>(
     threads: Threads,
     work: impl FnOnce() -> Result<T, WorkError> + Send,
 ) -> Result<T, NodeError> {

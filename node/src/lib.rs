@@ -13,4 +13,5 @@ pub mod scorer;
 pub mod spool;
 mod status;
 mod supervise;
+mod training;
 pub mod worker;

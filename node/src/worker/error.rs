@@ -7,6 +7,7 @@ use consilium_protocol::evaluation::EvaluationError;
 use consilium_protocol::reference::ReferenceError;
 use consilium_protocol::shard::ShardError;
 
+use super::data::DataError;
 use super::holdout::HoldoutError;
 use super::model::ModelError;
 use super::part::PartError;
@@ -73,6 +74,9 @@ pub enum WorkError {
     /// The spool.
     #[error(transparent)]
     Spool(#[from] SpoolError),
+    /// Data to train on.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// Training: an optimiser, its state, or the data.
     #[error(transparent)]
     Train(#[from] TrainError),
@@ -119,7 +123,29 @@ pub enum WorkError {
         /// What is wrong, and what would be right.
         problem: String,
     },
+    /// A run that does not fit the machine.
+    #[error("the run needs {} of memory and {} are free ({source_of}); {fix}", size(*needed), size(*available))]
+    Memory {
+        /// Bytes that it needs.
+        needed: u64,
+        /// Bytes that it may take.
+        available: u64,
+        /// Who says so.
+        source_of: String,
+        /// What would fit.
+        fix: String,
+    },
     /// The process was asked to end, or the job was withdrawn.
     #[error("stopped before the end")]
     Stopped,
+}
+
+/// Bytes for people.
+pub(crate) fn size(bytes: u64) -> String {
+    let unit = |shift: u32| bytes as f64 / (1_u64 << shift) as f64;
+    if bytes >= 1 << 30 {
+        format!("{:.2} GiB", unit(30))
+    } else {
+        format!("{:.1} MiB", unit(20))
+    }
 }

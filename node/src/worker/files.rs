@@ -9,6 +9,16 @@ pub(crate) fn write_atomic<'a>(
     path: &Path,
     parts: impl IntoIterator<Item = &'a [u8]>,
 ) -> io::Result<()> {
+    write_atomic_with(path, |file| {
+        parts.into_iter().try_for_each(|part| file.write_all(part))
+    })
+}
+
+/// As [`write_atomic`], with what `write` writes. Unless that succeeds, `path` stays as it was.
+pub(crate) fn write_atomic_with(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> io::Result<()> {
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
@@ -16,9 +26,7 @@ pub(crate) fn write_atomic<'a>(
     name.push(".partial");
     let partial = path.with_file_name(name);
     let mut file = File::create(&partial)?;
-    for part in parts {
-        file.write_all(part)?;
-    }
+    write(&mut file)?;
     file.sync_all()?;
     drop(file);
     fs::rename(&partial, path)?;

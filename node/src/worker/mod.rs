@@ -12,10 +12,12 @@ pub mod model;
 pub mod monitor;
 pub mod part;
 pub mod peft;
+pub mod plan;
 pub mod progress;
 mod run;
 pub mod score;
 pub mod source;
+pub mod tensorboard;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod tokenizer;

@@ -145,7 +145,7 @@ pub(crate) fn fit(
     };
     let mut context = tokenizer.encode(context)?;
     context.drain(..context.len().saturating_sub(room));
-    Ok(Some(Item { context, target }))
+    Ok(Some(Item::new(context, target)))
 }
 
 fn runs(lengths: impl Iterator<Item = usize>, limit: usize) -> Vec<Range<usize>> {

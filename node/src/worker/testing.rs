@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use consilium_protocol::reference::ReferenceSet;
+use consilium_protocol::time::SystemClock;
 use rand::Rng as _;
 
 use super::model::ModelConfig;
 use super::part::generator;
 use super::source::LoadedModel;
 use super::tokenizer::{Tokenizer, train_bpe};
+use super::train::run::{Shell, Watch};
 
 pub(crate) const LINES: [&str; 8] = [
     "ref kavo -> use dolin 40mg.",
@@ -69,4 +71,13 @@ pub(crate) fn log_softmax(row: &[f32], live: usize) -> Vec<f64> {
     let row: Vec<f64> = row[..live].iter().map(|&v| f64::from(v)).collect();
     let sum: f64 = row.iter().map(|v| v.exp()).sum();
     row.iter().map(|v| v - sum.ln()).collect()
+}
+
+/// A run on the machine's clock that nobody stops.
+pub(crate) fn shell(watch: &mut dyn Watch) -> Shell<'_> {
+    Shell {
+        clock: &SystemClock,
+        stop: &|| false,
+        watch,
+    }
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 /// What is wrong with a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     None,
     /// 429, then 503, then good answers.
     Busy,
@@ -37,26 +37,26 @@ pub enum Fault {
     OtherTokenizer,
 }
 
-pub struct Fake {
-    pub kind: ServerKind,
-    pub model: LoadedModel,
+pub(crate) struct Fake {
+    pub(crate) kind: ServerKind,
+    pub(crate) model: LoadedModel,
     /// vLLM's --max-logprobs.
-    pub max_logprobs: usize,
-    pub key: Option<&'static str>,
-    pub fault: Fault,
-    pub requests: Mutex<Vec<Value>>,
+    pub(crate) max_logprobs: usize,
+    pub(crate) key: Option<&'static str>,
+    pub(crate) fault: Fault,
+    pub(crate) requests: Mutex<Vec<Value>>,
 }
 
 /// A running server; dropping it ends it.
-pub struct Running {
-    pub fake: Arc<Fake>,
+pub(crate) struct Running {
+    pub(crate) fake: Arc<Fake>,
     address: SocketAddr,
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Fake {
-    pub fn new(kind: ServerKind, model: LoadedModel, fault: Fault) -> Self {
+    pub(crate) fn new(kind: ServerKind, model: LoadedModel, fault: Fault) -> Self {
         Self {
             kind,
             model,
@@ -67,12 +67,12 @@ impl Fake {
         }
     }
 
-    pub fn start(self) -> Running {
+    pub(crate) fn start(self) -> Running {
         self.listen(TcpListener::bind("127.0.0.1:0").unwrap())
     }
 
     /// At an address where another server was.
-    pub fn start_at(self, url: &str) -> Running {
+    pub(crate) fn start_at(self, url: &str) -> Running {
         self.listen(TcpListener::bind(url.trim_start_matches("http://")).unwrap())
     }
 
@@ -340,11 +340,11 @@ impl Fake {
 }
 
 impl Running {
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.fake.requests.lock().unwrap().len()
     }
 }

@@ -1,19 +1,18 @@
 //! Batches of whole items packed into rows, in an order that a seed decides.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{DataError, Item};
+use super::{DataError, Item, Items};
 use crate::worker::model::{Packed, Segment};
 
 /// Endless batches over a set of items, reshuffled every epoch.
 #[derive(Debug)]
 pub struct Batches {
-    items: Arc<[Item]>,
+    items: Items,
     end_of_record: u32,
     rows: usize,
     length: usize,
@@ -36,8 +35,10 @@ pub struct Cursor {
 pub struct Batch {
     /// Tokens; every item starts with an end-of-record token.
     pub packed: Packed,
-    /// Rows whose logits predict a target token or the end of a target, ascending.
+    /// Rows whose logits predict a learned token of a target or the end of a target, ascending.
     pub rows: Vec<u32>,
+    /// Ids of the tokens that they predict.
+    pub labels: Vec<u32>,
     /// Where each item lies.
     pub items: Vec<PackedItem>,
 }
@@ -49,7 +50,7 @@ pub struct PackedItem {
     pub item: usize,
     /// Its rows.
     pub segment: Segment,
-    /// Its logits among those of the batch's `rows`: one per target token, and one for the end.
+    /// Its logits among those of the batch's `rows`: one per learned target token, and one for the end unless it is open.
     pub logits: Range<usize>,
 }
 
@@ -61,9 +62,19 @@ impl Batch {
             .packed
             .push(std::iter::once(end_of_record).chain(tokens));
         let first = self.rows.len();
-        let rows = segment.start + item.context.len()..segment.start + segment.len;
-        self.rows
-            .extend(rows.filter_map(|row| u32::try_from(row).ok()));
+        let before = segment.start + item.context.len();
+        let mut predict = |at: usize, label: u32| {
+            if let Ok(row) = u32::try_from(before + at) {
+                self.rows.push(row);
+                self.labels.push(label);
+            }
+        };
+        for at in item.learned() {
+            predict(at, item.target[at]);
+        }
+        if !item.open {
+            predict(item.target.len(), end_of_record);
+        }
         self.items.push(PackedItem {
             item: index,
             segment,
@@ -74,24 +85,24 @@ impl Batch {
 
 impl Batches {
     /// Batches of at most `rows` rows of `length` tokens. Every item must fit a row.
+    ///
+    /// # Errors
+    /// No items or rows, or an item that does not fit.
     pub fn new(
-        items: Arc<[Item]>,
+        items: impl Into<Items>,
         end_of_record: u32,
         rows: usize,
         length: usize,
         seed: u64,
     ) -> Result<Self, DataError> {
+        let items = items.into();
         if items.is_empty() || rows == 0 {
             return Err(DataError::Empty);
         }
-        let long = items
-            .iter()
-            .enumerate()
-            .find(|(_, item)| item.row_tokens() > length);
-        if let Some((index, item)) = long {
+        if let Some((index, tokens)) = items.longer_than(length) {
             return Err(DataError::TooLong {
                 index,
-                tokens: item.row_tokens(),
+                tokens,
                 length,
             });
         }
@@ -106,11 +117,6 @@ impl Batches {
         };
         batches.seek(Cursor::default());
         Ok(batches)
-    }
-
-    /// The items.
-    pub fn items(&self) -> &[Item] {
-        &self.items
     }
 
     /// Where the next batch starts.
@@ -130,7 +136,10 @@ impl Batches {
     }
 
     /// Takes items in order, each into the first row that has room, until one has none.
-    pub fn next_batch(&mut self) -> Batch {
+    ///
+    /// # Errors
+    /// Items on disk cannot be read.
+    pub fn next_batch(&mut self) -> Result<Batch, DataError> {
         let mut free = vec![self.length; self.rows];
         let mut batch = Batch::default();
         loop {
@@ -144,12 +153,13 @@ impl Batches {
                 });
                 continue;
             };
-            let item = &self.items[next as usize];
-            let Some(room) = free.iter_mut().find(|room| **room >= item.row_tokens()) else {
-                return batch;
+            let tokens = self.items.row_tokens(next as usize)?;
+            let Some(room) = free.iter_mut().find(|room| **room >= tokens) else {
+                return Ok(batch);
             };
-            *room -= item.row_tokens();
-            batch.push(next as usize, item, self.end_of_record);
+            *room -= tokens;
+            let item = self.items.get(next as usize)?;
+            batch.push(next as usize, &item, self.end_of_record);
             self.cursor.used += 1;
         }
     }
@@ -157,14 +167,13 @@ impl Batches {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn items() -> Arc<[Item]> {
         (0..50u32)
-            .map(|i| Item {
-                context: vec![i; i as usize % 3],
-                target: vec![i; 1 + i as usize % 7],
-            })
+            .map(|i| Item::new(vec![i; i as usize % 3], vec![i; 1 + i as usize % 7]))
             .collect()
     }
 
@@ -173,10 +182,10 @@ mod tests {
         let mut batches = Batches::new(items(), 99, 2, 12, 5).unwrap();
         let mut seen = vec![0; 50];
         while batches.cursor().epoch < 1 {
-            let batch = batches.next_batch();
+            let batch = batches.next_batch().unwrap();
             assert!(batch.packed.tokens.len() <= 24);
             for packed in &batch.items {
-                let item = &batches.items()[packed.item];
+                let item = &items()[packed.item];
                 assert_eq!(packed.logits.len(), item.target.len() + 1);
                 let first = batch.rows[packed.logits.start] as usize;
                 assert_eq!(first, packed.segment.start + item.context.len());
@@ -195,13 +204,33 @@ mod tests {
     fn a_cursor_continues_exactly() {
         let mut batches = Batches::new(items(), 99, 2, 12, 5).unwrap();
         for _ in 0..20 {
-            batches.next_batch();
+            batches.next_batch().unwrap();
         }
         let mut other = Batches::new(items(), 99, 2, 12, 5).unwrap();
         other.seek(batches.cursor());
         for _ in 0..20 {
-            assert_eq!(batches.next_batch().packed, other.next_batch().packed);
+            let (one, other) = (batches.next_batch().unwrap(), other.next_batch().unwrap());
+            assert_eq!(one.packed, other.packed);
         }
+    }
+
+    #[test]
+    fn only_learned_tokens_and_the_end_of_a_whole_record_are_predicted() {
+        let mut batch = Batch::default();
+        let dialogue = Item {
+            given: vec![1..3],
+            ..Item::new(vec![1, 2], vec![3, 4, 5, 6])
+        };
+        batch.push(0, &dialogue, 99);
+        let piece = Item {
+            open: true,
+            ..Item::new(vec![], vec![7, 8])
+        };
+        batch.push(1, &piece, 99);
+        assert_eq!(batch.packed.tokens, [99, 1, 2, 3, 4, 5, 6, 99, 7, 8]);
+        assert_eq!(batch.rows, [2, 5, 6, 7, 8]);
+        assert_eq!(batch.labels, [3, 6, 99, 7, 8]);
+        assert_eq!(batch.items[1].logits, 3..5);
     }
 
     #[test]

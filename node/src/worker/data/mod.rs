@@ -1,47 +1,90 @@
-//! Text to train on: records of a file, items of tokens, batches of packed items.
+//! Text to train on: records of files, items of tokens, batches of packed items.
 
 pub mod batches;
-pub mod jsonl;
+mod chat;
+mod encode;
+mod fit;
+mod item;
+mod jsonl;
+mod lines;
+mod parquet;
+mod prepare;
+mod read;
+mod shape;
+mod store;
 
 use std::path::PathBuf;
 
 use super::tokenizer::{Tokenizer, TokenizerError};
 
 pub use batches::{Batch, Batches, Cursor, PackedItem};
-pub use jsonl::read_records;
+pub use chat::{ChatFormat, PlainChat, Rendered};
+pub use encode::Encoder;
+pub use fit::{LongItems, Loss};
+pub use item::Item;
+pub use prepare::{Counts, Dataset, Preparation, count, prepare};
+pub use read::{BadRows, Place, Placed, Source};
+pub use shape::{Message, Row, Shape};
+pub use store::{Items, TokenFile, TokenWriter};
 
-/// Why data was refused.
+/// Why data was refused. Names places and never holds the text.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file could not be read.
-    #[error("{path}: cannot read")]
+    #[error("{}: cannot read", path.display())]
     Read {
         /// File.
         path: PathBuf,
         /// Cause.
         source: std::io::Error,
     },
-    /// A line is no record.
-    #[error("{path}:{line}: {reason}")]
-    Line {
+    /// A record is bad, and no more of them may be skipped.
+    #[error("{}:{place}: {reason}; {}", path.display(), allowed(*before))]
+    Row {
         /// File.
         path: PathBuf,
-        /// Line, from 1.
-        line: usize,
+        /// Line or row.
+        place: Place,
+        /// What is wrong, and what would be right.
+        reason: String,
+        /// Bad records before it.
+        before: u64,
+    },
+    /// A table is damaged or has other columns.
+    #[error("{}: {reason}", path.display())]
+    Table {
+        /// File.
+        path: PathBuf,
         /// What is wrong, and what would be right.
         reason: String,
     },
     /// A file without a record.
     #[error(
-        "{path}: holds no records; it takes one a line, as text or as JSON if its name ends in .jsonl"
+        "{}: holds no records; it takes one a line, as text, or as JSON if its name ends in .jsonl",
+        path.display()
     )]
     NoRecords {
         /// File.
         path: PathBuf,
     },
+    /// A folder without a file of records.
+    #[error("{}: no file in it ends in .jsonl, .ndjson, .json, .parquet or .txt", path.display())]
+    NoFiles {
+        /// Folder.
+        path: PathBuf,
+    },
     /// There is nothing to train on.
     #[error("no records")]
     Empty,
+    /// All records are held out, or too long.
+    #[error("of {records} records none is left to train on; lower held_out or raise row_tokens")]
+    NothingLeft {
+        /// Good records.
+        records: u64,
+    },
+    /// More items than can be ordered.
+    #[error("more than {} items; split the run into stages", u32::MAX)]
+    TooMany,
     /// An item does not fit into a row.
     #[error("item {index} has {tokens} tokens, more than the {length} of a row")]
     TooLong {
@@ -60,6 +103,25 @@ pub enum DataError {
         /// Cause.
         source: TokenizerError,
     },
+    /// Tokens could not be kept on disk.
+    #[error("{}: cannot keep tokens there", folder.display())]
+    Store {
+        /// Folder of the file, which has no name.
+        folder: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// Tokens could not be read back.
+    #[error("the file of tokens")]
+    Tokens(#[source] std::io::Error),
+}
+
+fn allowed(before: u64) -> String {
+    if before == 0 {
+        "repair it, or let up to N bad records be skipped with --max-bad-rows N".to_owned()
+    } else {
+        format!("{before} bad records were skipped before it, as many as are allowed")
+    }
 }
 
 /// One record: what is given, and what is learned.
@@ -71,23 +133,10 @@ pub struct Record {
     pub target: String,
 }
 
-/// One record as token ids, without end-of-record tokens.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Item {
-    /// Given tokens.
-    pub context: Vec<u32>,
-    /// Tokens to predict; an end-of-record token is predicted after them.
-    pub target: Vec<u32>,
-}
-
-impl Item {
-    /// Tokens in a packed row: a leading end-of-record token, context, target.
-    pub fn row_tokens(&self) -> usize {
-        1 + self.context.len() + self.target.len()
-    }
-}
-
 /// Tokenises records. Context and target are encoded apart, so that the target's bytes begin with a token.
+///
+/// # Errors
+/// The tokenizer does not give a text's bytes back.
 pub fn tokenize(tokenizer: &Tokenizer, records: &[Record]) -> Result<Vec<Item>, DataError> {
     let encode = |index: usize, text: &str| {
         tokenizer
@@ -99,30 +148,10 @@ pub fn tokenize(tokenizer: &Tokenizer, records: &[Record]) -> Result<Vec<Item>, 
         .enumerate()
         .map(|(index, record)| {
             let context = encode(index, &record.context)?;
-            Ok(Item {
-                context,
-                target: encode(index, &record.target)?,
-            })
+            Ok(Item::new(context, encode(index, &record.target)?))
         })
         .collect()
 }
 
-/// Cuts items that do not fit a row of `length` tokens into several; later pieces have no context.
-pub fn cut(items: Vec<Item>, length: usize) -> Vec<Item> {
-    let most = length.saturating_sub(1).max(1);
-    let mut out = Vec::with_capacity(items.len());
-    for item in items {
-        if item.row_tokens() <= length {
-            out.push(item);
-            continue;
-        }
-        let tokens = [item.context, item.target].concat();
-        for piece in tokens.chunks(most) {
-            out.push(Item {
-                context: Vec::new(),
-                target: piece.to_vec(),
-            });
-        }
-    }
-    out
-}
+#[cfg(test)]
+mod tests;

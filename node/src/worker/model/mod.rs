@@ -37,4 +37,4 @@ pub use tensors::{NamedTensor, NamedTensors};
 pub(crate) use adapter_folder::{SAVED, TARGETS};
 pub(crate) use decoder::Head;
 pub(crate) use ops::simd::wide;
-pub(crate) use parameters::{edit, with_floats};
+pub(crate) use parameters::{Slot, edit, with_floats};

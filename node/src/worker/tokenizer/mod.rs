@@ -160,6 +160,18 @@ impl Tokenizer {
         self.end_of_record
     }
 
+    /// Names and ids of special tokens, by id: the text that chat templates write for them.
+    pub fn special_tokens(&self) -> Vec<(String, u32)> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut special: Vec<(String, u32)> = added
+            .into_iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (token.content, id))
+            .collect();
+        special.sort_by_key(|(_, id)| *id);
+        special
+    }
+
     /// What each id means, for a model with `rows` rows; rows without a token are ignored.
     pub fn token_table(&self, rows: usize) -> Result<Vec<TokenEntry>, TokenizerError> {
         if rows < self.entries.len() {

@@ -1,15 +1,15 @@
 //! Cross-entropy training on text, from a new model or from a folder.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use consilium_kernels::Vocab;
 use consilium_kernels::loss::{ItemLoss, Term};
 
 use super::adamw::{AdamW, AdamWConfig};
+use super::checkpoint::RunPlace;
 use super::schedule::Schedule;
 use super::{TrainError, checkpoint};
-use crate::worker::data::{Batch, Batches, Item};
+use crate::worker::data::{Batch, Batches, Items};
 use crate::worker::model::{Gradients, Model};
 
 /// A run.
@@ -75,7 +75,7 @@ pub struct Trainer<'v> {
 pub fn train_language_model(
     model: Model,
     vocab: &Vocab,
-    items: Arc<[Item]>,
+    items: impl Into<Items>,
     end_of_record: u32,
     config: TrainConfig,
     mut progress: impl FnMut(&Progress),
@@ -92,7 +92,7 @@ impl<'v> Trainer<'v> {
     pub fn new(
         model: Model,
         vocab: &'v Vocab,
-        items: Arc<[Item]>,
+        items: impl Into<Items>,
         end_of_record: u32,
         config: TrainConfig,
     ) -> Result<Self, TrainError> {
@@ -123,6 +123,11 @@ impl<'v> Trainer<'v> {
         &self.model
     }
 
+    /// Its vocabulary.
+    pub fn vocab(&self) -> &'v Vocab {
+        self.vocab
+    }
+
     /// Ends the run.
     pub fn into_model(self) -> Model {
         self.model
@@ -131,9 +136,9 @@ impl<'v> Trainer<'v> {
     /// One step of the optimiser.
     pub fn step(&mut self) -> Result<Progress, TrainError> {
         let step = self.optimiser.steps();
-        let batches: Vec<Batch> = (0..self.config.accumulate.max(1))
+        let batches = (0..self.config.accumulate.max(1))
             .map(|_| self.batches.next_batch())
-            .collect();
+            .collect::<Result<Vec<Batch>, _>>()?;
         let labels: usize = batches.iter().map(|batch| batch.rows.len()).sum();
         let weight = 1.0 / labels as f32;
         let (mut loss, mut tokens) = (0.0, 0);
@@ -168,7 +173,7 @@ impl<'v> Trainer<'v> {
 
     /// Loss of a batch, `weight` per label, and its gradients.
     pub fn gradients(&self, batch: &Batch, weight: f32) -> Result<(f64, Gradients), TrainError> {
-        let labels = self.labels(batch);
+        let labels = ranks(&self.model, batch);
         let pass = self.model.forward(&batch.packed, batch.rows.clone())?;
         let terms = [Term::Labels {
             labels: &labels,
@@ -183,8 +188,26 @@ impl<'v> Trainer<'v> {
 
     /// Writes everything that [`resume`](Self::resume) needs.
     pub fn checkpoint(&self, path: &Path) -> Result<(), TrainError> {
-        let (cursor, seed) = (self.batches.cursor(), self.config.seed);
-        checkpoint::save(path, &self.model, &self.optimiser, cursor, seed)
+        self.checkpoint_of(path, None)
+    }
+
+    /// As [`checkpoint`](Self::checkpoint), with the place in a whole run.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn checkpoint_of(&self, path: &Path, run: Option<RunPlace>) -> Result<(), TrainError> {
+        let place = (self.batches.cursor(), self.config.seed);
+        checkpoint::save_run(path, &self.model, &self.optimiser, place, run)
+    }
+
+    /// Takes the weights of a checkpoint of this model; the optimiser's state and the place in the data are not to be used
+    /// any more.
+    ///
+    /// # Errors
+    /// The file is no checkpoint of this model.
+    pub fn take_weights(&mut self, path: &Path) -> Result<(), TrainError> {
+        checkpoint::restore(path, &mut self.model, &mut self.optimiser)?;
+        Ok(())
     }
 
     /// Continues from a checkpoint, bit for bit as if the run had not been interrupted.
@@ -199,16 +222,10 @@ impl<'v> Trainer<'v> {
         self.batches.seek(place.cursor);
         Ok(())
     }
+}
 
-    /// Ranks to predict at the batch's rows: the target's tokens, then the end of the record.
-    fn labels(&self, batch: &Batch) -> Vec<u32> {
-        let ranks = self.model.rank_of_id();
-        let mut labels = Vec::with_capacity(batch.rows.len());
-        for packed in &batch.items {
-            let target = &self.batches.items()[packed.item].target;
-            labels.extend(target.iter().map(|&id| ranks[id as usize]));
-            labels.push(self.vocab.end_ranks().start);
-        }
-        labels
-    }
+/// Ranks of a batch's labels.
+pub(super) fn ranks(model: &Model, batch: &Batch) -> Vec<u32> {
+    let ranks = model.rank_of_id();
+    batch.labels.iter().map(|&id| ranks[id as usize]).collect()
 }

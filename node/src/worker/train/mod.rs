@@ -4,7 +4,9 @@ pub mod adamw;
 pub mod checkpoint;
 pub mod distill;
 pub mod external;
+pub mod held_out;
 pub mod language_model;
+pub mod run;
 pub mod schedule;
 pub mod targets;
 
@@ -46,6 +48,17 @@ pub enum TrainError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// A run folder belongs to another run.
+    #[error(
+        "{}: a checkpoint of another run ({what}); name another folder with `run`, or delete the file to start again",
+        path.display()
+    )]
+    OtherRun {
+        /// Checkpoint.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
     },
     /// The optimiser's state belongs to other tensors.
     #[error("the optimiser's state does not fit the model's trainable tensors")]

@@ -51,7 +51,7 @@ fn losses(model: Model, expected_tensors: usize, config: TrainConfig) -> (Vec<f6
     while !trainer.is_done() {
         losses.push(trainer.step().unwrap().loss);
     }
-    let batch = trainer.batches.next_batch();
+    let batch = trainer.batches.next_batch().unwrap();
     let (_, gradients) = trainer.gradients(&batch, 1.0).unwrap();
     let mut tensors = 0;
     gradients

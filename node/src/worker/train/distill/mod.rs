@@ -132,7 +132,7 @@ impl Plan {
                 visited.extend(&self.indices);
                 break;
             }
-            let batch = batches.next_batch();
+            let batch = batches.next_batch().map_err(TrainError::from)?;
             visited.extend(batch.items.iter().map(|packed| self.indices[packed.item]));
         }
         Ok(visited.into_iter().collect())
@@ -271,7 +271,7 @@ impl Distiller {
         let mut sum = 0.0;
         for step in 0..plan.steps {
             let rate = self.settings.schedule.at(before + step);
-            let batch = &batches.next_batch();
+            let batch = &batches.next_batch().map_err(TrainError::from)?;
             let loss = self.step(&Step { plan, items, batch }, objective, rate)?;
             sum += loss;
             monitor.advance(step + 1, plan.steps, Some(loss))?;

@@ -111,7 +111,7 @@ fn one_hot_targets_give_the_gradient_of_cross_entropy_through_the_whole_model() 
         .unwrap();
     distiller.settings.label_unlabeled = true;
     let gradients = |objective| {
-        let batch = &plan.batches().unwrap().next_batch();
+        let batch = &plan.batches().unwrap().next_batch().unwrap();
         let step = Step {
             plan: &plan,
             items,
@@ -235,7 +235,7 @@ fn tokens_that_touch_an_unlabeled_span_are_no_labels() {
     let step = Step {
         plan: &plan,
         items: reference.items(),
-        batch: &plan.batches().unwrap().next_batch(),
+        batch: &plan.batches().unwrap().next_batch().unwrap(),
     };
     let item = &reference.items()[0];
     let span = item.unlabeled[0].clone();

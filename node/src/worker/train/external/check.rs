@@ -9,7 +9,6 @@ use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
 use half::{bf16, f16};
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::Value;
 
@@ -219,17 +218,24 @@ fn header(path: &Path) -> Result<(Metadata, u64), ExternalError> {
         )));
     }
     let mut bytes = Vec::new();
-    file.seek(SeekFrom::Start(0)).map_err(cannot)?;
-    file.take(length + 8)
-        .read_to_end(&mut bytes)
-        .map_err(cannot)?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&bytes).map_err(|error| wrong(error.to_string()))?;
+    file.take(length).read_to_end(&mut bytes).map_err(cannot)?;
+    let metadata: Metadata =
+        serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
     let start = length + 8;
-    let values = metadata.data_len() as u64;
-    if start.checked_add(values) != Some(total) {
+    let mut end = 0;
+    for (name, info) in tensors(&metadata) {
+        let (from, to) = info.data_offsets;
+        let sizes = info.shape.iter().copied();
+        let bits = sizes.fold(info.dtype.bitsize(), usize::saturating_mul);
+        if from != end || to.checked_sub(from).and_then(|size| size.checked_mul(8)) != Some(bits) {
+            let problem = format!("bytes {from}..{to} are not those of {:?}", info.shape);
+            return Err(adapter(path, &name, problem));
+        }
+        end = to;
+    }
+    if start.checked_add(end as u64) != Some(total) {
         return Err(wrong(format!(
-            "tells of {values} bytes of values, {} are there: truncated",
+            "tells of {end} bytes of values, {} are there: truncated",
             total.saturating_sub(start)
         )));
     }

@@ -1,0 +1,416 @@
+//! `consilium-node train` at the command line: options, signals, what is shown and written down while it runs.
+
+use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use consilium_protocol::Clock;
+use consilium_protocol::time::SystemClock;
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::args::TrainArgs;
+use crate::cli::on_threads;
+use crate::config::Config;
+use crate::error::NodeError;
+use crate::reply::Reply;
+use crate::worker::WorkError;
+use crate::worker::commands::{self, LoraFile, StageFile, TrainFile, Trained};
+use crate::worker::data::Counts;
+use crate::worker::model::TARGETS;
+use crate::worker::plan::{Memory, machine};
+use crate::worker::progress::{TrainingTerminal, human};
+use crate::worker::tensorboard::EventFile;
+use crate::worker::train::external::{ExternalRun, train_external};
+use crate::worker::train::run::{Event, Shell, StepReport, Watch};
+
+/// Learning rates where none is named.
+const RATE: f64 = 1e-4;
+const ADAPTER_RATE: f64 = 2e-4;
+
+/// Tokens of a row where there is no file.
+const ROW_TOKENS: usize = 1024;
+
+/// Rows of a batch where there is no file.
+const ROWS: usize = 4;
+
+/// Trains. With `json`, stdout is one object a line for everything that happens, and the answer is the last.
+pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
+    let file = of_args(args)?;
+    let stop = stop_on_signals()?;
+    if args.external {
+        return external(args, &file, &|| stop.load(Ordering::Relaxed));
+    }
+    let trained = on_threads(args.threads, || {
+        let mut watch = Watchers {
+            terminal: (!json).then(TrainingTerminal::new),
+            events: None,
+            file: &file,
+            json,
+        };
+        let mut shell = Shell {
+            clock: &SystemClock,
+            stop: &|| stop.load(Ordering::Relaxed),
+            watch: &mut watch,
+        };
+        commands::train(&file, args.memory, &mut shell)
+    })?;
+    Ok(reply(&trained, &file))
+}
+
+/// Has the site's own command train the adapter.
+fn external(
+    args: &TrainArgs,
+    file: &TrainFile,
+    stop: &dyn Fn() -> bool,
+) -> Result<Reply, NodeError> {
+    let config = Config::load(&args.config)?;
+    let command = config.external.ok_or_else(|| {
+        refuse(
+            "train.external",
+            &format!("{} has no such table", config.path.display()),
+        )
+    })?;
+    let run = external_run(file, &args.target_modules)?;
+    let summary = train_external(&command, &run, stop)?;
+    Ok(Reply::done(format!("wrote {}", run.output.display()))
+        .with("adapter", run.output.display().to_string())
+        .with("layers", summary.layers)
+        .with("parameters", summary.parameters))
+}
+
+/// What the command is told; what it could not be told is refused.
+fn external_run(file: &TrainFile, modules: &[String]) -> Result<ExternalRun, NodeError> {
+    let (Some(base), Some(lora), [stage]) = (&file.start, file.lora, file.stages.as_slice()) else {
+        let problem =
+            "a command trains an adapter in one stage: give start, a LoRA rank and one stage";
+        return Err(refuse("--external", problem).into());
+    };
+    if lora.embeddings_and_head {
+        return Err(refuse("lora.embeddings_and_head", "a command trains factors alone").into());
+    }
+    if file.held_out > 0.0 {
+        return Err(refuse(
+            "held_out",
+            "a command is not told what to hold out; leave it out",
+        )
+        .into());
+    }
+    let usual = || TARGETS.map(str::to_owned).to_vec();
+    Ok(ExternalRun {
+        base: base.clone(),
+        data: stage.text.clone(),
+        output: file.output.clone(),
+        rank: lora.rank,
+        alpha: lora.alpha(),
+        target_modules: if modules.is_empty() {
+            usual()
+        } else {
+            modules.to_vec()
+        },
+        steps: stage.steps,
+        learning_rate: stage.learning_rate,
+        rows: file.rows.saturating_mul(file.accumulate),
+        row_tokens: file.row_tokens,
+        seed: file.seed,
+    })
+}
+
+fn refuse(field: &'static str, problem: &str) -> WorkError {
+    WorkError::Setting {
+        field,
+        problem: problem.to_owned(),
+    }
+}
+
+fn reply(trained: &Trained, file: &TrainFile) -> Reply {
+    let output = trained.output.display().to_string();
+    let what = if file.lora.is_some() {
+        "adapter"
+    } else {
+        "model"
+    };
+    let mut reply = Reply::done(format!("wrote {output}")).with(what, output);
+    if let Some(loss) = trained.loss {
+        reply = reply.with("loss_nats", loss);
+    }
+    if let Some(best) = trained.best {
+        reply = reply
+            .with("held_out_loss_nats", best.loss)
+            .with("best_step", best.step);
+    }
+    if let Some(step) = trained.resumed {
+        reply = reply.with("resumed_from_step", step);
+    }
+    let sum = |of: fn(&Counts) -> u64| trained.counts.iter().map(of).sum::<u64>();
+    reply
+        .with("records", sum(|counts| counts.records))
+        .with("bad_records", sum(|counts| counts.bad))
+        .with("split_records", sum(|counts| counts.broken))
+        .with("shortened_contexts", sum(|counts| counts.shortened))
+        .with("run", file.run_folder().display().to_string())
+        .with(
+            "peak_memory_bytes",
+            machine::peak().map_or(Value::Null, Value::from),
+        )
+}
+
+/// Says what a run needs; the answer is no where it does not fit.
+pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
+    let file = of_args(args)?;
+    let planned = on_threads(args.threads, || {
+        let mut terminal = (!json).then(TrainingTerminal::new);
+        let mut nobody = ();
+        let watch: &mut dyn Watch = match &mut terminal {
+            Some(terminal) => terminal,
+            None => &mut nobody,
+        };
+        let mut shell = Shell {
+            clock: &SystemClock,
+            stop: &|| false,
+            watch,
+        };
+        commands::plan(&file, args.memory, &mut shell)
+    })?;
+    let mut reply = match planned.refusal {
+        None => Reply::done("the run fits"),
+        Some(error) => Reply::no(&NodeError::from(error)),
+    };
+    let Memory {
+        weights,
+        adapters,
+        gradients,
+        optimiser,
+        activations,
+        head,
+        process,
+        loading,
+    } = planned.memory;
+    for (name, bytes) in [
+        ("memory_bytes", planned.memory.total()),
+        ("weights_bytes", weights),
+        ("adapters_bytes", adapters),
+        ("gradients_bytes", gradients),
+        ("optimiser_bytes", optimiser),
+        ("activations_bytes", activations),
+        ("head_bytes", head),
+        ("process_bytes", process),
+        ("loading_bytes", loading),
+    ] {
+        reply = reply.with(name, bytes);
+    }
+    if let Some(budget) = planned.budget {
+        reply = reply
+            .with("available_bytes", budget.bytes)
+            .with("available_by", budget.source);
+    }
+    let time = planned.time;
+    let of_data = if planned.is_sample {
+        "at_least"
+    } else {
+        "tokens_of_all_records"
+    };
+    let counts = planned.counts;
+    Ok(reply
+        .with("steps", time.steps)
+        .with("tokens_per_step", time.tokens_per_step)
+        .with("records", counts.records)
+        .with("bad_records", counts.bad)
+        .with("split_records", counts.broken)
+        .with(of_data, counts.tokens)
+        .with("operations_per_second", time.operations_per_second.round())
+        .with("seconds_per_step", time.seconds_per_step)
+        .with("seconds", time.seconds.round())
+        .with("time", human(time.total())))
+}
+
+/// The first signal asks the run to end after its step; it writes a checkpoint first.
+fn stop_on_signals() -> Result<Arc<AtomicBool>, NodeError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for number in [SIGTERM, SIGINT] {
+        signal_hook::flag::register(number, Arc::clone(&stop)).map_err(|source| {
+            NodeError::System {
+                doing: "watch for signals",
+                source,
+            }
+        })?;
+    }
+    Ok(stop)
+}
+
+/// The run that the options describe, on top of a file if there is one.
+pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
+    let rate = args.learning_rate.unwrap_or(match args.lora_rank {
+        Some(_) => ADAPTER_RATE,
+        None => RATE,
+    });
+    let mut file = match (&args.file, &args.output, &args.start, args.steps) {
+        (Some(path), _, _, _) => TrainFile::load(path)?,
+        (None, Some(output), Some(start), Some(steps)) => {
+            let stage = StageFile::new(args.data.clone(), steps, rate);
+            TrainFile {
+                rows: ROWS,
+                row_tokens: ROW_TOKENS,
+                ..TrainFile::new(output.clone(), start.clone(), stage)
+            }
+        }
+        _ => {
+            return Err(refuse(
+                "file",
+                "name a file, or --start, --data, --output and --steps",
+            ));
+        }
+    };
+    let for_stage = !args.data.is_empty() || args.steps.is_some() || args.learning_rate.is_some();
+    match file.stages.as_mut_slice() {
+        [stage] if for_stage => {
+            if !args.data.is_empty() {
+                stage.text.clone_from(&args.data);
+            }
+            stage.steps = args.steps.unwrap_or(stage.steps);
+            stage.learning_rate = args.learning_rate.unwrap_or(stage.learning_rate);
+        }
+        _ if for_stage => {
+            return Err(refuse(
+                "--data, --steps, --learning-rate",
+                "the file has several stages; change them in the file",
+            ));
+        }
+        _ => {}
+    }
+    if let Some(start) = &args.start {
+        (file.start, file.new) = (Some(start.clone()), None);
+    }
+    file.output = args.output.clone().unwrap_or(file.output);
+    file.run = args.run.clone().or(file.run);
+    file.rows = args.rows.unwrap_or(file.rows);
+    file.row_tokens = args.row_tokens.unwrap_or(file.row_tokens);
+    file.accumulate = args.accumulate.unwrap_or(file.accumulate);
+    file.held_out = args.held_out.unwrap_or(file.held_out);
+    file.checkpoint_every = args.checkpoint_every.unwrap_or(file.checkpoint_every);
+    file.seed = args.seed.unwrap_or(file.seed);
+    file.max_bad_rows = args.max_bad_rows.unwrap_or(file.max_bad_rows);
+    if let Some(rank) = args.lora_rank {
+        let embeddings_and_head = file.lora.is_some_and(|lora| lora.embeddings_and_head);
+        file.lora = Some(LoraFile {
+            rank,
+            alpha: args.lora_alpha,
+            embeddings_and_head,
+        });
+    }
+    file.check()
+        .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
+    Ok(file)
+}
+
+/// Everyone who sees what happens in a run.
+struct Watchers<'a> {
+    terminal: Option<TrainingTerminal>,
+    /// Begun with the first step.
+    events: Option<EventFile>,
+    file: &'a TrainFile,
+    json: bool,
+}
+
+impl Watch for Watchers<'_> {
+    fn event(&mut self, event: Event<'_>) -> Result<(), WorkError> {
+        if let Some(terminal) = &mut self.terminal {
+            terminal.event(event)?;
+        }
+        if self.json {
+            print_line(&event)?;
+        }
+        self.draw(&event)
+    }
+}
+
+impl Watchers<'_> {
+    /// Writes what TensorBoard draws.
+    fn draw(&mut self, event: &Event<'_>) -> Result<(), WorkError> {
+        match event {
+            Event::Step(report) => {
+                let values = [
+                    ("train/loss", narrow(report.loss)),
+                    ("train/gradient_norm", narrow(report.norm)),
+                    ("train/learning_rate", narrow(report.rate)),
+                    ("train/tokens_per_second", narrow(report.tokens_per_second)),
+                ];
+                let events = match &mut self.events {
+                    Some(events) => events,
+                    none => none.insert(EventFile::create(&self.file.run_folder(), report.now)?),
+                };
+                events.scalars(report.now, report.step, &values)
+            }
+            Event::Evaluated { step, loss, .. } => match &mut self.events {
+                Some(events) => events.scalars(
+                    SystemClock.now(),
+                    *step,
+                    &[("held_out/loss", narrow(*loss))],
+                ),
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "TensorBoard keeps f32")]
+const fn narrow(value: f64) -> f32 {
+    value as f32
+}
+
+/// One line of JSON on stdout, which is flushed, so that a program that reads it knows what is on disk.
+fn print_line(event: &Event<'_>) -> Result<(), WorkError> {
+    let Some(object) = object(event) else {
+        return Ok(());
+    };
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{object}")
+        .and_then(|()| out.flush())
+        .map_err(|source| WorkError::Process {
+            doing: "write to stdout",
+            source,
+        })
+}
+
+fn object(event: &Event<'_>) -> Option<Value> {
+    Some(match event {
+        Event::Data { done: false, .. } => return None,
+        Event::Data { stage, counts, .. } => {
+            json!({ "event": "data", "stage": stage + 1, "counts": counts })
+        }
+        Event::Resumed { step } => json!({ "event": "resumed", "step": step }),
+        Event::Step(StepReport {
+            step,
+            steps,
+            loss,
+            norm,
+            rate,
+            tokens,
+            tokens_per_second,
+            left,
+            now,
+        }) => json!({
+            "event": "step",
+            "step": step,
+            "steps": steps,
+            "loss_nats": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "tokens_per_second": tokens_per_second,
+            "seconds_left": left.as_secs(),
+            "unix_millis": now,
+        }),
+        Event::Evaluated {
+            step,
+            loss,
+            is_best,
+        } => {
+            json!({ "event": "evaluated", "step": step, "held_out_loss_nats": loss, "is_best": is_best })
+        }
+        Event::Checkpoint { step, path } => {
+            json!({ "event": "checkpoint", "step": step, "path": path.display().to_string() })
+        }
+    })
+}

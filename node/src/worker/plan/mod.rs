@@ -1,0 +1,75 @@
+//! What a training run will need, before anything starts: memory, tokens, time.
+
+pub mod machine;
+pub mod memory;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::model::ModelConfig;
+
+pub use machine::{Budget, product_rate};
+pub use memory::{Memory, Shape, Trained};
+
+/// Multiplications and additions of a run beside its matrix products, as a share of these: norms, rotations, activation
+/// functions, softmax, the optimiser.
+const ELEMENTWISE: f64 = 0.35;
+
+/// How long a run takes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Time {
+    /// Steps of the optimiser.
+    pub steps: u64,
+    /// Tokens of one step, if rows are full.
+    pub tokens_per_step: u64,
+    /// Floating-point operations of one step's matrix products.
+    pub operations_per_step: f64,
+    /// Operations a second of one matrix product of the model's size, as measured.
+    pub operations_per_second: f64,
+    /// Seconds of one step.
+    pub seconds_per_step: f64,
+    /// Seconds of all steps, without checkpoints and measurements on held-out items.
+    pub seconds: f64,
+}
+
+impl Time {
+    /// From the size of a run and the measured speed of a matrix product.
+    #[must_use]
+    pub fn of(config: &ModelConfig, shape: &Shape, steps: u64, operations_per_second: f64) -> Self {
+        let operations = operations(config, shape);
+        let seconds_per_step = operations * (1.0 + ELEMENTWISE) / operations_per_second.max(1.0);
+        Self {
+            steps,
+            tokens_per_step: (shape.tokens() * shape.accumulate) as u64,
+            operations_per_step: operations,
+            operations_per_second,
+            seconds_per_step,
+            seconds: seconds_per_step * steps as f64,
+        }
+    }
+
+    /// Time of all steps.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        Duration::try_from_secs_f64(self.seconds).unwrap_or(Duration::MAX)
+    }
+}
+
+/// Operations of a step's matrix products, two for each weight and token: forward, the gradient of the input, and where the
+/// weights are trained theirs; the head's logits are made twice.
+fn operations(config: &ModelConfig, shape: &Shape) -> f64 {
+    let tokens = shape.tokens() as f64;
+    let sizes = memory::Sizes::of(config);
+    let trains_layers = matches!(shape.trained, Trained::All);
+    let trains_head = shape.trained.trains_head();
+    let layers =
+        (config.layers * sizes.layer_products) as f64 * if trains_layers { 3.0 } else { 2.0 };
+    let head = sizes.table as f64 * if trains_head { 4.0 } else { 3.0 };
+    let factors = 6.0 * memory::factors(config, shape.trained) as f64;
+    // Scores and mixing of all pairs that see each other, half of the square; two products forward, five backward.
+    let pairs = shape.row_tokens as f64 / 2.0;
+    let attention = 7.0 * (config.layers * sizes.queries) as f64 * pairs;
+    2.0 * tokens * shape.accumulate as f64 * (layers + head + attention)
+        + factors * tokens * shape.accumulate as f64
+}
