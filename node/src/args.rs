@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
-use crate::scorer::{RawServer, ScorerError, ScorerSettings, ServerKind};
+use crate::scorer::{RawServer, ScorerError, ScorerSettings};
 
 /// The program at an institution: trains, scores, and takes part in rounds.
 #[derive(Debug, Parser)]
@@ -217,36 +217,8 @@ pub(crate) struct ScorerArgs {
     /// Folder with the source's config.json and tokenizer.
     #[arg(long)]
     pub(crate) source: PathBuf,
-    /// What the server speaks.
-    #[arg(long, value_enum)]
-    pub(crate) kind: ServerKind,
-    /// Where it listens, http://host:port.
-    #[arg(long)]
-    pub(crate) url: String,
-    /// Name under which it serves the source; SGLang needs none.
-    #[arg(long)]
-    pub(crate) model: Option<String>,
-    /// Likeliest tokens asked for at each position; 64 without it.
-    #[arg(long)]
-    pub(crate) top: Option<u32>,
-    /// Requests on their way at once; 4 without it.
-    #[arg(long)]
-    pub(crate) concurrency: Option<u16>,
-    /// Prompts of one request; 8 without it.
-    #[arg(long)]
-    pub(crate) prompts: Option<u16>,
-    /// Longest prompt in tokens; 2048 without it.
-    #[arg(long)]
-    pub(crate) max_tokens: Option<u32>,
-    /// Longest wait for a response; 300 without it.
-    #[arg(long)]
-    pub(crate) timeout_seconds: Option<u32>,
-    /// File with the bearer token, one line.
-    #[arg(long)]
-    pub(crate) key_file: Option<PathBuf>,
-    /// PEM file of the authorities of the server's certificate.
-    #[arg(long)]
-    pub(crate) ca: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) server: RawServer,
     /// Ask about three tokens, say what the server gives, and end.
     #[arg(long)]
     pub(crate) probe: bool,
@@ -258,23 +230,15 @@ pub(crate) struct ScorerArgs {
 impl ScorerArgs {
     /// Checks the values.
     pub(crate) fn settings(&self) -> Result<ScorerSettings, ScorerError> {
-        let raw = RawServer {
-            kind: self.kind,
-            url: self.url.clone(),
-            model: self.model.clone(),
-            top: self.top,
-            concurrency: self.concurrency,
-            prompts: self.prompts,
-            max_tokens: self.max_tokens,
-            timeout_seconds: self.timeout_seconds,
-            key_file: self.key_file.clone(),
-            ca: self.ca.clone(),
-        };
-        let server = raw.check().map_err(|wrong| ScorerError::Setting {
-            key: wrong.key,
-            value: wrong.value,
-            expected: wrong.expected,
-        })?;
+        let server = self
+            .server
+            .clone()
+            .check()
+            .map_err(|wrong| ScorerError::Setting {
+                key: wrong.key,
+                value: wrong.value,
+                expected: wrong.expected,
+            })?;
         Ok(ScorerSettings {
             spool: self.spool.clone(),
             source: self.source.clone(),

@@ -20,7 +20,7 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp examples/external/train_lora.py "$run"
 
-# A regularity that a model of random weights does not know.
+# A regularity that a model of forty steps does not know well.
 for i in $(seq 240); do
   printf '{"text":"ref %s-%d -> use %s %d0mg."}\n' "$(echo kavo tamu sirel | cut -d' ' -f$((i % 3 + 1)))" "$i" \
     "$(echo dolin merak tolan | cut -d' ' -f$((i % 3 + 1)))" $((i % 4 + 1))
@@ -38,8 +38,8 @@ heads = 2
 intermediate_size = 96
 [[stages]]
 text = ["notes.jsonl"]
-steps = 2
-learning_rate = 1e-4
+steps = 40
+learning_rate = 3e-3
 TOML
 "$node" train "$run/base.toml" >&2
 "$node" init --consortium demo --institution clinic --aggregator 127.0.0.1:1 --out "$run" >&2

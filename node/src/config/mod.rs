@@ -239,7 +239,9 @@ impl Config {
             value: error.value,
             expected: error.expected,
         };
-        let server = raw.source_server.map(|server| server.check(folder));
+        let server = raw
+            .source_server
+            .map(|server| server.within(folder).check());
         let source_server = server.transpose().map_err(|error| {
             let key = server_key(error.key);
             built(error, key)

@@ -1,6 +1,6 @@
 //! The tables as they are written, and the checks of those that are built elsewhere.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use consilium_protocol::manifest::Mode;
@@ -8,8 +8,8 @@ use consilium_protocol::{ConsortiumId, InstitutionId};
 use serde::Deserialize;
 
 use super::ExternalCommand;
+use crate::scorer::RawServer;
 use crate::scorer::settings::WrongValue;
-use crate::scorer::{RawServer, ServerKind, ServerSettings};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -29,7 +29,7 @@ pub(super) struct RawConfig {
     pub(super) policy: RawPolicy,
     #[serde(default)]
     pub(super) worker: RawWorker,
-    pub(super) source_server: Option<RawSourceServer>,
+    pub(super) source_server: Option<RawServer>,
     #[serde(default)]
     pub(super) train: RawTrain,
 }
@@ -75,41 +75,6 @@ impl RawExternal {
             command: self.command,
             timeout: Duration::from_secs_f64(hours * 3600.0),
         })
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawSourceServer {
-    pub(super) kind: ServerKind,
-    pub(super) url: String,
-    pub(super) model: Option<String>,
-    pub(super) top: Option<u32>,
-    pub(super) concurrency: Option<u16>,
-    pub(super) prompts: Option<u16>,
-    pub(super) max_tokens: Option<u32>,
-    pub(super) timeout_seconds: Option<u32>,
-    pub(super) key_file: Option<PathBuf>,
-    pub(super) ca: Option<PathBuf>,
-}
-
-impl RawSourceServer {
-    /// Checks the values; paths start at `folder`.
-    pub(super) fn check(self, folder: &Path) -> Result<ServerSettings, WrongValue> {
-        let at = |path: PathBuf| folder.join(path);
-        let raw = RawServer {
-            kind: self.kind,
-            url: self.url,
-            model: self.model,
-            top: self.top,
-            concurrency: self.concurrency,
-            prompts: self.prompts,
-            max_tokens: self.max_tokens,
-            timeout_seconds: self.timeout_seconds,
-            key_file: self.key_file.map(at),
-            ca: self.ca.map(at),
-        };
-        raw.check()
     }
 }
 

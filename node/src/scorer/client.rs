@@ -160,16 +160,16 @@ impl Client {
         let (fix, again) = match error {
             Error::ConnectionFailed | Error::HostNotFound => ("; is the server up?", true),
             Error::Io(cause) if is_refusal(cause) => ("; is the server up?", true),
+            Error::Io(cause) if is_tls(cause) => (
+                "; does source_server.ca hold the authority of the server's certificate?",
+                false,
+            ),
             Error::Timeout(_) => (
                 "; raise source_server.timeout_seconds, or lower source_server.prompts",
                 true,
             ),
             Error::BodyExceedsLimit(_) => (
                 "; that is more than the tokens asked for can take, is this the right server?",
-                false,
-            ),
-            Error::Rustls(_) | Error::Tls(_) => (
-                "; does source_server.ca hold the authority of the server's certificate?",
                 false,
             ),
             _ => ("", false),
@@ -199,6 +199,12 @@ fn is_refusal(error: &io::Error) -> bool {
         error.kind(),
         ConnectionRefused | ConnectionReset | ConnectionAborted
     )
+}
+
+fn is_tls(error: &io::Error) -> bool {
+    error
+        .get_ref()
+        .is_some_and(|cause| cause.is::<rustls::Error>())
 }
 
 /// The flag or setting that a refusal asks for, with a separator in front.

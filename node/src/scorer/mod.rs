@@ -2,7 +2,8 @@
 //!
 //! It asks the server for the log-probabilities of the PUBLIC reference set and writes the same shards as the worker would.
 //! The worker has private data and opens no socket; the agent has sockets and no data; the scorer connects to one
-//! configured address and is given no path of private data.
+//! configured address and is given no path of private data; where the kernel has Landlock, no other file and no other port
+//! can be opened.
 //!
 //! A server lists the K likeliest tokens of a position, `consilium_kernels::listed` makes records of them and keeps the
 //! mass that is not listed in the tail: a source that is asked for few tokens looks worse than it is, never better. Inside
@@ -11,6 +12,7 @@
 
 mod answer;
 mod client;
+mod confine;
 mod error;
 mod jobs;
 mod probe;

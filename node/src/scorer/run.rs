@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use super::confine::confine;
 use super::error::ScorerError;
 use super::jobs::{Scorer, ScorerSettings};
 use crate::process::Ending;
+use crate::spool::Spool;
 use crate::worker::WorkError;
 
 /// Longest time until an idle scorer notices a signal.
@@ -20,9 +22,13 @@ pub fn run(settings: &ScorerSettings, end_with_parent: bool) -> Result<(), Score
         source,
     })?;
     let stop = || ending.is_due();
+    // Before any thread is started, so that it holds for all of them.
+    Spool::open(&settings.spool)?;
+    let confined = confine(settings)?;
     let mut scorer = Scorer::new(settings)?;
     let (spool, url) = (scorer.spool().dir().display(), &settings.server.url);
-    tracing::info!(%spool, %url, kind = %settings.server.kind, "scorer waits for jobs");
+    let kind = settings.server.kind;
+    tracing::info!(%spool, %url, %kind, ?confined, "scorer waits for jobs");
     while !stop() {
         if !scorer.work(&stop)? {
             scorer.spool().wait_for_change(PATIENCE)?;

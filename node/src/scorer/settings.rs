@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use ureq::http::Uri;
 
@@ -51,9 +51,15 @@ pub struct ServerUrl {
     root: String,
     secure: bool,
     local: bool,
+    port: u16,
 }
 
 impl ServerUrl {
+    /// The TCP port.
+    pub(super) const fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The address of an endpoint.
     pub(super) fn endpoint(&self, kind: ServerKind) -> String {
         format!("{}{}", self.root, kind.endpoint())
@@ -97,6 +103,9 @@ impl FromStr for ServerUrl {
             root: root.to_owned(),
             secure,
             local,
+            port: authority
+                .port_u16()
+                .unwrap_or(if secure { 443 } else { 80 }),
         })
     }
 }
@@ -126,28 +135,39 @@ pub struct ServerSettings {
     pub ca: Option<PathBuf>,
 }
 
-/// The same as it is written, absent values by their defaults.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The same as it is written: the table `[source_server]`, and the options of the `scorer` command.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Args)]
+#[serde(deny_unknown_fields)]
 pub struct RawServer {
-    /// See [`ServerSettings::kind`].
+    /// What the server speaks.
+    #[arg(long, value_enum)]
     pub kind: ServerKind,
-    /// See [`ServerSettings::url`].
+    /// Where it listens, as `http://host:port`; no other address is ever connected to.
+    #[arg(long)]
     pub url: String,
-    /// See [`ServerSettings::model`].
+    /// Name under which it serves the source; SGLang needs none.
+    #[arg(long)]
     pub model: Option<String>,
-    /// See [`ServerSettings::top`]; 64.
+    /// Likeliest tokens asked for at each position, 1 to 4096; 64 without it.
+    #[arg(long)]
     pub top: Option<u32>,
-    /// See [`ServerSettings::concurrency`]; 4.
+    /// Requests on their way at once, 1 to 64; 4 without it.
+    #[arg(long)]
     pub concurrency: Option<u16>,
-    /// See [`ServerSettings::prompts`]; 8.
+    /// Prompts of one request, 1 to 256; 8 without it.
+    #[arg(long)]
     pub prompts: Option<u16>,
-    /// See [`ServerSettings::max_tokens`]; 2048, because prompts of any length times K fill a server's memory.
+    /// Longest prompt in tokens; 2048 without it, because long prompts times many tokens fill a server's memory.
+    #[arg(long)]
     pub max_tokens: Option<u32>,
-    /// See [`ServerSettings::timeout`]; 300.
+    /// Longest wait for one response, 1 to 3600; 300 without it.
+    #[arg(long)]
     pub timeout_seconds: Option<u32>,
-    /// See [`ServerSettings::key_file`].
+    /// File with the server's key, one line.
+    #[arg(long)]
     pub key_file: Option<PathBuf>,
-    /// See [`ServerSettings::ca`].
+    /// PEM file of the authorities that may have signed the server's certificate; https needs it.
+    #[arg(long)]
     pub ca: Option<PathBuf>,
 }
 
@@ -163,6 +183,17 @@ pub struct WrongValue {
 }
 
 impl RawServer {
+    /// The same with paths that start at `folder`.
+    #[must_use]
+    pub fn within(self, folder: &Path) -> Self {
+        let at = |path: PathBuf| folder.join(path);
+        Self {
+            key_file: self.key_file.map(at),
+            ca: self.ca.map(at),
+            ..self
+        }
+    }
+
     /// Checks every value.
     ///
     /// # Errors

@@ -32,12 +32,14 @@ impl Source {
     /// A file is missing or cannot be used.
     pub(super) fn load(folder: &Path) -> Result<Self, ScorerError> {
         let tokenizer = Tokenizer::load(folder).map_err(WorkError::from)?;
-        let vocab = tokenizer.vocab(tokenizer.size()).map_err(WorkError::from)?;
-        let hidden_size = hidden_size(&folder.join("config.json"))?;
+        let config = Shape::load(&folder.join("config.json"))?;
+        // The head may have rows without a token; a server lists these as well.
+        let rows = config.vocab_size.max(tokenizer.size());
+        let vocab = tokenizer.vocab(rows).map_err(WorkError::from)?;
         Ok(Self {
             tokenizer,
             vocab,
-            hidden_size,
+            hidden_size: config.hidden_size,
         })
     }
 
@@ -66,32 +68,87 @@ impl Source {
     }
 }
 
-/// The width that bounds how many symbols a record may hold; composite models keep it in `text_config`.
-fn hidden_size(path: &Path) -> Result<usize, ScorerError> {
-    let file = |problem: String| ScorerError::File {
-        path: path.to_owned(),
-        problem,
-    };
-    let cannot = |error: std::io::Error| file(format!("cannot read: {error}"));
-    let length = std::fs::metadata(path).map_err(cannot)?.len();
-    if length > CONFIG {
-        return Err(file(format!("{length} bytes, expected at most {CONFIG}")));
-    }
-    let bytes = std::fs::read(path).map_err(cannot)?;
-    let config: Value =
-        serde_json::from_slice(&bytes).map_err(|error| file(format!("not JSON: {error}")))?;
-    let width = [&config, &config["text_config"]]
-        .into_iter()
-        .flat_map(|object| WIDTHS.map(|name| object[name].as_u64()))
-        .flatten()
-        .next();
-    width
-        .and_then(|width| usize::try_from(width).ok())
-        .filter(|width| (1..=1 << 20).contains(width))
-        .ok_or_else(|| {
-            let names = WIDTHS.join(", ");
-            file(format!(
-                "expected the model's width as one of {names}, 1 to 1048576"
-            ))
+/// What is read of `config.json`; composite models keep it in `text_config`.
+struct Shape {
+    /// Bounds how many symbols a record may hold.
+    hidden_size: usize,
+    /// Rows of the head, 0 if the file does not say.
+    vocab_size: usize,
+}
+
+impl Shape {
+    fn load(path: &Path) -> Result<Self, ScorerError> {
+        let file = |problem: String| ScorerError::File {
+            path: path.to_owned(),
+            problem,
+        };
+        let cannot = |error: std::io::Error| file(format!("cannot read: {error}"));
+        let length = std::fs::metadata(path).map_err(cannot)?.len();
+        if length > CONFIG {
+            return Err(file(format!("{length} bytes, expected at most {CONFIG}")));
+        }
+        let bytes = std::fs::read(path).map_err(cannot)?;
+        let config: Value =
+            serde_json::from_slice(&bytes).map_err(|error| file(format!("not JSON: {error}")))?;
+        let number = |names: &[&str], most: usize| {
+            let places = [&config, &config["text_config"]];
+            let found = places
+                .into_iter()
+                .find_map(|object| names.iter().find_map(|&name| object[name].as_u64()));
+            let size = found.and_then(|size| usize::try_from(size).ok());
+            match (found, size.filter(|size| (1..=most).contains(size))) {
+                (_, Some(size)) => Ok(Some(size)),
+                (None, _) => Ok(None),
+                (Some(size), None) => {
+                    let names = names.join(", ");
+                    Err(file(format!("{names} is {size}, expected 1 to {most}")))
+                }
+            }
+        };
+        let hidden_size = number(&WIDTHS, 1 << 20)?;
+        let names = WIDTHS.join(", ");
+        let missing = || file(format!("expected the model's width as one of {names}"));
+        Ok(Self {
+            hidden_size: hidden_size.ok_or_else(missing)?,
+            vocab_size: number(&["vocab_size"], 1 << 24)?.unwrap_or(0),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn width_and_rows_are_found_under_the_names_of_many_families() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let load = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            let shape = Shape::load(&path);
+            shape.map(|shape| (shape.hidden_size, shape.vocab_size))
+        };
+        assert_eq!(
+            load("{\"hidden_size\":64,\"vocab_size\":9}").unwrap(),
+            (64, 9)
+        );
+        assert_eq!(load("{\"n_embd\":32}").unwrap(), (32, 0));
+        let nested = "{\"text_config\":{\"hidden_size\":8,\"vocab_size\":7}}";
+        assert_eq!(load(nested).unwrap(), (8, 7));
+        for (text, part) in [
+            ("{}", "hidden_size, n_embd, d_model"),
+            ("[", "not JSON"),
+            ("{\"hidden_size\":0}", "expected 1 to"),
+            (
+                "{\"hidden_size\":8,\"vocab_size\":99999999999}",
+                "vocab_size is",
+            ),
+        ] {
+            let problem = load(text).unwrap_err().to_string();
+            assert!(
+                problem.contains(part) && problem.contains("config.json"),
+                "{problem}"
+            );
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! A server of one of our own models that answers in the recorded shapes of vLLM and SGLang.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use consilium_node::scorer::ServerKind;
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::model::Packed;
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
 /// What is wrong with a server.
@@ -51,6 +52,7 @@ pub(crate) struct Fake {
 pub(crate) struct Running {
     pub(crate) fake: Arc<Fake>,
     address: SocketAddr,
+    secure: bool,
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -68,38 +70,57 @@ impl Fake {
     }
 
     pub(crate) fn start(self) -> Running {
-        self.listen(TcpListener::bind("127.0.0.1:0").unwrap())
+        self.listen(TcpListener::bind("127.0.0.1:0").unwrap(), None)
     }
 
     /// At an address where another server was.
     pub(crate) fn start_at(self, url: &str) -> Running {
-        self.listen(TcpListener::bind(url.trim_start_matches("http://")).unwrap())
+        self.listen(
+            TcpListener::bind(url.trim_start_matches("http://")).unwrap(),
+            None,
+        )
     }
 
-    fn listen(self, listener: TcpListener) -> Running {
+    /// Behind a certificate.
+    pub(crate) fn start_tls(self, tls: ServerConfig) -> Running {
+        self.listen(
+            TcpListener::bind("127.0.0.1:0").unwrap(),
+            Some(Arc::new(tls)),
+        )
+    }
+
+    fn listen(self, listener: TcpListener, tls: Option<Arc<ServerConfig>>) -> Running {
         let address = listener.local_addr().unwrap();
         let (fake, ends) = (Arc::new(self), Arc::new(AtomicBool::new(false)));
         let (served, ended) = (Arc::clone(&fake), Arc::clone(&ends));
+        let secure = tls.is_some();
         let thread = std::thread::spawn(move || {
             for stream in listener.incoming() {
                 if ended.load(Ordering::SeqCst) {
                     break;
                 }
-                let fake = Arc::clone(&served);
-                std::thread::spawn(move || fake.serve(stream.unwrap()));
+                let (fake, tls, stream) = (Arc::clone(&served), tls.clone(), stream.unwrap());
+                std::thread::spawn(move || match tls {
+                    None => fake.serve(stream),
+                    Some(tls) => {
+                        let session = ServerConnection::new(tls).ok()?;
+                        fake.serve(StreamOwned::new(session, stream))
+                    }
+                });
             }
         });
         Running {
             fake,
             address,
+            secure,
             ends,
             thread: Some(thread),
         }
     }
 
     /// One request of a connection, then its end. A client that is gone is no error.
-    fn serve(&self, stream: TcpStream) -> Option<()> {
-        let mut reader = BufReader::new(stream.try_clone().ok()?);
+    fn serve(&self, stream: impl Read + Write) -> Option<()> {
+        let mut reader = BufReader::new(stream);
         let mut line = String::new();
         reader.read_line(&mut line).ok()?;
         let path = line.split(' ').nth(1)?.to_owned();
@@ -124,18 +145,20 @@ impl Fake {
             requests.push(request.clone());
             requests.len() - 1
         };
-        self.answer(stream, &path, key.as_deref(), &request, number)
+        let stream = reader.get_mut();
+        self.answer(stream, &path, key.as_deref(), &request, number)?;
+        stream.flush().ok()
     }
 
     fn answer(
         &self,
-        mut stream: TcpStream,
+        stream: &mut dyn Write,
         path: &str,
         key: Option<&str>,
         request: &Value,
         number: usize,
     ) -> Option<()> {
-        let send = |mut stream: TcpStream, status: &str, more: &str, body: &str, length: usize| {
+        let send = |stream: &mut dyn Write, status: &str, more: &str, body: &str, length: usize| {
             write!(
                 stream,
                 "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nserver: uvicorn\r\n{more}content-length: {length}\r\n\
@@ -143,7 +166,7 @@ impl Fake {
             )
             .ok()
         };
-        let refuse = |stream, status: &str, more: &str, message: &str| {
+        let refuse = |stream: &mut dyn Write, status: &str, more: &str, message: &str| {
             let body = match self.kind {
                 ServerKind::Vllm => {
                     json!({"error": {"message": message, "type": "BadRequestError", "param": null, "code": 400}})
@@ -210,7 +233,7 @@ impl Fake {
             Err(message) => refuse(stream, "400 Bad Request", "", &message),
             Ok(body) => {
                 let body = body.to_string();
-                let half = &body[..body.len() / 2];
+                let half = &body[..body.floor_char_boundary(body.len() / 2)];
                 match self.fault {
                     Fault::CutsBody => send(stream, "200 OK", "", half, body.len()),
                     Fault::CutsJson => send(stream, "200 OK", "", half, half.len()),
@@ -341,7 +364,8 @@ impl Fake {
 
 impl Running {
     pub(crate) fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.secure { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     pub(crate) fn count(&self) -> usize {
