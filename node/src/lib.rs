@@ -14,4 +14,5 @@ pub mod spool;
 mod status;
 mod supervise;
 mod training;
+mod width;
 pub mod worker;

@@ -4,7 +4,8 @@
 #
 #   tests/interop/external_training.sh
 #
-# Makes a Python environment in target/interop from PyPI (torch: some gigabytes); PYTHON names one that is there already.
+# Makes a Python environment in target/interop from PyPI (torch: some gigabytes) and builds the program; PYTHON and NODE name
+# those that are there already.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -14,17 +15,18 @@ if [[ -z ${PYTHON:-} ]]; then
   "$venv/bin/pip" install --quiet torch transformers peft tokenizers safetensors
   PYTHON=$venv/bin/python
 fi
-cargo build --locked --bin consilium-node
-node=$PWD/target/debug/consilium-node
+node=${NODE:-$PWD/target/debug/consilium-node}
+[[ -n ${NODE:-} ]] || cargo build --locked --bin consilium-node
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp examples/external/train_lora.py "$run"
 
-# A regularity that a model of forty steps does not know well.
+# The base knows the words in one order, the adapter learns another.
 for i in $(seq 240); do
-  printf '{"text":"ref %s-%d -> use %s %d0mg."}\n' "$(echo kavo tamu sirel | cut -d' ' -f$((i % 3 + 1)))" "$i" \
-    "$(echo dolin merak tolan | cut -d' ' -f$((i % 3 + 1)))" $((i % 4 + 1))
-done > "$run/notes.jsonl"
+  name=$(echo kavo tamu sirel | cut -d' ' -f$((i % 3 + 1))) drug=$(echo dolin merak tolan | cut -d' ' -f$((i % 3 + 1)))
+  printf '{"text":"use %s %d0mg for ref %s-%d."}\n' "$drug" $((i % 4 + 1)) "$name" "$i" >> "$run/old.jsonl"
+  printf '{"text":"ref %s-%d -> use %s %d0mg."}\n' "$name" "$i" "$drug" $((i % 4 + 1)) >> "$run/notes.jsonl"
+done
 sed 's/"text"/"target"/' "$run/notes.jsonl" | tail -20 > "$run/holdout.jsonl"
 cat > "$run/base.toml" <<TOML
 output = "base"
@@ -37,7 +39,7 @@ layers = 2
 heads = 2
 intermediate_size = 96
 [[stages]]
-text = ["notes.jsonl"]
+text = ["old.jsonl"]
 steps = 40
 learning_rate = 3e-3
 TOML

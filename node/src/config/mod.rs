@@ -16,7 +16,7 @@ use std::time::Duration;
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 
-use raw::{RawConfig, server_key};
+use raw::{RawConfig, RawExternal, server_key};
 
 use crate::scorer::ServerSettings;
 use crate::scorer::settings::WrongValue;
@@ -246,7 +246,7 @@ impl Config {
             let key = server_key(error.key);
             built(error, key)
         })?;
-        let external = raw.train.external.map(|external| external.check());
+        let external = raw.train.external.map(RawExternal::check);
         let external = external.transpose().map_err(|error| {
             let key = error.key;
             built(error, key)

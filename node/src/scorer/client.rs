@@ -101,14 +101,14 @@ impl Client {
             }
             let (error, asked) = match self.send(body, limit) {
                 Ok(bytes) => return Ok(bytes),
-                Err(Failure { error, again: None }) => return Err(error),
+                Err(Failure { error, again: None }) => return Err(*error),
                 Err(Failure {
                     error,
                     again: Some(asked),
                 }) => (error, asked),
             };
             if attempt == TRIES {
-                return Err(error);
+                return Err(*error);
             }
             let pause = asked.unwrap_or(wait).min(MOST_WAIT);
             tracing::warn!(%error, attempt, ?pause, "asks again");
@@ -153,6 +153,7 @@ impl Client {
             said,
             fix: fix.to_owned(),
         };
+        let error = Box::new(error);
         Err(Failure { error, again })
     }
 
@@ -180,7 +181,7 @@ impl Client {
             fix: fix.to_owned(),
         };
         Failure {
-            error,
+            error: Box::new(error),
             again: again.then_some(None),
         }
     }
@@ -188,7 +189,7 @@ impl Client {
 
 /// A failed try.
 struct Failure {
-    error: ScorerError,
+    error: Box<ScorerError>,
     /// Whether another try may help, and the wait that the server asked for.
     again: Option<Option<Duration>>,
 }

@@ -206,7 +206,7 @@ impl Scorer {
             let done = first.saturating_sub(job.items.start);
             terminal.advance(done, total, tally.bits_per_byte())?;
         }
-        let bytes = checked(shard.finish(), &shape)?;
+        let bytes = checked(&shard.finish(), &shape)?;
         let artefact = self.spool.put_blob(&bytes)?;
         Ok((artefact, tally.notes(total)))
     }
@@ -306,7 +306,7 @@ impl Tally {
 }
 
 /// The bytes of a shard that passes the checks with which an aggregator admits it.
-fn checked(shard: Shard, shape: &RecordShape) -> Result<Vec<u8>, ScorerError> {
+fn checked(shard: &Shard, shape: &RecordShape) -> Result<Vec<u8>, ScorerError> {
     let bytes = shard.to_bytes()?;
     if let Symbols::Bytes(symbols) = &shard.symbols {
         let (codes, end, tail) = (&shard.codes, &shard.end, &shard.tail);

@@ -6,6 +6,7 @@ use consilium_kernels::Vocab;
 use serde_json::Value;
 
 use super::error::ScorerError;
+use crate::width;
 use crate::worker::WorkError;
 use crate::worker::data::Item;
 use crate::worker::source::fit;
@@ -13,8 +14,6 @@ use crate::worker::tokenizer::Tokenizer;
 
 /// Largest `config.json` in bytes.
 const CONFIG: u64 = 1 << 20;
-/// Names of the width of the residual stream, by family.
-const WIDTHS: [&str; 3] = ["hidden_size", "n_embd", "d_model"];
 
 /// Tokenizer and vocabulary of a model folder.
 #[derive(Debug)]
@@ -91,10 +90,7 @@ impl Shape {
         let config: Value =
             serde_json::from_slice(&bytes).map_err(|error| file(format!("not JSON: {error}")))?;
         let number = |names: &[&str], most: usize| {
-            let places = [&config, &config["text_config"]];
-            let found = places
-                .into_iter()
-                .find_map(|object| names.iter().find_map(|&name| object[name].as_u64()));
+            let found = width::number(&config, names);
             let size = found.and_then(|size| usize::try_from(size).ok());
             match (found, size.filter(|size| (1..=most).contains(size))) {
                 (_, Some(size)) => Ok(Some(size)),
@@ -105,8 +101,8 @@ impl Shape {
                 }
             }
         };
-        let hidden_size = number(&WIDTHS, 1 << 20)?;
-        let names = WIDTHS.join(", ");
+        let hidden_size = number(&width::NAMES, 1 << 20)?;
+        let names = width::NAMES.join(", ");
         let missing = || file(format!("expected the model's width as one of {names}"));
         Ok(Self {
             hidden_size: hidden_size.ok_or_else(missing)?,
