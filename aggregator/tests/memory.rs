@@ -204,7 +204,7 @@ fn evaluation() -> Vec<u8> {
     let evaluation = Evaluation {
         candidate: score(0.5),
         pivot: score(0.9),
-        source: score(0.6),
+        source: Some(score(0.6)),
     };
     evaluation.to_bytes().unwrap()
 }

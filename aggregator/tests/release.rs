@@ -79,7 +79,7 @@ fn verdict(bound: u32) -> Verdict {
         let evaluation = Evaluation {
             candidate: score(0.6),
             pivot: score(0.9),
-            source: score(source),
+            source: Some(score(source)),
         };
         (id(name), evaluation)
     };

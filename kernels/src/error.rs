@@ -69,9 +69,48 @@ pub enum RecordError {
     },
 }
 
+/// Why a list of log-probabilities is no top of a softmax.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum ListedError {
+    /// A log-probability is NaN or above zero.
+    #[error("token {id} has log-probability {value}, expected 0 or less")]
+    Value {
+        /// Id of the token.
+        id: u32,
+        /// Its value.
+        value: f32,
+    },
+    /// A token is there twice.
+    #[error("token {id} is listed twice")]
+    Twice {
+        /// Id of the token.
+        id: u32,
+    },
+    /// The probabilities sum to more than one.
+    #[error("the listed probabilities sum to {sum}, expected at most 1")]
+    Sum {
+        /// Their sum.
+        sum: f64,
+    },
+    /// Fewer tokens than were asked for, and not all there are.
+    #[error("{got} tokens are listed, expected the {top} likeliest")]
+    Few {
+        /// Tokens listed.
+        got: usize,
+        /// Tokens expected.
+        top: usize,
+    },
+}
+
 /// Why logits could not be scored.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ScoreError {
+    /// A row of listed probabilities lacks the token that was observed there.
+    #[error("row {row} does not list the observed token")]
+    NotListed {
+        /// Row of the item.
+        row: usize,
+    },
     /// A logit is NaN or infinite.
     #[error("logit at row {row}, column {column} is not finite")]
     NotFinite {

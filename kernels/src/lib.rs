@@ -16,6 +16,7 @@ pub mod element;
 pub mod error;
 pub mod fusion;
 pub mod head;
+pub mod listed;
 pub mod loss;
 pub mod matmul;
 pub mod records;
@@ -30,8 +31,10 @@ pub mod vocab;
 pub use backend::Backend;
 pub use element::{Dtype, Element};
 pub use error::{
-    AdapterError, CudaError, FusionError, HeadError, LossError, RecordError, ScoreError, VocabError,
+    AdapterError, CudaError, FusionError, HeadError, ListedError, LossError, RecordError,
+    ScoreError, VocabError,
 };
 pub use head::{Head, Weights};
+pub use listed::ListedRow;
 pub use records::{RecordShape, RecordView, Records, Symbol};
 pub use vocab::{TokenKind, Vocab};

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
+use crate::scorer::{RawServer, ScorerError, ScorerSettings};
+
 /// The program at an institution: trains, scores, and takes part in rounds.
 #[derive(Debug, Parser)]
 #[command(name = "consilium-node", version, about, arg_required_else_help = true)]
@@ -41,7 +43,7 @@ impl LogFormat {
 pub(crate) enum Command {
     /// Write a configuration and make this site's keys. Nothing is ever replaced.
     Init(InitArgs),
-    /// Take part in rounds until stopped: agent and worker.
+    /// Take part in rounds until stopped: agent, worker, and scorer where the source is behind a server.
     Run(ConfigArgs),
     /// Only the half with the network, keys, gate and ledger.
     Agent(ConfigArgs),
@@ -53,6 +55,8 @@ pub(crate) enum Command {
         #[arg(long, hide = true)]
         supervised: bool,
     },
+    /// Only the part that asks the site's model server to score public text; it is given no private file.
+    Scorer(ScorerArgs),
     /// Train a model on private text, or go on with a run that was interrupted.
     Train(TrainArgs),
     /// Say what a training run would need, memory and time, and whether it fits this machine.
@@ -160,6 +164,20 @@ pub(crate) struct TrainArgs {
     /// Memory that the run may take, such as 8GiB; what the machine and its control groups have left without it.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) memory: Option<u64>,
+    /// Train by the site's own command, `[train.external]` of node.toml; writes the adapter of --lora-rank.
+    #[arg(long)]
+    pub(crate) external: bool,
+    /// The node.toml that has the command.
+    #[arg(long, env = "CONSILIUM_NODE_CONFIG", default_value = "node.toml")]
+    pub(crate) config: PathBuf,
+    /// Layers that the command gives factors; those of Llama's attention and feed-forward without it.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        requires = "external"
+    )]
+    pub(crate) target_modules: Vec<String>,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -189,6 +207,44 @@ pub(crate) struct ScoreArgs {
     pub(crate) fill_permille: u32,
     #[command(flatten)]
     pub(crate) threads: Threads,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ScorerArgs {
+    /// The spool of node.toml.
+    #[arg(long)]
+    pub(crate) spool: PathBuf,
+    /// Folder with the source's config.json and tokenizer.
+    #[arg(long)]
+    pub(crate) source: PathBuf,
+    #[command(flatten)]
+    pub(crate) server: RawServer,
+    /// Ask about three tokens, say what the server gives, and end.
+    #[arg(long)]
+    pub(crate) probe: bool,
+    /// End when the process that started this one is gone.
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+impl ScorerArgs {
+    /// Checks the values.
+    pub(crate) fn settings(&self) -> Result<ScorerSettings, ScorerError> {
+        let server = self
+            .server
+            .clone()
+            .check()
+            .map_err(|wrong| ScorerError::Setting {
+                key: wrong.key,
+                value: wrong.value,
+                expected: wrong.expected,
+            })?;
+        Ok(ScorerSettings {
+            spool: self.spool.clone(),
+            source: self.source.clone(),
+            server,
+        })
+    }
 }
 
 #[derive(Debug, Args)]

@@ -23,14 +23,16 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 use crate::agent;
 use crate::agent::ledger::Chain;
 use crate::args::{
-    Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs, Threads,
+    Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs,
+    ScorerArgs, Threads,
 };
 use crate::config::{self, Config};
 use crate::error::NodeError;
 use crate::reply::Reply;
+use crate::scorer::{self, Scorer};
 use crate::spool::Spool;
 use crate::status;
-use crate::supervise::{WorkerProgram, keep_running};
+use crate::supervise::{ChildProgram, children_of, keep_running};
 use crate::training;
 use crate::worker::commands;
 use crate::worker::progress::Terminal;
@@ -63,11 +65,12 @@ fn run(cli: Cli) -> Result<Reply, NodeError> {
         Command::Init(args) => init(&args),
         Command::Run(args) => {
             let config = load(&args)?;
-            let program = WorkerProgram::this(&config, cli.log_format.name())?;
-            serve(&config, Some(program))
+            let children = children_of(&config, cli.log_format.name())?;
+            serve(&config, children)
         }
-        Command::Agent(args) => serve(&load(&args)?, None),
+        Command::Agent(args) => serve(&load(&args)?, Vec::new()),
         Command::Worker { config, supervised } => work(&load(&config)?, supervised),
+        Command::Scorer(args) => scorer(&args),
         Command::Train(args) => training::train(&args, cli.json),
         Command::Plan(args) => training::plan(&args, cli.json),
         Command::Score(args) => score(&args),
@@ -84,8 +87,8 @@ fn load(args: &ConfigArgs) -> Result<Config, NodeError> {
     Ok(Config::load(&args.config)?)
 }
 
-/// The agent, and the worker beside it if there is a program for it, until a signal comes.
-fn serve(config: &Config, worker: Option<WorkerProgram>) -> Result<Reply, NodeError> {
+/// The agent, and its children beside it, until a signal comes.
+fn serve(config: &Config, children: Vec<ChildProgram>) -> Result<Reply, NodeError> {
     let system = |doing| move |source| NodeError::System { doing, source };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(NETWORK_THREADS)
@@ -107,9 +110,9 @@ fn serve(config: &Config, worker: Option<WorkerProgram>) -> Result<Reply, NodeEr
             }
             token.cancel();
         });
-        if let Some(program) = worker {
+        for program in children {
             let seed = SystemClock.now().0;
-            tasks.spawn("worker", keep_running(program, tasks.clone(), seed));
+            tasks.spawn(program.name(), keep_running(program, tasks.clone(), seed));
         }
         let ended = agent::run(config, Arc::new(SystemClock), &tasks).await;
         let report = tasks.shutdown(GRACE).await;
@@ -124,17 +127,25 @@ fn serve(config: &Config, worker: Option<WorkerProgram>) -> Result<Reply, NodeEr
 }
 
 fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
-    let folders = Folders {
-        spool: config.spool.clone(),
-        pivot: config.pivot.clone(),
-        source: config.source.clone(),
-        holdout: config.holdout.clone(),
-    };
+    let folders = Folders::from(config);
     let options = RunOptions {
         threads: config.worker.threads,
         end_with_parent: supervised,
     };
     worker::run(folders, options)?;
+    Ok(Reply::done("ended"))
+}
+
+fn scorer(args: &ScorerArgs) -> Result<Reply, NodeError> {
+    let settings = args.settings()?;
+    if args.probe {
+        let probed = Scorer::new(&settings)?.probe(&|| false)?;
+        let url = &settings.server.url;
+        return Ok(Reply::done(format!("{url} can score"))
+            .with("tokens_per_position", probed.top)
+            .with("spellings_compared", probed.compared));
+    }
+    scorer::run(&settings, args.supervised)?;
     Ok(Reply::done("ended"))
 }
 

@@ -9,6 +9,7 @@ use crate::agent::AgentError;
 use crate::agent::gate::GateError;
 use crate::agent::ledger::LedgerError;
 use crate::config::ConfigError;
+use crate::scorer::ScorerError;
 use crate::spool::SpoolError;
 use crate::worker::WorkError;
 
@@ -31,6 +32,9 @@ pub enum NodeError {
     /// The worker.
     #[error(transparent)]
     Work(Box<WorkError>),
+    /// The scorer.
+    #[error(transparent)]
+    Scorer(Box<ScorerError>),
     /// Keys and certificates.
     #[error(transparent)]
     Certs(#[from] CertsError),
@@ -59,6 +63,12 @@ impl From<WorkError> for NodeError {
     }
 }
 
+impl From<ScorerError> for NodeError {
+    fn from(error: ScorerError) -> Self {
+        Self::Scorer(Box::new(error))
+    }
+}
+
 impl NodeError {
     /// Stable code for scripts.
     #[must_use]
@@ -70,6 +80,7 @@ impl NodeError {
             Self::Ledger(_) => "NODE-LEDGER",
             Self::Spool(_) => "NODE-SPOOL",
             Self::Work(_) => "NODE-WORK",
+            Self::Scorer(error) => scorer_code(error),
             Self::Certs(error) => error.code(),
             Self::Exists(_) => "NODE-EXISTS",
             Self::System { .. } => "NODE-SYSTEM",
@@ -83,6 +94,7 @@ impl NodeError {
         match self {
             Self::Config(_) | Self::Work(_) | Self::Spool(_) | Self::Exists(_) => 2,
             Self::Agent(error) => agent_status(error),
+            Self::Scorer(error) => scorer_status(error),
             Self::Ledger(error) => ledger_status(error),
             Self::Certs(error) => error.exit_status(),
             Self::System { .. } => 70,
@@ -102,6 +114,22 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+const fn scorer_code(error: &ScorerError) -> &'static str {
+    match error {
+        ScorerError::Transport { .. } => "SERVER-UNREACHABLE",
+        ScorerError::Refused { .. } => "SERVER-REFUSED",
+        ScorerError::Response { .. } | ScorerError::Listed { .. } => "SERVER-UNFIT",
+        _ => "NODE-SCORER",
+    }
+}
+
+const fn scorer_status(error: &ScorerError) -> u8 {
+    match error {
+        ScorerError::Transport { .. } => 3,
+        _ => 2,
+    }
 }
 
 const fn agent_code(error: &AgentError) -> &'static str {

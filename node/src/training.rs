@@ -11,14 +11,17 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::args::TrainArgs;
 use crate::cli::on_threads;
+use crate::config::Config;
 use crate::error::NodeError;
 use crate::reply::Reply;
 use crate::worker::WorkError;
 use crate::worker::commands::{self, LoraFile, StageFile, TrainFile, Trained};
 use crate::worker::data::Counts;
+use crate::worker::model::TARGETS;
 use crate::worker::plan::{Memory, machine};
 use crate::worker::progress::{TrainingTerminal, human};
 use crate::worker::tensorboard::EventFile;
+use crate::worker::train::external::{ExternalRun, train_external};
 use crate::worker::train::run::{Event, Shell, StepReport, Watch};
 
 /// Learning rates where none is named.
@@ -35,6 +38,9 @@ const ROWS: usize = 4;
 pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
     let file = of_args(args)?;
     let stop = stop_on_signals()?;
+    if args.external {
+        return external(args, &file, &|| stop.load(Ordering::Relaxed));
+    }
     let trained = on_threads(args.threads, || {
         let mut watch = Watchers {
             terminal: (!json).then(TrainingTerminal::new),
@@ -50,6 +56,71 @@ pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
         commands::train(&file, args.memory, &mut shell)
     })?;
     Ok(reply(&trained, &file))
+}
+
+/// Has the site's own command train the adapter.
+fn external(
+    args: &TrainArgs,
+    file: &TrainFile,
+    stop: &dyn Fn() -> bool,
+) -> Result<Reply, NodeError> {
+    let config = Config::load(&args.config)?;
+    let command = config.external.ok_or_else(|| {
+        refuse(
+            "train.external",
+            &format!("{} has no such table", config.path.display()),
+        )
+    })?;
+    let run = external_run(file, &args.target_modules)?;
+    let summary = train_external(&command, &run, stop)?;
+    Ok(Reply::done(format!("wrote {}", run.output.display()))
+        .with("adapter", run.output.display().to_string())
+        .with("layers", summary.layers)
+        .with("parameters", summary.parameters))
+}
+
+/// What the command is told; what it could not be told is refused.
+fn external_run(file: &TrainFile, modules: &[String]) -> Result<ExternalRun, NodeError> {
+    let (Some(base), Some(lora), [stage]) = (&file.start, file.lora, file.stages.as_slice()) else {
+        let problem =
+            "a command trains an adapter in one stage: give start, a LoRA rank and one stage";
+        return Err(refuse("--external", problem).into());
+    };
+    if lora.embeddings_and_head {
+        return Err(refuse("lora.embeddings_and_head", "a command trains factors alone").into());
+    }
+    if file.held_out > 0.0 {
+        return Err(refuse(
+            "held_out",
+            "a command is not told what to hold out; leave it out",
+        )
+        .into());
+    }
+    let usual = || TARGETS.map(str::to_owned).to_vec();
+    Ok(ExternalRun {
+        base: base.clone(),
+        data: stage.text.clone(),
+        output: file.output.clone(),
+        rank: lora.rank,
+        alpha: lora.alpha(),
+        target_modules: if modules.is_empty() {
+            usual()
+        } else {
+            modules.to_vec()
+        },
+        steps: stage.steps,
+        learning_rate: stage.learning_rate,
+        rows: file.rows.saturating_mul(file.accumulate),
+        row_tokens: file.row_tokens,
+        seed: file.seed,
+    })
+}
+
+fn refuse(field: &'static str, problem: &str) -> WorkError {
+    WorkError::Setting {
+        field,
+        problem: problem.to_owned(),
+    }
 }
 
 fn reply(trained: &Trained, file: &TrainFile) -> Reply {
@@ -169,10 +240,6 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>, NodeError> {
 
 /// The run that the options describe, on top of a file if there is one.
 pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
-    let setting = |field, problem: &str| WorkError::Setting {
-        field,
-        problem: problem.to_owned(),
-    };
     let rate = args.learning_rate.unwrap_or(match args.lora_rank {
         Some(_) => ADAPTER_RATE,
         None => RATE,
@@ -188,7 +255,7 @@ pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
             }
         }
         _ => {
-            return Err(setting(
+            return Err(refuse(
                 "file",
                 "name a file, or --start, --data, --output and --steps",
             ));
@@ -204,7 +271,7 @@ pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
             stage.learning_rate = args.learning_rate.unwrap_or(stage.learning_rate);
         }
         _ if for_stage => {
-            return Err(setting(
+            return Err(refuse(
                 "--data, --steps, --learning-rate",
                 "the file has several stages; change them in the file",
             ));

@@ -44,7 +44,7 @@ fn folders(folder: &Path) -> Folders {
     Folders {
         spool: folder.join("spool"),
         pivot: folder.join("pivot"),
-        source: folder.join("source"),
+        source: Some(folder.join("source")),
         holdout: folder.join("holdout.jsonl"),
     }
 }
@@ -53,7 +53,10 @@ fn folders(folder: &Path) -> Folders {
 fn site(folder: &Path) -> Digest {
     let folders = folders(folder);
     let lines = lines();
-    for (seed, path, size) in [(1, &folders.pivot, 300), (2, &folders.source, 340)] {
+    for (seed, path, size) in [
+        (1, &folders.pivot, 300),
+        (2, folders.source.as_ref().unwrap(), 340),
+    ] {
         let tokenizer = train_bpe(lines.iter().map(String::as_str), size).unwrap();
         let config = ModelConfig::llama(tokenizer.size(), 64, 1, 2, 48);
         let model = LoadedModel::random(Arc::new(tokenizer), config, seed).unwrap();
@@ -168,16 +171,17 @@ struct Process {
 
 impl Process {
     fn worker(folder: &Path) -> Self {
-        Self::start(folder, &["worker", "--supervised"])
+        Self::start(folder, &["worker", "--supervised"], "")
     }
 
-    fn start(folder: &Path, command: &[&str]) -> Self {
+    /// `more` stands at the end of node.toml.
+    fn start(folder: &Path, command: &[&str], more: &str) -> Self {
         let config = folder.join("node.toml");
         let (demo, clinic) = (ConsortiumId::new("demo"), InstitutionId::new("clinic"));
         let text =
             consilium_node::config::template(&demo.unwrap(), &clinic.unwrap(), "127.0.0.1:1")
                 .replace("# threads = 8", "threads = 1");
-        fs::write(&config, text).unwrap();
+        fs::write(&config, text + more).unwrap();
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_process_without_sockets", "--ignored"])
             .env(COMMAND, command.join(" "))
@@ -248,7 +252,7 @@ fn a_process_without_sockets() {
 #[test]
 fn the_agent_which_needs_sockets_is_killed_where_there_are_none() {
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = Process::start(folder.path(), &["agent"]);
+    let mut agent = Process::start(folder.path(), &["agent"], "");
     let status = agent.child.wait().unwrap();
     assert_eq!(status.signal(), Some(libc::SIGSYS), "{status}");
 }
@@ -303,6 +307,31 @@ fn a_whole_round_is_done_where_no_socket_can_be_made() {
         "withdrawn jobs have no result"
     );
 
+    worker.terminate();
+}
+
+#[test]
+fn a_worker_whose_source_is_behind_a_server_leaves_scoring_to_others_and_measures_without_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let reference = site(folder.path());
+    let spool = Spool::open(&folders(folder.path()).spool).unwrap();
+    fs::remove_file(folder.path().join("source/model.safetensors")).unwrap();
+    let server =
+        "[source_server]\nkind = \"vllm\"\nurl = \"http://127.0.0.1:1\"\nmodel = \"big\"\n";
+    let mut worker = Process::start(folder.path(), &["worker", "--supervised"], server);
+    let left = spool.submit(&score(reference, 0, 8)).unwrap();
+    let evaluate = Job::Evaluate(EvaluateJob {
+        round: RoundId(1),
+        candidate: first_adapter(folder.path(), &spool),
+        training: training(3),
+    });
+    let evaluate = spool.submit(&evaluate).unwrap();
+    let evaluation = artefact(worker.wait_for(&spool, &evaluate));
+    let evaluation = Evaluation::parse(&spool.read_blob(&evaluation, 1 << 16).unwrap()).unwrap();
+    assert_eq!(evaluation.source, None);
+    assert!(evaluation.pivot.bits_per_byte > 0.0);
+    assert_eq!(spool.outcome(&left).unwrap(), None);
+    assert!(spool.is_wanted(&left), "the scorer finds it");
     worker.terminate();
 }
 

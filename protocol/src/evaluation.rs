@@ -22,8 +22,8 @@ pub struct Evaluation {
     pub candidate: Score,
     /// The pivot before the round.
     pub pivot: Score,
-    /// The institution's own source.
-    pub source: Score,
+    /// The institution's own source; absent where it is behind a server that is shown no private text.
+    pub source: Option<Score>,
 }
 
 /// Why a document is no evaluation.
@@ -45,11 +45,9 @@ impl Evaluation {
         }
         let parsed: Self =
             serde_json::from_slice(bytes).map_err(|error| EvaluationError(error.to_string()))?;
-        for (name, score) in [
-            ("candidate", parsed.candidate),
-            ("pivot", parsed.pivot),
-            ("source", parsed.source),
-        ] {
+        let source = parsed.source.map(|score| ("source", score));
+        let others = [("candidate", parsed.candidate), ("pivot", parsed.pivot)];
+        for (name, score) in others.into_iter().chain(source) {
             if !(0.0..=64.0).contains(&score.bits_per_byte) {
                 return Err(EvaluationError(format!(
                     "{name}.bits_per_byte is {}, expected 0 to 64",

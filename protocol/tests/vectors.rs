@@ -217,7 +217,7 @@ fn documents_that_the_log_knows_by_digest_have_the_bytes_of_their_vectors() {
     let evaluation = Evaluation {
         candidate: score(0.5, Some(0.75)),
         pivot: score(1.25, None),
-        source: score(0.625, Some(1.0)),
+        source: Some(score(0.625, Some(1.0))),
     };
     let vector = include_bytes!("vectors/evaluation.json");
     assert_eq!(

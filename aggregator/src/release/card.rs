@@ -128,14 +128,17 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
             .candidate
             .accuracy
             .map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", share * 100.0));
+        let source = evaluation.source.map_or_else(
+            || "not measured".to_owned(),
+            |score| format!("{:.4}", score.bits_per_byte),
+        );
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
-            "| {} | {:.4} | {:.4} | {:.4} | {:.4} | {:+.1} % | {accuracy} |",
+            "| {} | {:.4} | {:.4} | {source} | {:.4} | {:+.1} % | {accuracy} |",
             site.institution,
             evaluation.candidate.bits_per_byte,
             evaluation.pivot.bits_per_byte,
-            evaluation.source.bits_per_byte,
             site.own_best,
             site.change_permille / 10.0,
         );

@@ -1,7 +1,8 @@
 //! The gate: what the sites measured on their private holdouts decides whether a candidate is published.
 //!
 //! Two conditions, both on bits per byte. No site may fare worse than with the best model it has without the release,
-//! by more than the charter's bound: that is the lower of its own source and the pivot, each on its own holdout. The
+//! by more than the charter's bound: that is the lower of its own source and the pivot, each on its own holdout, or the
+//! pivot alone where the site could not measure its source (one behind a server is shown no private text). The
 //! source is usually the best there, and a shared pivot somewhat worse on each single domain; the bound says how much of
 //! that the members accept. And the plain mean over the sites must be lower than that of the last release on the same
 //! holdouts, or of the pivot where there is none.
@@ -37,7 +38,7 @@ pub struct SiteVerdict {
     pub institution: InstitutionId,
     /// What it measured.
     pub evaluation: Evaluation,
-    /// The lower of source and pivot, in bits per byte.
+    /// The lower of source, if it was measured, and pivot, in bits per byte.
     pub own_best: f64,
     /// Candidate relative to that, in thousandths; negative is better.
     pub change_permille: f64,
@@ -130,7 +131,8 @@ fn site(
 ) -> SiteVerdict {
     let candidate = evaluation.candidate.bits_per_byte;
     let pivot = evaluation.pivot.bits_per_byte;
-    let own_best = evaluation.source.bits_per_byte.min(pivot);
+    let source = evaluation.source.map(|score| score.bits_per_byte);
+    let own_best = source.map_or(pivot, |source| source.min(pivot));
     let is_same =
         |then: &&Evaluation| (then.pivot.bits_per_byte - pivot).abs() <= SAME_HOLDOUT * pivot;
     SiteVerdict {
@@ -181,9 +183,21 @@ mod tests {
         let evaluation = Evaluation {
             candidate: score(candidate),
             pivot: score(pivot),
-            source: score(source),
+            source: Some(score(source)),
         };
         (InstitutionId::new(name).unwrap(), evaluation)
+    }
+
+    #[test]
+    fn a_site_whose_source_was_not_measured_is_held_to_the_pivot() {
+        let (name, mut evaluation) = site("a", 0.95, 0.9, 0.5);
+        evaluation.source = None;
+        let verdict = judge(&charter(100), &[(name, evaluation)], &[]);
+        assert_eq!(verdict.sites[0].own_best, 0.9);
+        assert!(
+            verdict.sites[0].within_bound,
+            "0.95 is within ten per cent of 0.9"
+        );
     }
 
     #[test]

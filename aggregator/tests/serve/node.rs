@@ -353,7 +353,7 @@ pub(crate) fn evaluation(candidate: f64) -> Vec<u8> {
     Evaluation {
         candidate,
         pivot,
-        source,
+        source: Some(source),
     }
     .to_bytes()
     .unwrap()

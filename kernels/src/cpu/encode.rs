@@ -4,9 +4,11 @@ use crate::code;
 use crate::cpu::masses::{Dense, END};
 use crate::records::{RecordShape, Records};
 
-/// Lists the symbols of `mass`, a distribution, as one position; what is listed is set to zero.
-pub(super) fn encode(
+/// Lists the symbols of `mass` as one position; what is listed is set to zero. `unseen` is the mass that is no symbol's:
+/// it goes to the tail, and with it `mass` is a distribution.
+pub(crate) fn encode(
     mass: &mut Dense,
+    unseen: f64,
     shape: &RecordShape,
     candidates: &mut Vec<(f64, u8)>,
     records: &mut Records,
@@ -39,7 +41,7 @@ pub(super) fn encode(
         kept += 1;
         mass[usize::from(byte)] = 0.0;
     }
-    let tail: f64 = mass[..END].iter().sum();
+    let tail = mass[..END].iter().sum::<f64>() + unseen;
     candidates.truncate(kept);
     candidates.sort_unstable_by_key(|&(_, byte)| byte);
     let mut listed = [(0, 0); 256];

@@ -19,7 +19,7 @@ const SCARCE: f64 = 1e-20;
 const SAMPLE: usize = 256;
 
 /// Index of the end of the record in a distribution.
-pub(super) const END: usize = 256;
+pub(crate) const END: usize = 256;
 
 /// Masses of all bytes and the end.
 pub(crate) type Dense = [f64; 257];

@@ -22,5 +22,6 @@ mod sorted;
 pub(crate) mod tests;
 mod top;
 
-pub(crate) use masses::Dense;
+pub(crate) use encode::encode;
+pub(crate) use masses::{Dense, END};
 pub(crate) use simd::Level;

@@ -150,7 +150,7 @@ pub(crate) fn records<T: Element>(
                 .filter(|_| inside)
                 .and_then(|before| couple(&mut mass, before, observed));
             let mut first = Records::empty(job.shape.k);
-            encode(&mut mass, &job.shape, candidates, &mut first);
+            encode(&mut mass, 0.0, &job.shape, candidates, &mut first);
             (first, long)
         })
         .collect();
@@ -239,6 +239,7 @@ impl Worker {
             ));
             encode(
                 &mut mass,
+                0.0,
                 &job.shape,
                 &mut self.candidates,
                 &mut score.interior,

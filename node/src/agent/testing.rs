@@ -114,7 +114,7 @@ pub(crate) fn evaluation() -> Vec<u8> {
     Evaluation {
         candidate: score,
         pivot: score,
-        source: score,
+        source: Some(score),
     }
     .to_bytes()
     .unwrap()

@@ -160,6 +160,17 @@ pub(super) fn json_files(folder: &Path) -> Result<Vec<PathBuf>, SpoolError> {
     Ok(files)
 }
 
+pub(super) fn names(folder: &Path, prefix: &str) -> Result<Vec<String>, SpoolError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed("read", folder))? {
+        let name = entry.map_err(failed("read", folder))?.file_name();
+        let name = name.into_string().ok();
+        found.extend(name.filter(|name| name.starts_with(prefix)));
+    }
+    found.sort();
+    Ok(found)
+}
+
 pub(super) fn set_aside(error: &SpoolError) {
     tracing::warn!(%error, "set aside");
     if let SpoolError::Malformed { path, .. } = error {

@@ -1,7 +1,8 @@
 //! The folder that the two halves of a node share, and the only thing they share.
 //!
 //! The agent writes jobs, the worker writes results, both write blobs; every file is complete the moment it has its name
-//! (temporary file, fsync, rename, fsync of the folder), so either half may be killed at any time.
+//! (temporary file, fsync, rename, fsync of the folder), so either half may be killed at any time. Where the source is
+//! behind a server, a scorer takes the place of the worker for score jobs.
 //!
 //! | folder | file | written by |
 //! |---|---|---|
@@ -29,8 +30,8 @@ use std::time::Duration;
 use consilium_protocol::Digest;
 
 use files::{
-    exists, failed, json_files, read_json, read_limited, remove, remove_abandoned, set_aside,
-    write_json, write_whole,
+    exists, failed, json_files, names, read_json, read_limited, remove, remove_abandoned,
+    set_aside, write_json, write_whole,
 };
 
 pub use files::hash_file;
@@ -170,8 +171,19 @@ impl Spool {
     /// # Errors
     /// A folder cannot be read.
     pub fn next_job(&self) -> Result<Option<(JobId, Job)>, SpoolError> {
+        self.next_job_of(|_| true)
+    }
+
+    /// The first job without a result among those that are one's own.
+    ///
+    /// # Errors
+    /// A folder cannot be read.
+    pub fn next_job_of(
+        &self,
+        own: impl Fn(&Job) -> bool,
+    ) -> Result<Option<(JobId, Job)>, SpoolError> {
         for (id, job) in self.jobs_in_order()? {
-            if !exists(&self.result_path(&id))? {
+            if own(&job) && !exists(&self.result_path(&id))? {
                 return Ok(Some((id, job)));
             }
         }
@@ -276,6 +288,22 @@ impl Spool {
 
     fn result_path(&self, id: &JobId) -> PathBuf {
         self.results().join(format!("{id}.json"))
+    }
+
+    /// Names of the files of `state` that begin so, in order.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn states_named(&self, prefix: &str) -> Result<Vec<String>, SpoolError> {
+        names(&self.state(), prefix)
+    }
+
+    /// Removes a file of `state`, if it is there.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove_state(&self, name: &str) -> Result<(), SpoolError> {
+        remove(&self.state_path(name))
     }
 
     /// Names of jobs and results: a reset result is news to the worker as well.

@@ -13,6 +13,7 @@ use super::model::ModelError;
 use super::part::PartError;
 use super::tokenizer::TokenizerError;
 use super::train::TrainError;
+use super::train::external::ExternalError;
 use crate::spool::SpoolError;
 
 /// Why work ended early. The text stays at the site and never holds private text.
@@ -79,6 +80,9 @@ pub enum WorkError {
     /// Training: an optimiser, its state, or the data.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// Training by the site's own command.
+    #[error(transparent)]
+    External(#[from] ExternalError),
     /// A folder or file cannot be read.
     #[error("cannot read {}", path.display())]
     Read {

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -36,8 +35,8 @@ pub struct Folders {
     pub spool: PathBuf,
     /// Folder of the pivot.
     pub pivot: PathBuf,
-    /// Folder of the institution's own model.
-    pub source: PathBuf,
+    /// Folder of the institution's own model; none where it is behind a server, whose scores the scorer asks for.
+    pub source: Option<PathBuf>,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
 }
@@ -47,7 +46,10 @@ impl From<&Config> for Folders {
         Self {
             spool: config.spool.clone(),
             pivot: config.pivot.clone(),
-            source: config.source.clone(),
+            source: config
+                .source_server
+                .is_none()
+                .then(|| config.source.clone()),
             holdout: config.holdout.clone(),
         }
     }
@@ -103,7 +105,9 @@ impl<'a> Worker<'a> {
     /// # Errors
     /// The spool cannot be read or written.
     pub fn work(&mut self) -> Result<bool, WorkError> {
-        let Some((id, job)) = self.spool.next_job()? else {
+        let scores = self.folders.source.is_some();
+        let own = |job: &Job| scores || !matches!(job, Job::Score(_));
+        let Some((id, job)) = self.spool.next_job_of(own)? else {
             return Ok(false);
         };
         let started = SystemClock.now();
@@ -146,22 +150,12 @@ impl<'a> Worker<'a> {
     fn score(&mut self, id: &JobId, job: &ScoreJob) -> Result<Done, WorkError> {
         let reference = self.reference(&job.reference)?;
         self.distiller = None;
-        let source = match self.source.take() {
-            Some(source) => source,
-            None => LoadedModel::load(&self.folders.source)?,
-        };
+        let source = self.take_source()?.ok_or_else(|| WorkError::Setting {
+            field: "source",
+            problem: "the source is behind a server; the scorer does this job".to_owned(),
+        })?;
         let source = &*self.source.insert(source);
-        let width = source.model.config().hidden_size;
-        if usize::from(job.symbols) * 8 > width {
-            return Err(WorkError::Setting {
-                field: "symbols",
-                problem: format!(
-                    "{} per position is more than an eighth of the source's hidden size {width}, which would let others \
-                     rebuild its head",
-                    job.symbols
-                ),
-            });
-        }
+        check_symbols(job.symbols, source.model.config().hidden_size)?;
         let shape = RecordShape {
             k: job.symbols.into(),
             fill_permille: job.fill_permille.into(),
@@ -270,10 +264,9 @@ impl<'a> Worker<'a> {
             .rev()
             .take(2)
             .collect();
-        for name in self.states()? {
+        for name in self.spool.states_named(STATE)? {
             if !needed.contains(&name) {
-                // Best effort: a file that stays is only space.
-                let _ = fs::remove_file(self.spool.state_path(&name));
+                self.spool.remove_state(&name)?;
             }
         }
         Ok(())
@@ -282,7 +275,8 @@ impl<'a> Worker<'a> {
     /// States of a round by inner round, ascending.
     fn saved_states(&self, manifest: &Digest) -> Result<Vec<(u32, String)>, WorkError> {
         let mut found: Vec<(u32, String)> = self
-            .states()?
+            .spool
+            .states_named(STATE)?
             .into_iter()
             .filter_map(|name| {
                 let inner = name.rsplit_once('-')?.1.parse().ok()?;
@@ -293,38 +287,18 @@ impl<'a> Worker<'a> {
         Ok(found)
     }
 
-    /// Names of all states of optimisers.
-    fn states(&self) -> Result<Vec<String>, WorkError> {
-        let folder = self.spool.state_path("");
-        let read = |source| WorkError::Read {
-            path: folder.clone(),
-            source,
-        };
-        let mut names = Vec::new();
-        for entry in fs::read_dir(&folder).map_err(read)? {
-            let name = entry.map_err(read)?.file_name();
-            names.extend(
-                name.into_string()
-                    .ok()
-                    .filter(|name| name.starts_with(STATE)),
-            );
-        }
-        Ok(names)
-    }
-
     fn evaluate(&mut self, id: &JobId, job: &EvaluateJob) -> Result<Done, WorkError> {
         self.distiller = None;
         let items = holdout::read(&self.folders.holdout)?;
+        // A source behind a server is not measured: the holdout is private, and no process that has it opens a socket.
+        let source = self.take_source()?;
         let mut watch = Watch::new(&self.spool, self.stop, id, "texts");
         let shape = Settings::of(&job.training, 0)?.lora;
         let adapter = self.spool.read_blob(&job.candidate, limits::ARTEFACT)?;
 
-        let source = match self.source.take() {
-            Some(source) => source,
-            None => LoadedModel::load(&self.folders.source)?,
-        };
-        let source_score = evaluate(&source, &items, &mut watch)?;
-        drop(source);
+        let source_score = source
+            .map(|source| evaluate(&source, &items, &mut watch))
+            .transpose()?;
         let pivot = LoadedModel::load(&self.folders.pivot)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = pivot;
@@ -337,12 +311,23 @@ impl<'a> Worker<'a> {
             source: source_score,
         };
         let artefact = self.spool.put_blob(&evaluation.to_bytes()?)?;
-        let notes = notes([
+        let mut notes = notes([
             ("candidate_bits_per_byte", candidate_score.bits_per_byte),
             ("pivot_bits_per_byte", pivot_score.bits_per_byte),
-            ("source_bits_per_byte", source_score.bits_per_byte),
         ]);
+        if let Some(score) = source_score {
+            notes.insert("source_bits_per_byte".to_owned(), score.bits_per_byte);
+        }
         Ok((artefact, notes))
+    }
+
+    /// The source that is in memory, else the one of the folder; none where it is behind a server.
+    fn take_source(&mut self) -> Result<Option<LoadedModel>, WorkError> {
+        match (self.source.take(), &self.folders.source) {
+            (Some(source), _) => Ok(Some(source)),
+            (None, Some(folder)) => LoadedModel::load(folder).map(Some),
+            (None, None) => Ok(None),
+        }
     }
 
     fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {
@@ -397,6 +382,23 @@ impl Monitor for Watch<'_> {
         }
         self.terminal.advance(done, total, value)
     }
+}
+
+/// Records of many symbols span the rows of a narrow head, and with them others could rebuild it.
+///
+/// # Errors
+/// More symbols than an eighth of the width.
+pub(crate) fn check_symbols(symbols: u16, width: usize) -> Result<(), WorkError> {
+    if usize::from(symbols) * 8 <= width {
+        return Ok(());
+    }
+    Err(WorkError::Setting {
+        field: "symbols",
+        problem: format!(
+            "{symbols} per position is more than an eighth of the source's hidden size {width}, which would let others \
+             rebuild its head"
+        ),
+    })
 }
 
 fn state_name(manifest: &Digest, inner: u32) -> String {

@@ -1,15 +1,11 @@
 //! The worker process.
 
 use std::num::NonZeroUsize;
-use std::os::unix::process::parent_id;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::error::WorkError;
 use super::jobs::{Folders, Worker};
+use crate::process::Ending;
 
 /// Longest time until an idle worker notices a signal.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -29,16 +25,10 @@ pub struct RunOptions {
 /// # Errors
 /// The spool cannot be used. A job that fails is no such error; its result says so.
 pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
-    let signal = Arc::new(AtomicBool::new(false));
-    for number in [SIGTERM, SIGINT] {
-        // Only sets the flag. An asynchronous runtime would want a socket pair for it.
-        signal_hook::flag::register(number, Arc::clone(&signal)).map_err(|source| {
-            WorkError::Process {
-                doing: "watch for signals",
-                source,
-            }
-        })?;
-    }
+    let ending = Ending::watch(options.end_with_parent).map_err(|source| WorkError::Process {
+        doing: "watch for signals",
+        source,
+    })?;
     let threads = options.threads.map_or(0, NonZeroUsize::get);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -47,9 +37,7 @@ pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
             doing: "start threads",
             source: std::io::Error::other(error),
         })?;
-    let parent = parent_id();
-    let stop =
-        || signal.load(Ordering::Relaxed) || (options.end_with_parent && parent_id() != parent);
+    let stop = || ending.is_due();
     pool.install(|| {
         let mut worker = Worker::new(folders, &stop)?;
         let threads = rayon::current_num_threads();

@@ -93,13 +93,7 @@ impl LoadedModel {
         target: &str,
         limit: usize,
     ) -> Result<Option<Item>, WorkError> {
-        let target = self.tokenizer.encode(target)?;
-        let Some(room) = limit.checked_sub(target.len() + 1) else {
-            return Ok(None);
-        };
-        let mut context = self.tokenizer.encode(context)?;
-        context.drain(..context.len().saturating_sub(room));
-        Ok(Some(Item::new(context, target)))
+        fit(&self.tokenizer, context, target, limit)
     }
 
     /// As [`item`](Self::item) with the model's own limit.
@@ -132,6 +126,26 @@ impl LoadedModel {
     pub(crate) fn runs(&self, items: &[Item]) -> Vec<Range<usize>> {
         runs(items.iter().map(Item::row_tokens), TOKENS)
     }
+}
+
+/// Tokenises context and target apart, so that the target starts with a token of its own. A context that does not fit into
+/// `limit` tokens beside its target loses its beginning; none if the target alone does not fit.
+///
+/// # Errors
+/// The tokenizer does not give the text's bytes back.
+pub(crate) fn fit(
+    tokenizer: &Tokenizer,
+    context: &str,
+    target: &str,
+    limit: usize,
+) -> Result<Option<Item>, WorkError> {
+    let target = tokenizer.encode(target)?;
+    let Some(room) = limit.checked_sub(target.len() + 1) else {
+        return Ok(None);
+    };
+    let mut context = tokenizer.encode(context)?;
+    context.drain(..context.len().saturating_sub(room));
+    Ok(Some(Item::new(context, target)))
 }
 
 fn runs(lengths: impl Iterator<Item = usize>, limit: usize) -> Vec<Range<usize>> {

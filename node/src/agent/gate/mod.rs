@@ -19,12 +19,12 @@ use consilium_protocol::message::Upload;
 use consilium_protocol::{Digest, RejectCode};
 use consilium_protocol::{PeerIdentity, Role};
 use ed25519_dalek::SigningKey;
-use serde::Deserialize;
 
 use super::content;
 use super::ledger::{Event, Ledger, Owner, Slot};
 use crate::config::Policy;
 use crate::spool::hash_file;
+use crate::width;
 
 pub use error::GateError;
 
@@ -279,10 +279,6 @@ impl Gate {
 
 /// Number of hidden units of the model in a folder, from its `config.json`.
 fn hidden_size(folder: &Path) -> Result<u32, GateError> {
-    #[derive(Deserialize)]
-    struct Fields {
-        hidden_size: u32,
-    }
     let path = folder.join("config.json");
     let problem = |problem: String| GateError::Source {
         path: path.clone(),
@@ -292,9 +288,10 @@ fn hidden_size(folder: &Path) -> Result<u32, GateError> {
     File::open(&path)
         .and_then(|file| file.take(CONFIG_LIMIT).read_to_string(&mut text))
         .map_err(|error| problem(error.to_string()))?;
-    serde_json::from_str::<Fields>(&text)
-        .map(|fields| fields.hidden_size)
-        .map_err(|error| problem(error.to_string()))
+    let config: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| problem(error.to_string()))?;
+    let width = width::of(&config).and_then(|width| u32::try_from(width).ok());
+    width.ok_or_else(|| problem(format!("missing field `{}`", width::NAMES.join("`, `"))))
 }
 
 fn slot_of(statement: &Statement) -> Slot {

@@ -6,12 +6,12 @@
 use std::ops::Range;
 
 use consilium_kernels::score::{ItemTokens, Missed};
-use consilium_kernels::{RecordShape, Records, code};
-use consilium_protocol::manifest::SymbolSpace;
+use consilium_kernels::{RecordShape, Records};
 use consilium_protocol::reference::{self, ReferenceSet};
-use consilium_protocol::shard::{Header, Shard, Symbols};
+use consilium_protocol::shard::Shard;
 use rayon::prelude::*;
 
+use super::build::{ShardBuilder, items_in};
 use crate::worker::data::Item;
 use crate::worker::error::WorkError;
 use crate::worker::model::BranchToken;
@@ -19,7 +19,7 @@ use crate::worker::monitor::Monitor;
 use crate::worker::source::LoadedModel;
 
 /// Share of a node's mass above which a stop inside a token gets a forward pass.
-const THRESHOLD: f32 = 1e-3;
+pub(crate) const STOP_SHARE: f32 = 1e-3;
 
 /// A scored shard, ready for `to_bytes`.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,26 +69,13 @@ pub fn score_shard(
     shape: &RecordShape,
     monitor: &mut dyn Monitor,
 ) -> Result<Scored, WorkError> {
-    shape.check::<u8>()?;
-    let slots = u16::try_from(shape.k).map_err(|_| WorkError::Setting {
-        field: "symbols",
-        problem: format!("{} slots do not fit a shard", shape.k),
-    })?;
     let chosen = items_in(reference, &items)?;
     let tokenised = chosen
         .par_iter()
         .map(|item| source.whole_item(&item.context, &item.target))
         .collect::<Result<Vec<_>, _>>()?;
 
-    let mut shard = Shard {
-        header: Header::new(reference.digest(), items, SymbolSpace::Bytes, slots),
-        symbols: Symbols::Bytes(Vec::new()),
-        codes: Vec::new(),
-        end: Vec::new(),
-        tail: Vec::new(),
-        missed: Vec::new(),
-        offsets: vec![0],
-    };
+    let mut shard = ShardBuilder::new(reference.digest(), items, shape)?;
     let mut stats = ScoreStats::default();
     for run in source.runs(&tokenised) {
         let batch = score_batch(source, &tokenised[run.clone()], shape)?;
@@ -96,6 +83,7 @@ pub fn score_shard(
         let total = tokenised.len() as u64;
         monitor.advance(run.end as u64, total, Some(stats.bits_per_byte()))?;
     }
+    let shard = shard.finish();
     Ok(Scored { shard, stats })
 }
 
@@ -122,7 +110,7 @@ fn score_batch(
         .collect();
     let targets: Vec<&[u32]> = ranks.iter().map(Vec::as_slice).collect();
     let stops = model.score_with(vocab, |head| {
-        head.branches(&pass.hidden, &targets, THRESHOLD)
+        head.branches(&pass.hidden, &targets, STOP_SHARE)
     })??;
 
     let mut tokens = Vec::new();
@@ -156,45 +144,14 @@ fn score_batch(
 }
 
 fn append(
-    shard: &mut Shard,
+    shard: &mut ShardBuilder,
     stats: &mut ScoreStats,
     items: &[reference::Item],
     batch: &ScoredBatch,
 ) {
-    let view = batch.records.view();
-    if let Symbols::Bytes(symbols) = &mut shard.symbols {
-        symbols.extend_from_slice(view.symbols());
-    }
-    shard.codes.extend_from_slice(view.codes());
-    shard.end.extend_from_slice(view.end());
-    shard.tail.extend_from_slice(view.tail());
-    let mut end = stats.positions;
-    for (item, missed) in items.iter().zip(&batch.missed) {
-        for missed in [missed.short, missed.long] {
-            shard.missed.push(code::encode(f64::from(missed)));
-        }
-        end += item.positions();
-        shard.offsets.push(end as u64);
-    }
-    stats.positions = shard.end.len();
+    shard.append(items, batch.records.view(), &batch.missed);
+    stats.positions = shard.positions();
     stats.tokens += batch.tokens;
     stats.branches += batch.branches;
     stats.bits += batch.bits;
-}
-
-fn items_in<'a>(
-    reference: &'a ReferenceSet,
-    items: &Range<u64>,
-) -> Result<&'a [reference::Item], WorkError> {
-    let bounds = usize::try_from(items.start)
-        .ok()
-        .zip(usize::try_from(items.end).ok());
-    bounds
-        .and_then(|(first, last)| reference.items().get(first..last))
-        .filter(|chosen| !chosen.is_empty())
-        .ok_or(WorkError::Items {
-            first: items.start,
-            last: items.end,
-            items: reference.items().len(),
-        })
 }

@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod checkpoint;
 pub mod distill;
+pub mod external;
 pub mod held_out;
 pub mod language_model;
 pub mod run;

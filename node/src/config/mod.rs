@@ -3,13 +3,25 @@
 //! Unknown keys are refused. Relative paths start at the folder of the file. What is parsed is checked; later code takes
 //! the built type. Whether folders and files exist is the business of the half that reads them.
 
+mod raw;
+mod template;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
-use serde::Deserialize;
+
+use raw::{RawConfig, RawExternal, server_key};
+
+use crate::scorer::ServerSettings;
+use crate::scorer::settings::WrongValue;
+
+pub use template::template;
 
 /// Longest configuration file in bytes.
 const LIMIT: u64 = 1 << 20;
@@ -68,8 +80,10 @@ pub struct Config {
     pub spool: PathBuf,
     /// Folder of the pivot.
     pub pivot: PathBuf,
-    /// Folder of the institution's own model.
+    /// Folder of the institution's own model; only its `config.json` and tokenizer are read where a server has it.
     pub source: PathBuf,
+    /// The site's model server that scores with the source, if one does.
+    pub source_server: Option<ServerSettings>,
     /// The reference set; with it no other one is used, without it the round's is fetched.
     pub reference: Option<PathBuf>,
     /// Private items for the evaluation, JSON lines.
@@ -80,6 +94,17 @@ pub struct Config {
     pub policy: Policy,
     /// The worker.
     pub worker: WorkerConfig,
+    /// The site's own training command, if it has one.
+    pub external: Option<ExternalCommand>,
+}
+
+/// `[train.external]`: a command that trains in place of this program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalCommand {
+    /// Program and arguments; no shell reads them.
+    pub command: Vec<String>,
+    /// Longest time that it may take.
+    pub timeout: Duration,
 }
 
 /// Policy of the site; the egress gate enforces it.
@@ -124,41 +149,6 @@ impl fmt::Display for Address {
             write!(f, "{}:{}", self.host, self.port)
         }
     }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawConfig {
-    consortium: ConsortiumId,
-    institution: InstitutionId,
-    aggregator: String,
-    server_name: Option<String>,
-    identity: PathBuf,
-    charter: PathBuf,
-    spool: PathBuf,
-    pivot: PathBuf,
-    source: PathBuf,
-    reference: Option<PathBuf>,
-    holdout: PathBuf,
-    capacity: Option<u32>,
-    policy: RawPolicy,
-    #[serde(default)]
-    worker: RawWorker,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPolicy {
-    modes: Vec<Mode>,
-    max_symbols: u16,
-    max_rounds: Option<u64>,
-    max_bytes: Option<u64>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields)]
-struct RawWorker {
-    threads: Option<usize>,
 }
 
 impl Config {
@@ -243,6 +233,24 @@ impl Config {
             }
             threads => threads.and_then(NonZeroUsize::new),
         };
+        let built = |error: WrongValue, key| ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            value: error.value,
+            expected: error.expected,
+        };
+        let server = raw
+            .source_server
+            .map(|server| server.within(folder).check());
+        let source_server = server.transpose().map_err(|error| {
+            let key = server_key(error.key);
+            built(error, key)
+        })?;
+        let external = raw.train.external.map(RawExternal::check);
+        let external = external.transpose().map_err(|error| {
+            let key = error.key;
+            built(error, key)
+        })?;
         let reference = raw.reference.map(|path| at("reference", &path));
         Ok(Self {
             path: path.to_owned(),
@@ -255,6 +263,7 @@ impl Config {
             spool: at("spool", &raw.spool)?,
             pivot: at("pivot", &raw.pivot)?,
             source: at("source", &raw.source)?,
+            source_server,
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
             capacity: raw.capacity.unwrap_or(1),
@@ -265,6 +274,7 @@ impl Config {
                 max_bytes,
             },
             worker: WorkerConfig { threads },
+            external,
         })
     }
 }
@@ -282,161 +292,4 @@ fn parse_address(text: &str) -> Option<Address> {
         host: host.to_owned(),
         port,
     })
-}
-
-/// A commented file for `init`; it parses once written.
-#[must_use]
-pub fn template(
-    consortium: &ConsortiumId,
-    institution: &InstitutionId,
-    aggregator: &str,
-) -> String {
-    format!(
-        r#"# Configuration of a Consilium node. Unknown keys are refused. Relative paths start at this file's folder.
-
-consortium = "{consortium}"
-institution = "{institution}"
-
-# The aggregator; the node only dials out (UDP).
-aggregator = "{aggregator}"
-# Name in the aggregator's certificate, if it is not the host above.
-# server_name = "aggregator.example.org"
-
-# Certificate and keys of this site, made by `consilium-certs`. Private keys never leave this folder.
-identity = "identity"
-# The charter as the operator signed it.
-charter = "charter.note"
-
-# Jobs, results and artefacts: the only folder that agent and worker share.
-spool = "spool"
-
-# Model folders as on the Hugging Face hub: config.json, tokenizer.json, *.safetensors.
-pivot = "pivot"
-source = "source"
-
-# Public reference set. Named here, the node takes part only in rounds on this very file; otherwise it is fetched.
-# reference = "reference.jsonl"
-# Private items for the evaluation; only its mean scores leave the site.
-holdout = "holdout.jsonl"
-
-# Relative training speed of this site's worker; 0 takes part with records only.
-# capacity = 1
-
-# What may leave the site. Anything that is not allowed here does not.
-[policy]
-modes = ["unified"]
-# Symbols per position of a record; never more than an eighth of the source's hidden size.
-max_symbols = 16
-# Rounds that may receive anything, over the life of the ledger.
-max_rounds = 100
-# Bytes per round.
-max_bytes = 4_294_967_296
-
-[worker]
-# Threads; all cores without it.
-# threads = 8
-"#
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample() -> String {
-        template(
-            &ConsortiumId::new("demo").unwrap(),
-            &InstitutionId::new("clinic").unwrap(),
-            "127.0.0.1:4433",
-        )
-    }
-
-    fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(text, Path::new("/etc/consilium/node.toml"))
-    }
-
-    #[test]
-    fn what_init_writes_is_accepted_and_paths_start_at_the_file() {
-        let config = parse(&sample()).unwrap();
-        assert_eq!(config.spool, Path::new("/etc/consilium/spool"));
-        assert_eq!(config.server_name, "127.0.0.1");
-        assert_eq!(config.aggregator.to_string(), "127.0.0.1:4433");
-        assert_eq!((config.worker.threads, config.capacity), (None, 1));
-        let absolute = sample().replace("\"pivot\"", "\"/models/pivot\"");
-        assert_eq!(parse(&absolute).unwrap().pivot, Path::new("/models/pivot"));
-        let v6 = sample().replace("127.0.0.1:", "[::1]:");
-        let config = parse(&v6).unwrap();
-        assert_eq!(config.aggregator.to_string(), "[::1]:4433");
-        assert_eq!(config.server_name, "::1");
-    }
-
-    #[test]
-    fn every_error_names_file_key_and_fix() {
-        let cases = [
-            (
-                "spool = \"spool\"",
-                "spol = \"spool\"",
-                "spol",
-                "expected one of",
-            ),
-            ("spool = \"spool\"", "", "spool", "missing field"),
-            (
-                "spool = \"spool\"",
-                "spool = \"\"",
-                "spool",
-                "relative to this file",
-            ),
-            ("spool = \"spool\"", "spool = 3", "spool", "expected"),
-            ("\"demo\"", "\"De Mo\"", "De Mo", "use 1 to 64"),
-            ("127.0.0.1:4433", "127.0.0.1", "aggregator", "host:port"),
-            ("127.0.0.1:4433", "127.0.0.1:0", "aggregator", "host:port"),
-            ("127.0.0.1:4433", "https://x:1", "aggregator", "host:port"),
-            ("127.0.0.1:4433", "::1:443", "aggregator", "host:port"),
-            ("[\"unified\"]", "[]", "policy.modes", "at least one"),
-            ("[\"unified\"]", "[\"all\"]", "all", "unified"),
-            (
-                "max_symbols = 16",
-                "max_symbols = 0",
-                "policy.max_symbols",
-                "1 to 256",
-            ),
-            (
-                "max_symbols = 16",
-                "max_symbols = 257",
-                "policy.max_symbols",
-                "1 to 256",
-            ),
-            (
-                "max_rounds = 100",
-                "max_rounds = 0",
-                "policy.max_rounds",
-                "1 or more",
-            ),
-            (
-                "max_rounds = 100",
-                "max_rounds = -1",
-                "max_rounds",
-                "expected u64",
-            ),
-            ("[policy]", "[polcy]", "polcy", "expected one of"),
-            (
-                "# threads = 8",
-                "threads = 0",
-                "worker.threads",
-                "1 to 1024",
-            ),
-            ("# threads = 8", "thread = 8", "thread", "expected"),
-            ("# capacity = 1", "capacity = -1", "capacity", "u32"),
-        ];
-        for (from, to, key, fix) in cases {
-            let text = sample().replacen(from, to, 1);
-            assert_ne!(text, sample(), "{from} is not in the sample");
-            let error = parse(&text).expect_err(to).to_string();
-            for part in ["/etc/consilium/node.toml", key, fix] {
-                assert!(error.contains(part), "{to}: {part:?} is not in {error:?}");
-            }
-        }
-        let missing = Config::load(Path::new("/nowhere/node.toml")).unwrap_err();
-        assert!(missing.to_string().contains("consilium-node init"));
-    }
 }

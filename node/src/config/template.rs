@@ -1,0 +1,74 @@
+//! The file that `init` writes.
+
+use consilium_protocol::{ConsortiumId, InstitutionId};
+
+/// A commented file for `init`; it parses once written.
+#[must_use]
+pub fn template(
+    consortium: &ConsortiumId,
+    institution: &InstitutionId,
+    aggregator: &str,
+) -> String {
+    format!(
+        r#"# Configuration of a Consilium node. Unknown keys are refused. Relative paths start at this file's folder.
+
+consortium = "{consortium}"
+institution = "{institution}"
+
+# The aggregator; the node only dials out (UDP).
+aggregator = "{aggregator}"
+# Name in the aggregator's certificate, if it is not the host above.
+# server_name = "aggregator.example.org"
+
+# Certificate and keys of this site, made by `consilium-certs`. Private keys never leave this folder.
+identity = "identity"
+# The charter as the operator signed it.
+charter = "charter.note"
+
+# Jobs, results and artefacts: the only folder that agent and worker share.
+spool = "spool"
+
+# Model folders as on the Hugging Face hub: config.json, tokenizer.json, *.safetensors.
+pivot = "pivot"
+source = "source"
+
+# Public reference set. Named here, the node takes part only in rounds on this very file; otherwise it is fetched.
+# reference = "reference.jsonl"
+# Private items for the evaluation; only its mean scores leave the site.
+holdout = "holdout.jsonl"
+
+# Relative training speed of this site's worker; 0 takes part with records only.
+# capacity = 1
+
+# What may leave the site. Anything that is not allowed here does not.
+[policy]
+modes = ["unified"]
+# Symbols per position of a record; never more than an eighth of the source's hidden size.
+max_symbols = 16
+# Rounds that may receive anything, over the life of the ledger.
+max_rounds = 100
+# Bytes per round.
+max_bytes = 4_294_967_296
+
+[worker]
+# Threads; all cores without it.
+# threads = 8
+
+# Score with the source through the site's own model server; its folder above then needs only config.json and the tokenizer.
+# Only the public reference set is sent there. Start vLLM with --no-enable-prefix-caching --max-logprobs 64.
+# [source_server]
+# kind = "vllm"
+# url = "http://127.0.0.1:8000"
+# model = "our-model"
+# Tokens listed per position; the fewer, the less of the source is seen.
+# top = 64
+# File with the server's key, if it has one.
+# key_file = "server.key"
+
+# The site's own training command, for `consilium-node train --external`; see examples/external.
+# [train.external]
+# command = ["torchrun", "--nproc-per-node", "8", "train_lora.py"]
+# timeout_hours = 24
+"#
+    )
+}
