@@ -17,6 +17,8 @@ pub mod error;
 pub mod fusion;
 pub mod head;
 pub mod loss;
+#[cfg(feature = "mapped")]
+pub mod mapped;
 pub mod matmul;
 pub mod records;
 mod reference;

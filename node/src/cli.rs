@@ -120,12 +120,7 @@ fn serve(config: &Config, worker: Option<WorkerProgram>) -> Result<Reply, NodeEr
 }
 
 fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
-    let folders = Folders {
-        spool: config.spool.clone(),
-        pivot: config.pivot.clone(),
-        source: config.source.clone(),
-        holdout: config.holdout.clone(),
-    };
+    let folders = Folders::from(config);
     let options = RunOptions {
         threads: config.worker.threads,
         end_with_parent: supervised,
@@ -152,8 +147,12 @@ fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
     };
     let stats = on_threads(args.threads, || {
         let mut terminal = Terminal::new("items");
-        let (model, reference, out) = (&args.model, &args.reference, &args.out);
-        commands::score(model, reference, items, &shape, out, &mut terminal)
+        let model = commands::ScoredModel {
+            place: args.model.as_path().into(),
+            chat_template: args.chat_template,
+        };
+        let (reference, out) = (&args.reference, &args.out);
+        commands::score(&model, reference, items, &shape, out, &mut terminal)
     })?;
     Ok(Reply::done(format!("wrote {}", args.out.display()))
         .with("shard", args.out.display().to_string())

@@ -11,6 +11,8 @@ use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 use serde::Deserialize;
 
+use crate::hub::ModelPlace;
+
 /// Longest configuration file in bytes.
 const LIMIT: u64 = 1 << 20;
 
@@ -66,10 +68,12 @@ pub struct Config {
     pub charter: PathBuf,
     /// The spool that agent and worker share.
     pub spool: PathBuf,
-    /// Folder of the pivot.
-    pub pivot: PathBuf,
-    /// Folder of the institution's own model.
-    pub source: PathBuf,
+    /// The pivot: a folder, or its name in the local Hugging Face cache.
+    pub pivot: ModelPlace,
+    /// The institution's own model, likewise.
+    pub source: ModelPlace,
+    /// Whether the source's chat template wraps the contexts that it scores; false by default.
+    pub source_chat_template: bool,
     /// The reference set; with it no other one is used, without it the round's is fetched.
     pub reference: Option<PathBuf>,
     /// Private items for the evaluation, JSON lines.
@@ -138,6 +142,8 @@ struct RawConfig {
     spool: PathBuf,
     pivot: PathBuf,
     source: PathBuf,
+    #[serde(default)]
+    source_chat_template: bool,
     reference: Option<PathBuf>,
     holdout: PathBuf,
     capacity: Option<u32>,
@@ -204,6 +210,7 @@ impl Config {
                 Ok(folder.join(relative))
             }
         };
+        let model = |key, value: &Path| at(key, value).map(|_| ModelPlace::new(folder, value));
         let aggregator = parse_address(&raw.aggregator).ok_or_else(|| {
             let expected = "host:port, for example \"aggregator.example.org:443\"";
             wrong("aggregator", &format!("{:?}", raw.aggregator), expected)
@@ -253,8 +260,9 @@ impl Config {
             identity: at("identity", &raw.identity)?,
             charter: at("charter", &raw.charter)?,
             spool: at("spool", &raw.spool)?,
-            pivot: at("pivot", &raw.pivot)?,
-            source: at("source", &raw.source)?,
+            pivot: model("pivot", &raw.pivot)?,
+            source: model("source", &raw.source)?,
+            source_chat_template: raw.source_chat_template,
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
             capacity: raw.capacity.unwrap_or(1),
@@ -310,9 +318,12 @@ charter = "charter.note"
 # Jobs, results and artefacts: the only folder that agent and worker share.
 spool = "spool"
 
-# Model folders as on the Hugging Face hub: config.json, tokenizer.json, *.safetensors.
+# Model folders as on the Hugging Face hub (config.json, tokenizer.json, *.safetensors), or names such as
+# "organisation/model" of models in this machine's Hugging Face cache; nothing is ever fetched.
 pivot = "pivot"
 source = "source"
+# Whether the source is a chat model whose own template wraps what it is given before it scores; its folder must have one.
+# source_chat_template = false
 
 # Public reference set. Named here, the node takes part only in rounds on this very file; otherwise it is fetched.
 # reference = "reference.jsonl"
@@ -363,7 +374,8 @@ mod tests {
         assert_eq!(config.aggregator.to_string(), "127.0.0.1:4433");
         assert_eq!((config.worker.threads, config.capacity), (None, 1));
         let absolute = sample().replace("\"pivot\"", "\"/models/pivot\"");
-        assert_eq!(parse(&absolute).unwrap().pivot, Path::new("/models/pivot"));
+        let pivot = parse(&absolute).unwrap().pivot;
+        assert_eq!(pivot.folder(), Path::new("/models/pivot"));
         let v6 = sample().replace("127.0.0.1:", "[::1]:");
         let config = parse(&v6).unwrap();
         assert_eq!(config.aggregator.to_string(), "[::1]:4433");

@@ -7,6 +7,7 @@ mod args;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod hub;
 mod reply;
 pub mod spool;
 mod status;

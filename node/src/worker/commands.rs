@@ -19,6 +19,7 @@ use super::score::{ScoreStats, score_shard};
 use super::source::LoadedModel;
 use super::tokenizer::{Tokenizer, train_bpe};
 use super::train::{TrainConfig, TrainError, Trainer};
+use crate::hub::ModelPlace;
 
 /// A training run as a TOML file. Unknown keys are refused; relative paths start at the file's folder.
 ///
@@ -206,7 +207,7 @@ pub fn train_stages(
     monitor: &mut dyn Monitor,
 ) -> Result<(LoadedModel, f64), WorkError> {
     let total = stages.iter().map(|stage| stage.steps).sum();
-    let end_of_record = loaded.tokenizer.end_of_record();
+    let end_of_record = loaded.tokenizer.start_of_record();
     let row_tokens = packing.row_tokens.min(loaded.model.config().max_positions);
     let (mut done, mut loss) = (0, 0.0);
     for (index, stage) in (0_u64..).zip(stages) {
@@ -231,19 +232,32 @@ pub fn train_stages(
     Ok((loaded, loss))
 }
 
-/// Scores `items` (all if absent) of a reference file with the model of a folder and writes the shard.
+/// The model that scores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScoredModel {
+    /// Where it is.
+    pub place: ModelPlace,
+    /// Whether its chat template wraps the contexts of items.
+    pub chat_template: bool,
+}
+
+/// Scores `items` (all if absent) of a reference file with a model and writes the shard.
 ///
 /// # Errors
 /// A file cannot be read or written, or scoring fails.
 pub fn score(
-    model: &Path,
+    model: &ScoredModel,
     reference: &Path,
     items: Option<Range<u64>>,
     shape: &RecordShape,
     output: &Path,
     monitor: &mut dyn Monitor,
 ) -> Result<ScoreStats, WorkError> {
-    let source = LoadedModel::load(model)?;
+    let folder = model.place.resolve()?;
+    let mut source = LoadedModel::load(&folder)?;
+    if model.chat_template {
+        source.use_chat_template(&folder)?;
+    }
     let bytes = std::fs::read(reference).map_err(|source| WorkError::Read {
         path: reference.to_owned(),
         source,
@@ -273,7 +287,7 @@ pub fn evaluate(
     monitor: &mut dyn Monitor,
 ) -> Result<Score, WorkError> {
     let items = holdout::read(holdout)?;
-    let mut loaded = LoadedModel::load(model)?;
+    let mut loaded = LoadedModel::load(&ModelPlace::from(model).resolve()?)?;
     if let Some(adapter) = adapter {
         load_adapter(&mut loaded.model, adapter)?;
     }
@@ -354,15 +368,11 @@ mod tests {
         };
         let output = at("shard.safetensors");
         let holdout = at("holdout.jsonl");
-        let stats = score(
-            &at("second"),
-            &holdout,
-            Some(2..5),
-            &shape,
-            &output,
-            &mut (),
-        )
-        .unwrap();
+        let scored = ScoredModel {
+            place: at("second").into(),
+            chat_template: false,
+        };
+        let stats = score(&scored, &holdout, Some(2..5), &shape, &output, &mut ()).unwrap();
         let shard = consilium_protocol::shard::Shard::parse(&fs::read(output).unwrap()).unwrap();
         assert_eq!(
             (shard.header.items(), shard.positions()),

@@ -24,6 +24,7 @@ use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
 use crate::config::Config;
 use crate::error::with_causes;
+use crate::hub::ModelPlace;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 
 /// Begins the name of every state of an optimiser.
@@ -34,10 +35,12 @@ const STATE: &str = "optimiser-";
 pub struct Folders {
     /// The spool that agent and worker share.
     pub spool: PathBuf,
-    /// Folder of the pivot.
-    pub pivot: PathBuf,
-    /// Folder of the institution's own model.
-    pub source: PathBuf,
+    /// The pivot.
+    pub pivot: ModelPlace,
+    /// The institution's own model.
+    pub source: ModelPlace,
+    /// Whether the source's chat template wraps the contexts of items.
+    pub source_chat_template: bool,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
 }
@@ -48,6 +51,7 @@ impl From<&Config> for Folders {
             spool: config.spool.clone(),
             pivot: config.pivot.clone(),
             source: config.source.clone(),
+            source_chat_template: config.source_chat_template,
             holdout: config.holdout.clone(),
         }
     }
@@ -148,7 +152,7 @@ impl<'a> Worker<'a> {
         self.distiller = None;
         let source = match self.source.take() {
             Some(source) => source,
-            None => LoadedModel::load(&self.folders.source)?,
+            None => self.load_source()?,
         };
         let source = &*self.source.insert(source);
         let width = source.model.config().hidden_size;
@@ -241,7 +245,7 @@ impl<'a> Worker<'a> {
         {
             return Ok(running);
         }
-        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let pivot = LoadedModel::load(&self.folders.pivot.resolve()?)?;
         let mut distiller = Distiller::new(pivot, settings)?;
         if let Some((inner, name)) = before {
             distiller.restore_state(&self.spool.state_path(name))?;
@@ -321,11 +325,11 @@ impl<'a> Worker<'a> {
 
         let source = match self.source.take() {
             Some(source) => source,
-            None => LoadedModel::load(&self.folders.source)?,
+            None => self.load_source()?,
         };
         let source_score = evaluate(&source, &items, &mut watch)?;
         drop(source);
-        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let pivot = LoadedModel::load(&self.folders.pivot.resolve()?)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = pivot;
         candidate.apply_adapter(shape, &adapter)?;
@@ -343,6 +347,15 @@ impl<'a> Worker<'a> {
             ("source_bits_per_byte", source_score.bits_per_byte),
         ]);
         Ok((artefact, notes))
+    }
+
+    fn load_source(&self) -> Result<LoadedModel, WorkError> {
+        let folder = self.folders.source.resolve()?;
+        let mut source = LoadedModel::load(&folder)?;
+        if self.folders.source_chat_template {
+            source.use_chat_template(&folder)?;
+        }
+        Ok(source)
     }
 
     fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {

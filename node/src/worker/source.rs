@@ -5,11 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use consilium_kernels::Vocab;
+use consilium_protocol::Clock as _;
+use consilium_protocol::time::SystemClock;
 
 use super::data::{Batch, Item};
 use super::error::WorkError;
-use super::model::{self, Model, ModelConfig, ModelError};
-use super::tokenizer::Tokenizer;
+use super::model::{self, Model, ModelConfig};
+use super::tokenizer::chat::Message;
+use super::tokenizer::{ChatTemplate, Tokenizer};
 
 /// Tokens of one batch at most; beyond this a pass gains nothing.
 const TOKENS: usize = 2048;
@@ -23,7 +26,12 @@ pub struct LoadedModel {
     pub tokenizer: Arc<Tokenizer>,
     /// Its vocabulary in byte-sorted order.
     pub vocab: Arc<Vocab>,
+    /// The template that contexts are wrapped in, if they are.
+    chat: Option<Arc<ChatTemplate>>,
 }
+
+/// Stands for a context while its frame is rendered.
+const PLACEHOLDER: &str = "\u{e0f2}";
 
 impl LoadedModel {
     /// Loads a Hugging Face folder: `config.json`, `tokenizer.json`, `*.safetensors`.
@@ -31,14 +39,16 @@ impl LoadedModel {
     /// # Errors
     /// A file is missing or cannot be used, or tokenizer and model do not fit.
     pub fn load(folder: &Path) -> Result<Self, WorkError> {
+        // The weight files' headers first: what `config.json` says is then no larger than they are.
+        let opened = model::open_folder(folder)?;
         let tokenizer = Tokenizer::load(folder)?;
-        let config = ModelConfig::load(folder).map_err(ModelError::from)?;
-        let vocab = tokenizer.vocab(config.vocab_size)?;
-        let model = model::load_folder(folder, vocab.id_of_rank().to_vec())?;
+        let vocab = tokenizer.vocab(opened.config().vocab_size)?;
+        let model = opened.load(vocab.id_of_rank().to_vec())?;
         Ok(Self {
             model,
             tokenizer: Arc::new(tokenizer),
             vocab: Arc::new(vocab),
+            chat: None,
         })
     }
 
@@ -57,6 +67,7 @@ impl LoadedModel {
             model,
             tokenizer,
             vocab: Arc::new(vocab),
+            chat: None,
         })
     }
 
@@ -69,7 +80,19 @@ impl LoadedModel {
             model: self.model.duplicate()?,
             tokenizer: Arc::clone(&self.tokenizer),
             vocab: Arc::clone(&self.vocab),
+            chat: self.chat.clone(),
         })
+    }
+
+    /// Wraps the context of every item from now on in the chat template of `folder`, as the message of a user that the
+    /// target answers. Items without a context stay as they are. The template may ask for the date: two days may give two
+    /// texts.
+    ///
+    /// # Errors
+    /// The folder has no template, or one that cannot be used.
+    pub fn use_chat_template(&mut self, folder: &Path) -> Result<(), WorkError> {
+        self.chat = Some(Arc::new(ChatTemplate::load(folder, SystemClock.now())?));
+        Ok(())
     }
 
     /// Writes a Hugging Face folder; adapters are folded into the weights.
@@ -97,9 +120,30 @@ impl LoadedModel {
         let Some(room) = limit.checked_sub(target.len() + 1) else {
             return Ok(None);
         };
-        let mut context = self.tokenizer.encode(context)?;
+        let mut context = match &self.chat {
+            Some(chat) if !context.is_empty() => self.wrapped(chat, context)?,
+            _ => self.tokenizer.encode(context)?,
+        };
         context.drain(..context.len().saturating_sub(room));
         Ok(Some(Item { context, target }))
+    }
+
+    /// A context as a chat model sees it. Names of special tokens in the context are text, those in the template are tokens.
+    fn wrapped(&self, chat: &ChatTemplate, context: &str) -> Result<Vec<u32>, WorkError> {
+        let ask = |content: &str| chat.render(&[Message::new("user", content)], true);
+        let ids = if self.tokenizer.names_special_token(context) {
+            let frame = ask(PLACEHOLDER)?.text;
+            let (before, after) = frame.split_once(PLACEHOLDER).unwrap_or((&frame, ""));
+            let mut ids = self.tokenizer.encode_rendered(before)?;
+            ids.extend(self.tokenizer.encode(context)?);
+            ids.extend(self.tokenizer.encode_rendered(after)?);
+            ids
+        } else {
+            self.tokenizer.encode_rendered(&ask(context)?.text)?
+        };
+        // The token that starts records stands before every item.
+        let start = [self.tokenizer.start_of_record()];
+        Ok(ids.strip_prefix(&start).unwrap_or(&ids).to_vec())
     }
 
     /// As [`item`](Self::item) with the model's own limit.
@@ -123,7 +167,7 @@ impl LoadedModel {
     pub(crate) fn batch(&self, items: &[Item]) -> Batch {
         let mut batch = Batch::default();
         for (index, item) in items.iter().enumerate() {
-            batch.push(index, item, self.tokenizer.end_of_record());
+            batch.push(index, item, self.tokenizer.start_of_record());
         }
         batch
     }

@@ -3,10 +3,10 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, bail};
 
 use super::ops::attention::Segment;
-use super::ops::linear::{Factors, Weights};
+use super::ops::linear::{Factors, Place, Weights};
 use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
 use super::parameters::{Bank, floats, with_floats};
@@ -47,52 +47,67 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Banks<'a> {
     pub(crate) base: &'a Bank,
-    pub(crate) lora: Option<(&'a Bank, usize, f32)>,
+    pub(crate) lora: Option<Adapted<'a>>,
+}
+
+/// Factors of a block; no bank where none of its layers has any.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Adapted<'a> {
+    pub(crate) bank: Option<&'a Bank>,
+    pub(crate) places: &'a Arc<[Option<Place>]>,
 }
 
 impl Banks<'_> {
     /// Lends the weights.
     pub(crate) fn read<R>(self, f: impl FnOnce(Weights<'_>) -> R) -> candle_core::Result<R> {
-        self.base.read(|base| match self.lora {
-            None => Ok(f(Weights { base, lora: None })),
-            Some((bank, rank, scale)) => bank.read(|values| {
-                f(Weights {
-                    base,
-                    lora: Some(Factors {
-                        values,
-                        rank,
-                        scale,
-                    }),
-                })
-            }),
+        self.base.read(|base| {
+            let Some(Adapted { bank, places }) = self.lora else {
+                return Ok(f(Weights { base, lora: None }));
+            };
+            let with = |values: &[f32]| {
+                let layers = &**places;
+                let lora = Some(Factors { values, layers });
+                f(Weights { base, lora })
+            };
+            match bank {
+                Some(bank) => bank.read(with),
+                None => Ok(with(&[])),
+            }
         })?
     }
 }
 
-/// Appends a block to the graph. Exactly one of its banks must be trainable.
+/// Appends a block to the graph. At most one of its banks may be trainable: the factors if there are any, else the
+/// weights of a block without an adapter.
 pub(crate) fn apply<B: Block>(
     block: &Arc<B>,
     context: &Arc<Context>,
     banks: Banks<'_>,
     x: &Tensor,
 ) -> candle_core::Result<Tensor> {
-    let (trained, frozen) = match banks.lora {
-        None => (banks.base, None),
-        Some((bank, rank, scale)) => (bank, Some((banks.base.tensor().clone(), rank, scale))),
-    };
+    let frozen = banks
+        .lora
+        .map(|lora| (banks.base.tensor().clone(), Arc::clone(lora.places)));
     let op = BlockOp {
         block: Arc::clone(block),
         context: Arc::clone(context),
         frozen,
         kept: Mutex::new(None),
     };
-    x.apply_op2(trained.tensor(), op)
+    match banks.lora {
+        None => x.apply_op2(banks.base.tensor(), op),
+        Some(Adapted {
+            bank: Some(factors),
+            ..
+        }) => x.apply_op2(factors.tensor(), op),
+        Some(Adapted { bank: None, .. }) => x.apply_op1(op),
+    }
 }
 
 struct BlockOp<B: Block> {
     block: Arc<B>,
     context: Arc<Context>,
-    frozen: Option<(Tensor, usize, f32)>,
+    frozen: Option<(Tensor, Arc<[Option<Place>]>)>,
     kept: Mutex<Option<B::Kept>>,
 }
 
@@ -107,11 +122,10 @@ impl<B: Block> BlockOp<B> {
                 base: trained,
                 lora: None,
             })),
-            Some((base, rank, scale)) => with_floats(base, |base| {
+            Some((base, places)) => with_floats(base, |base| {
                 let lora = Factors {
                     values: trained,
-                    rank: *rank,
-                    scale: *scale,
+                    layers: places,
                 };
                 f(Weights {
                     base,
@@ -119,6 +133,57 @@ impl<B: Block> BlockOp<B> {
                 })
             }),
         }
+    }
+
+    fn run(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        trained: &[f32],
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = floats(x, layout)?;
+        let (y, kept) = self.with_weights(trained, |weights| {
+            self.block.forward(&self.context, weights, x)
+        })?;
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    /// The gradient with respect to `x`; that of the trained parameters goes to `gradient`.
+    fn run_back(
+        &self,
+        x: &Tensor,
+        trained: &[f32],
+        dy: &Tensor,
+        gradient: &mut [f32],
+    ) -> candle_core::Result<Tensor> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(kept) = kept.take() else {
+            bail!("{}: backward without forward", B::NAME)
+        };
+        let dx = with_floats(x, |values| {
+            with_floats(dy, |dy| {
+                self.with_weights(trained, |weights| {
+                    self.block
+                        .backward(&self.context, weights, values, kept, dy, gradient)
+                })
+            })
+        })???;
+        Tensor::from_vec(dx, x.shape(), x.device())
+    }
+}
+
+impl<B: Block> CustomOp1 for BlockOp<B> {
+    fn name(&self) -> &'static str {
+        B::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.run(x, layout, &[])
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.run_back(x, &[], dy, &mut []).map(Some)
     }
 }
 
@@ -134,12 +199,7 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         trained: &CpuStorage,
         trained_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, trained) = (floats(x, x_layout)?, floats(trained, trained_layout)?);
-        let (y, kept) = self.with_weights(trained, |weights| {
-            self.block.forward(&self.context, weights, x)
-        })?;
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
-        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+        self.run(x, x_layout, floats(trained, trained_layout)?)
     }
 
     fn bwd(
@@ -149,32 +209,11 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         _y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let kept = self
-            .kept
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let Some(kept) = kept else {
-            bail!("{}: backward without forward", B::NAME)
-        };
         let mut gradient = vec![0f32; trained.elem_count()];
-        let dx = with_floats(x, |values| {
-            with_floats(dy, |dy| {
-                with_floats(trained, |trained| {
-                    self.with_weights(trained, |weights| {
-                        self.block
-                            .backward(&self.context, weights, values, kept, dy, &mut gradient)
-                    })
-                })
-            })
-        })????;
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(Tensor::from_vec(
-                gradient,
-                trained.shape(),
-                trained.device(),
-            )?),
-        ))
+        let dx = with_floats(trained, |values| {
+            self.run_back(x, values, dy, &mut gradient)
+        })??;
+        let gradient = Tensor::from_vec(gradient, trained.shape(), trained.device())?;
+        Ok((Some(dx), Some(gradient)))
     }
 }

@@ -3,20 +3,20 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
+use consilium_kernels::Vocab;
 use consilium_kernels::head::{self, Weights};
-use consilium_kernels::loss::ItemLoss;
-use consilium_kernels::{LossError, Vocab};
 
 use super::attention::AttentionBlock;
 use super::block::{Banks, Context, apply};
 use super::config::ModelConfig;
 use super::feed_forward::FeedForwardBlock;
-use super::head::{Gather, HeadGradients, HeadLoss, Normed, normalise};
-use super::lora::Lora;
+use super::head::{Gather, normalise};
+use super::lora::{BlockFactors, Lora};
 use super::ops::attention::Segment;
 use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
 use super::parameters::{Bank, Plan, Slot, with_floats};
+use super::pass::Pass;
 use super::{ModelError, NamedTensors};
 
 /// A decoder with its weights and, after [`attach_lora`](Model::attach_lora), its adapters.
@@ -169,13 +169,14 @@ impl Model {
                 ),
             })
         };
-        let pair =
-            |[a, b]: &[Bank; 2]| Ok::<_, candle_core::Error>([a.duplicate()?, b.duplicate()?]);
+        let pair = |[a, f]: &[BlockFactors; 2]| {
+            Ok::<_, candle_core::Error>([a.duplicate()?, f.duplicate()?])
+        };
         let lora = match &self.lora {
             None => None,
             Some(lora) => Some(Lora {
-                config: lora.config,
-                banks: lora.banks.iter().map(pair).collect::<Result<_, _>>()?,
+                config: lora.config.clone(),
+                blocks: lora.blocks.iter().map(pair).collect::<Result<_, _>>()?,
             }),
         };
         let head = match &self.head {
@@ -257,7 +258,8 @@ impl Model {
         for (index, layer) in self.layers.iter().enumerate() {
             banks.extend([&layer.attention.1, &layer.feed_forward.1]);
             if let Some(lora) = &self.lora {
-                banks.extend(&lora.banks[index]);
+                let blocks = lora.blocks[index].iter();
+                banks.extend(blocks.filter_map(|block| block.bank.as_ref()));
             }
         }
         banks.push(&self.norm);
@@ -291,7 +293,7 @@ impl Model {
         permuted(by_id, &self.id_of_rank, self.config.hidden_size)
     }
 
-    fn trains_head(&self) -> bool {
+    pub(crate) fn trains_head(&self) -> bool {
         match &self.head {
             Head::Own(bank) => bank.is_trainable(),
             Head::Tied { .. } => self.embedding.is_trainable(),
@@ -370,14 +372,7 @@ impl Model {
     }
 
     pub(crate) fn banks<'a>(&'a self, index: usize, layer: &'a Layer) -> (Banks<'a>, Banks<'a>) {
-        let lora = |part: usize| {
-            let lora = self.lora.as_ref()?;
-            Some((
-                &lora.banks[index][part],
-                lora.config.rank,
-                lora.config.scale(),
-            ))
-        };
+        let lora = |part: usize| Some(self.lora.as_ref()?.blocks[index][part].lend());
         (
             Banks {
                 base: &layer.attention.1,
@@ -474,123 +469,19 @@ impl Model {
     }
 }
 
-/// A forward pass that waits for its loss.
-#[derive(Debug)]
-pub struct Pass<'m> {
-    model: &'m Model,
-    hidden: Tensor,
-    rows: Vec<u32>,
-    normed: Normed,
-}
-
-impl Pass<'_> {
-    /// Hidden states of the rows after the final norm.
-    #[cfg(test)]
-    pub(crate) fn hidden_rows(&self) -> &[f32] {
-        &self.normed.values
+/// Every tensor of a model of this shape, by name and shape.
+pub(crate) fn slots(config: &ModelConfig) -> Vec<Slot> {
+    let table = [config.vocab_size, config.hidden_size];
+    let mut slots = single("model.embed_tokens.weight", &table).into_slots();
+    for layer in 0..config.layers {
+        slots.extend(AttentionBlock::plan(config, layer).1.into_slots());
+        slots.extend(FeedForwardBlock::plan(config, layer).1.into_slots());
     }
-
-    /// The loss of `items`, whose rows are those of the pass one after the other, and the gradients of all
-    /// trainable tensors. The logits of the batch never exist at once.
-    pub fn backward<E: From<ModelError> + From<LossError>>(
-        self,
-        vocab: &Vocab,
-        items: &[ItemLoss<'_>],
-    ) -> Result<(f64, Gradients), E> {
-        let model = self.model;
-        let table = model.head_tensor()?;
-        let mut dnormed = model.scratch.take(self.normed.values.len());
-        let mut dhead = model.trains_head().then(|| vec![0f32; table.elem_count()]);
-        let loss = model.with_head(&table, vocab, |head| {
-            head.loss(
-                &self.normed.values,
-                items,
-                &mut dnormed,
-                dhead.as_deref_mut(),
-            )
-        })??;
-        let gradients = self.gradients(loss, &table, dnormed, dhead)?;
-        Ok((loss, gradients))
+    slots.extend(single("model.norm.weight", &[config.hidden_size]).into_slots());
+    if !config.tied {
+        slots.extend(single("lm_head.weight", &table).into_slots());
     }
-
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "candle keeps the loss as f32"
-    )]
-    fn gradients(
-        self,
-        value: f64,
-        table: &Tensor,
-        dnormed: Vec<f32>,
-        dhead: Option<Vec<f32>>,
-    ) -> Result<Gradients, ModelError> {
-        let model = self.model;
-        let norm = model.norm.tensor();
-        let root = HeadLoss {
-            loss: value as f32,
-            rows: self.rows,
-            state: Mutex::new(Some(HeadGradients {
-                normed: self.normed,
-                dnormed,
-                dhead,
-            })),
-            scratch: model.scratch.clone(),
-            train_norm: model.norm.is_trainable(),
-        };
-        let loss = self.hidden.apply_op3(norm, table, root)?;
-        let mut store = loss.backward()?;
-        let take = |bank: &&Bank| {
-            store
-                .remove(bank.tensor())
-                .ok_or_else(|| ModelError::NoGradient {
-                    name: bank
-                        .slots()
-                        .first()
-                        .map(|slot| slot.name.clone())
-                        .unwrap_or_default(),
-                })
-        };
-        let tensors = model
-            .trainable()
-            .iter()
-            .map(take)
-            .collect::<Result<_, _>>()?;
-        Ok(Gradients { tensors })
-    }
-}
-
-/// Gradients of all trainable tensors, in the order of the model's banks.
-#[derive(Debug)]
-pub struct Gradients {
-    pub(crate) tensors: Vec<Tensor>,
-}
-
-impl Gradients {
-    /// Calls `f` with the name and gradient of each trainable tensor (the head's rows by rank).
-    pub fn each(&self, model: &Model, mut f: impl FnMut(&str, &[f32])) -> Result<(), ModelError> {
-        for (bank, gradient) in model.trainable().iter().zip(&self.tensors) {
-            with_floats(gradient, |gradient| {
-                for slot in bank.slots() {
-                    f(&slot.name, &gradient[slot.range()]);
-                }
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Adds the gradients of another batch.
-    pub fn add(&mut self, other: &Self) -> Result<(), ModelError> {
-        for (sum, term) in self.tensors.iter().zip(&other.tensors) {
-            with_floats(term, |term| {
-                super::edit(sum, |sum| {
-                    for (sum, term) in sum.iter_mut().zip(term) {
-                        *sum += term;
-                    }
-                })
-            })??;
-        }
-        Ok(())
-    }
+    slots
 }
 
 fn single(name: &str, shape: &[usize]) -> Plan {

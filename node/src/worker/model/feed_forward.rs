@@ -1,7 +1,7 @@
 //! Feed-forward block: `x + D swiglu(G, U)` of the normalised input.
 
 use super::block::{Block, Context};
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Modules};
 use super::ops::linear::{Projection, Weights};
 use super::ops::{norm, swiglu};
 use super::parameters::Plan;
@@ -14,6 +14,8 @@ pub(crate) struct FeedForwardBlock {
     inner: usize,
     eps: f32,
     norm: usize,
+    /// Names of the layers, grouped by input.
+    pub(crate) modules: Modules,
     pub(crate) gate_up: Projection,
     pub(crate) down: Projection,
 }
@@ -26,9 +28,6 @@ pub(crate) struct Kept {
     gate_up: Vec<f32>,
 }
 
-/// Names of the layers, grouped by input.
-pub(crate) const LAYERS: [&[&str]; 2] = [&["gate_proj", "up_proj"], &["down_proj"]];
-
 impl FeedForwardBlock {
     /// Plans the parameters of layer `layer`.
     pub(crate) fn plan(config: &ModelConfig, layer: usize) -> (Self, Plan) {
@@ -40,22 +39,30 @@ impl FeedForwardBlock {
             &[width],
         );
         let name = |layer: &str| format!("{prefix}.mlp.{layer}.weight");
-        let weight = plan.push(name("gate_proj"), &[inner, width]);
-        plan.push(name("up_proj"), &[inner, width]);
+        let modules = config.family.feed_forward_modules();
+        // A fused layer has the rows of the gate, then those of the other.
+        let outputs = match modules[0] {
+            [_] => vec![2 * inner],
+            _ => vec![inner; 2],
+        };
+        let weight = plan.len();
+        for (module, &out) in modules[0].iter().zip(&outputs) {
+            plan.push(name(module), &[out, width]);
+        }
         let down = plan.push(name("down_proj"), &[width, inner]);
         let gate_up = Projection {
             inputs: width,
-            outputs: vec![inner; 2],
+            outputs,
             weight,
             bias: None,
-            factors: 0,
+            before: 0,
         };
         let down = Projection {
             inputs: inner,
             outputs: vec![width],
             weight: down,
             bias: None,
-            factors: gate_up.factors_per_rank(),
+            before: gate_up.outputs.len(),
         };
         (
             Self {
@@ -63,6 +70,7 @@ impl FeedForwardBlock {
                 inner,
                 eps: config.eps(),
                 norm,
+                modules,
                 gate_up,
                 down,
             },

@@ -40,6 +40,16 @@ impl Plan {
         start
     }
 
+    /// Values so far: the offset of the next tensor.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The tensors, without a place for their values.
+    pub(crate) fn into_slots(self) -> Vec<Slot> {
+        self.slots
+    }
+
     /// Allocates the bank and lets `fill` write each tensor.
     pub(crate) fn build<E: From<candle_core::Error>>(
         self,

@@ -120,12 +120,13 @@ impl Model {
         let (attention, feed_forward) = self.banks(index, layer);
         let y = attention.read(|weights| {
             let block = &layer.attention.0;
-            let (inverse, normed, qkv) = block.qkv(context, weights, x);
+            let projected = block.qkv(context, weights, x);
             let mut mixed = context.scratch.take(places.len() * block.heads.out());
             let cache = &kv.layers[index];
-            attention::branches(block.heads, places, &context.rope, cache, &qkv, &mut mixed);
+            let (rope, qkv) = (&context.rope, &projected.qkv);
+            attention::branches(block.heads, places, rope, cache, qkv, &mut mixed);
             let y = block.finish(context, weights, x, &mixed);
-            for buffer in [inverse, normed, qkv, mixed] {
+            for buffer in [projected.into_cache(context), mixed] {
                 context.scratch.give(buffer);
             }
             y

@@ -2,6 +2,7 @@ use std::path::Path;
 
 use serde_json::json;
 
+use super::spelling::byte_of;
 use super::*;
 
 const TEXTS: [&str; 4] = [

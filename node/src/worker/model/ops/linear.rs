@@ -19,8 +19,8 @@ pub(crate) struct Projection {
     pub(crate) weight: usize,
     /// Offset of the biases, one value per output; either all layers have one or none.
     pub(crate) bias: Option<usize>,
-    /// Factor values per rank that lie before this projection's factors.
-    pub(crate) factors: usize,
+    /// Layers of the block that come before this projection's.
+    pub(crate) before: usize,
 }
 
 /// Parameters of one block: flat weights and, with adapters, flat factors.
@@ -30,23 +30,33 @@ pub(crate) struct Weights<'a> {
     pub(crate) lora: Option<Factors<'a>>,
 }
 
-/// Low-rank factors: `W + scale B A`, per layer all `A` `[rank, in]` first, then all `B` `[out, rank]`.
+/// Low-rank factors: `W + scale B A`, per projection all `A` `[rank, in]` first, then all `B` `[out, rank]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Factors<'a> {
     pub(crate) values: &'a [f32],
+    /// One entry for each layer of the block; none where a layer has no factors.
+    pub(crate) layers: &'a [Option<Place>],
+}
+
+/// Rank and scale of a layer's factors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Low {
     pub(crate) rank: usize,
     pub(crate) scale: f32,
+}
+
+/// A layer's factors and where they lie among the block's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Place {
+    pub(crate) low: Low,
+    pub(crate) a: usize,
+    pub(crate) b: usize,
 }
 
 impl Projection {
     /// Values out of all layers.
     pub(crate) fn width(&self) -> usize {
         self.outputs.iter().sum()
-    }
-
-    /// Factor values per rank.
-    pub(crate) fn factors_per_rank(&self) -> usize {
-        self.outputs.len() * self.inputs + self.width()
     }
 
     /// `y = x W^T + b`, or added to `y`.
@@ -99,26 +109,16 @@ impl Projection {
         let w = View::new(&weights.base[self.weight..], width, inputs);
         ab(ViewMut::new(dx, rows, inputs), Write::Replace, dy, w, 1.0);
         let Some(lora) = weights.lora else { return };
-        let mut down = scratch.take(rows * lora.rank);
         for layer in self.layers(lora) {
+            let Low { rank, scale } = layer.low;
+            let mut down = scratch.take(rows * rank);
             let dy = dy.columns(layer.first, layer.out);
-            ab(
-                ViewMut::new(&mut down, rows, lora.rank),
-                Write::Replace,
-                dy,
-                layer.b,
-                lora.scale,
-            );
-            let down = View::new(&down, rows, lora.rank);
-            ab(
-                ViewMut::new(dx, rows, inputs),
-                Write::Add,
-                down,
-                layer.a,
-                1.0,
-            );
+            let rows_down = ViewMut::new(&mut down, rows, rank);
+            ab(rows_down, Write::Replace, dy, layer.b, scale);
+            let dx = ViewMut::new(dx, rows, inputs);
+            ab(dx, Write::Add, View::new(&down, rows, rank), layer.a, 1.0);
+            scratch.give(down);
         }
-        scratch.give(down);
     }
 
     /// Writes the gradients of the trained parameters to their places in `gradient`: the factors'
@@ -154,7 +154,7 @@ impl Projection {
     /// Folding the factors into the weights costs `rank in out`; applying them apart costs
     /// `rows rank (2 in + out)` more than not having them.
     fn merges(&self, rows: usize, lora: Option<Factors<'_>>) -> bool {
-        lora.is_some()
+        lora.is_some_and(|lora| self.layers(lora).next().is_some())
             && self
                 .outputs
                 .iter()
@@ -168,32 +168,22 @@ impl Projection {
         for layer in self.layers(lora) {
             let w = &mut merged[layer.first * self.inputs..];
             let w = ViewMut::new(w, layer.out, self.inputs);
-            ab(w, Write::Add, layer.b, layer.a, lora.scale);
+            ab(w, Write::Add, layer.b, layer.a, layer.low.scale);
         }
         Some(merged)
     }
 
     fn add_low_rank(&self, lora: Factors<'_>, scratch: &Scratch, x: View<'_>, y: &mut [f32]) {
         let rows = x.rows();
-        let mut down = scratch.take(rows * lora.rank);
         for layer in self.layers(lora) {
-            abt(
-                ViewMut::new(&mut down, rows, lora.rank),
-                Write::Replace,
-                x,
-                layer.a,
-                1.0,
-            );
+            let Low { rank, scale } = layer.low;
+            let mut down = scratch.take(rows * rank);
+            let rows_down = ViewMut::new(&mut down, rows, rank);
+            abt(rows_down, Write::Replace, x, layer.a, 1.0);
             let y = ViewMut::new(y, rows, self.width()).columns(layer.first, layer.out);
-            abt(
-                y,
-                Write::Add,
-                View::new(&down, rows, lora.rank),
-                layer.b,
-                lora.scale,
-            );
+            abt(y, Write::Add, View::new(&down, rows, rank), layer.b, scale);
+            scratch.give(down);
         }
-        scratch.give(down);
     }
 
     /// `dB = s dy^T (x A^T)`, `dA = s (dy B)^T x`.
@@ -208,10 +198,11 @@ impl Projection {
         dy: View<'_>,
         gradient: &mut [f32],
     ) {
-        let (rank, rows, inputs) = (lora.rank, x.rows(), self.inputs);
+        let (rows, inputs) = (x.rows(), self.inputs);
         for Layer {
             first,
             out,
+            low: Low { rank, scale },
             a_at,
             b_at,
             a,
@@ -226,7 +217,7 @@ impl Projection {
                     Write::Replace,
                     dy,
                     x,
-                    lora.scale,
+                    scale,
                 );
                 let dw_rows = View::new(&dw, out, inputs);
                 let db = ViewMut::new(&mut gradient[b_at..], out, rank);
@@ -244,19 +235,13 @@ impl Projection {
                     1.0,
                 );
                 let db = ViewMut::new(&mut gradient[b_at..], out, rank);
-                atb(
-                    db,
-                    Write::Replace,
-                    dy,
-                    View::new(&down, rows, rank),
-                    lora.scale,
-                );
+                atb(db, Write::Replace, dy, View::new(&down, rows, rank), scale);
                 ab(
                     ViewMut::new(&mut down, rows, rank),
                     Write::Replace,
                     dy,
                     b,
-                    lora.scale,
+                    scale,
                 );
                 let da = ViewMut::new(&mut gradient[a_at..], rank, inputs);
                 atb(da, Write::Replace, View::new(&down, rows, rank), x, 1.0);
@@ -265,32 +250,25 @@ impl Projection {
         }
     }
 
+    /// The layers that have factors.
     fn layers<'a>(&'a self, lora: Factors<'a>) -> impl Iterator<Item = Layer<'a>> {
-        let mut first = 0;
-        self.outputs.iter().enumerate().map(move |(layer, &out)| {
-            let (a_at, b_at) = self.factor_offsets(lora.rank, layer);
-            let a = View::new(&lora.values[a_at..], lora.rank, self.inputs);
-            let b = View::new(&lora.values[b_at..], out, lora.rank);
-            let before = first;
-            first += out;
-            Layer {
-                first: before,
+        let places = &lora.layers[self.before..];
+        let mut next = 0;
+        let layers = self.outputs.iter().zip(places);
+        layers.filter_map(move |(&out, place)| {
+            let first = next;
+            next += out;
+            let Place { low, a, b } = (*place)?;
+            Some(Layer {
+                first,
                 out,
-                a_at,
-                b_at,
-                a,
-                b,
-            }
+                low,
+                a_at: a,
+                b_at: b,
+                a: View::new(&lora.values[a..], low.rank, self.inputs),
+                b: View::new(&lora.values[b..], out, low.rank),
+            })
         })
-    }
-
-    /// Offsets of a layer's `A` and `B` among the block's factors.
-    pub(crate) fn factor_offsets(&self, rank: usize, layer: usize) -> (usize, usize) {
-        let start = self.factors * rank;
-        let a = start + layer * rank * self.inputs;
-        let before: usize = self.outputs[..layer].iter().sum();
-        let b = start + (self.outputs.len() * self.inputs + before) * rank;
-        (a, b)
     }
 }
 
@@ -298,6 +276,7 @@ impl Projection {
 struct Layer<'a> {
     first: usize,
     out: usize,
+    low: Low,
     a_at: usize,
     b_at: usize,
     a: View<'a>,
