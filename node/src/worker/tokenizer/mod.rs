@@ -16,7 +16,7 @@ use serde_json::Value;
 pub use bpe::train_bpe;
 pub use chat::ChatTemplate;
 pub use error::TokenizerError;
-use spelling::{bytes_of, spelling, without_leading_space};
+use spelling::{as_written, bytes_of, spelling};
 
 /// Largest `tokenizer.json` that is read, in bytes.
 const LARGEST: u64 = 256 << 20;
@@ -200,7 +200,7 @@ impl Tokenizer {
                     .into(),
             )
         })?;
-        without_leading_space(&mut json);
+        as_written(&mut json);
         json["truncation"] = Value::Null;
         json["padding"] = Value::Null;
         let mut inner: tokenizers::Tokenizer =

@@ -27,8 +27,9 @@ pub(super) fn spelling(json: &Value) -> Option<Spelling> {
     }
 }
 
-/// Takes away what puts a space before a text: tokens must spell the text and nothing else.
-pub(super) fn without_leading_space(json: &mut Value) {
+/// Takes away what puts a space before a text or composes its characters (NFC, as Qwen has it): tokens must spell the
+/// text and nothing else. Composed text, which nearly all is, gets the same tokens either way.
+pub(super) fn as_written(json: &mut Value) {
     fn parts<'a>(json: &'a mut Value, field: &str, list: &str) -> Vec<&'a mut Value> {
         match json.get_mut(field) {
             Some(part) if part.get(list).is_some_and(Value::is_array) => part[list]
@@ -38,6 +39,12 @@ pub(super) fn without_leading_space(json: &mut Value) {
             Some(part) => vec![part],
             None => Vec::new(),
         }
+    }
+    if let Some(parts) = json["normalizer"]["normalizers"].as_array_mut() {
+        parts.retain(|part| part["type"] != "NFC");
+    }
+    if json["normalizer"]["type"] == "NFC" {
+        json["normalizer"] = Value::Null;
     }
     for part in parts(json, "normalizer", "normalizers") {
         if part["type"] == "Prepend" {
