@@ -87,7 +87,11 @@ impl Lanes for Portable {
 
     #[inline(always)]
     fn from(self, value: V, floor: V) -> V {
-        map2(value, floor, |value, floor| if value < floor { 0.0 } else { value })
+        map2(
+            value,
+            floor,
+            |value, floor| if value < floor { 0.0 } else { value },
+        )
     }
 
     #[inline(always)]
