@@ -20,6 +20,7 @@ pub mod loss;
 #[cfg(feature = "mapped")]
 pub mod mapped;
 pub mod matmul;
+pub mod quant;
 pub mod records;
 mod reference;
 mod rows;

@@ -99,7 +99,7 @@ const WEIGHT_FILES: &[Case] = &[
     }),
     ("a tensor less", &["`model.norm.weight` is missing"], |f| {
         weights(&f.join(WEIGHTS), |all| {
-            drop(all.remove("model.norm.weight"))
+            drop(all.remove("model.norm.weight"));
         });
     }),
     (
@@ -182,7 +182,7 @@ const WEIGHT_FILES: &[Case] = &[
         |f| {
             shards(f);
             json(&f.join(INDEX), |index| {
-                index["weight_map"]["model.norm.weight"] = json!("../b")
+                index["weight_map"]["model.norm.weight"] = json!("../b");
             });
         },
     ),

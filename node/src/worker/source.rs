@@ -10,7 +10,7 @@ use consilium_protocol::time::SystemClock;
 
 use super::data::{Batch, Item};
 use super::error::WorkError;
-use super::model::{self, Model, ModelConfig};
+use super::model::{self, BaseStorage, Model, ModelConfig};
 use super::tokenizer::chat::Message;
 use super::tokenizer::{ChatTemplate, Tokenizer};
 
@@ -39,11 +39,19 @@ impl LoadedModel {
     /// # Errors
     /// A file is missing or cannot be used, or tokenizer and model do not fit.
     pub fn load(folder: &Path) -> Result<Self, WorkError> {
+        Self::load_as(folder, &BaseStorage::default())
+    }
+
+    /// [`Self::load`], with weights that will not be trained stored otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(folder: &Path, storage: &BaseStorage) -> Result<Self, WorkError> {
         // The weight files' headers first: what `config.json` says is then no larger than they are.
         let opened = model::open_folder(folder)?;
         let tokenizer = Tokenizer::load(folder)?;
         let vocab = tokenizer.vocab(opened.config().vocab_size)?;
-        let model = opened.load(vocab.id_of_rank().to_vec())?;
+        let model = opened.load(vocab.id_of_rank().to_vec(), storage)?;
         Ok(Self {
             model,
             tokenizer: Arc::new(tokenizer),
@@ -199,6 +207,46 @@ fn runs(lengths: impl Iterator<Item = usize>, limit: usize) -> Vec<Range<usize>>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker::tokenizer::TokenEntry;
+
+    fn spelled(source: &LoadedModel, ids: &[u32]) -> String {
+        let table = source.tokenizer.token_table(source.model.vocabulary());
+        let table = table.unwrap();
+        let bytes = ids.iter().flat_map(|&id| match &table[id as usize] {
+            TokenEntry::Bytes(bytes) => bytes.clone(),
+            other => format!("[{other:?}]").into_bytes(),
+        });
+        String::from_utf8(bytes.collect()).unwrap()
+    }
+
+    #[test]
+    fn a_chat_model_sees_contexts_in_its_own_template_and_only_where_that_was_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut source = crate::worker::testing::model(3);
+        let context = |source: &LoadedModel, text: &str| {
+            let item = source.whole_item(text, "target").unwrap();
+            assert_eq!(spelled(source, &item.target), "target");
+            spelled(source, &item.context)
+        };
+        let error = source.use_chat_template(folder.path()).unwrap_err();
+        assert!(error.to_string().contains("no chat template"), "{error}");
+        assert_eq!(context(&source, "ask"), "ask");
+        let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}\
+                        {% if add_generation_prompt %}<answer>{% endif %}";
+        std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        source.use_chat_template(folder.path()).unwrap();
+        assert_eq!(context(&source, "ask"), "<user>ask[EndOfRecord]<answer>");
+        // What a text only names is no token.
+        assert_eq!(
+            context(&source, "a<|endoftext|>b"),
+            "<user>a<|endoftext|>b[EndOfRecord]<answer>"
+        );
+        assert_eq!(context(&source, ""), "");
+        assert_eq!(
+            context(&source.duplicate().unwrap(), "c"),
+            "<user>c[EndOfRecord]<answer>"
+        );
+    }
 
     #[test]
     fn runs_cover_all_items_and_only_a_long_item_exceeds_the_limit() {

@@ -1,7 +1,7 @@
 //! Attention block: `x + O attention(rope(Q, K), V)` of the normalised input.
 
 use super::block::{Block, Context};
-use super::config::{ModelConfig, Modules};
+use super::config::ModelConfig;
 use super::ops::attention::{self, Heads};
 use super::ops::head_norm;
 use super::ops::linear::{Projection, Weights};
@@ -18,8 +18,6 @@ pub(crate) struct AttentionBlock {
     norm: usize,
     /// Where the weights of the queries' and then the keys' norm lie, if heads are normalised.
     head_norm: Option<usize>,
-    /// Names of the layers, grouped by input.
-    pub(crate) modules: Modules,
     pub(crate) qkv: Projection,
     pub(crate) output: Projection,
 }
@@ -100,7 +98,6 @@ impl AttentionBlock {
                 eps: config.eps(),
                 norm,
                 head_norm,
-                modules,
                 qkv,
                 output,
             },
@@ -113,13 +110,13 @@ impl AttentionBlock {
         let (rows, scratch) = (x.len() / self.width, &context.scratch);
         let mut inverse = scratch.take(rows);
         let mut normed = scratch.take(x.len());
-        let weight = &weights.base[self.norm..][..self.width];
+        let weight = weights.base.vector(self.norm, self.width);
         norm::forward(x, weight, self.eps, &mut normed, &mut inverse);
         let mut qkv = scratch.take(rows * self.heads.row());
         self.qkv
             .forward(weights, scratch, &normed, &mut qkv, Write::Replace);
         let raw = self.head_norm.map(|at| {
-            let weights = &weights.base[at..][..2 * self.heads.dim];
+            let weights = weights.base.vector(at, 2 * self.heads.dim);
             head_norm::forward(self.heads, weights, self.eps, scratch, &mut qkv)
         });
         Projected {
@@ -170,7 +167,7 @@ impl Block for AttentionBlock {
     type Kept = Kept;
     const NAME: &'static str = "attention block";
 
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> (Vec<f32>, Kept) {
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Kept {
         let projected = self.qkv(context, weights, x);
         let rows = x.len() / self.width;
         let mut mixed = context.scratch.take(rows * self.heads.out());
@@ -181,8 +178,16 @@ impl Block for AttentionBlock {
             &projected.qkv,
             &mut mixed,
         );
-        let y = self.finish(context, weights, x, &mixed);
-        (y, Kept { projected, mixed })
+        Kept { projected, mixed }
+    }
+
+    fn output(&self, context: &Context, weights: Weights<'_>, x: &[f32], kept: &Kept) -> Vec<f32> {
+        self.finish(context, weights, x, &kept.mixed)
+    }
+
+    fn release(context: &Context, kept: Kept) {
+        let qkv = kept.into_cache(context);
+        context.scratch.give(qkv);
     }
 
     fn backward(
@@ -193,7 +198,8 @@ impl Block for AttentionBlock {
         kept: Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32> {
+        wants_dx: bool,
+    ) -> Option<Vec<f32>> {
         let Kept { projected, mixed } = kept;
         let Projected {
             inverse,
@@ -220,26 +226,30 @@ impl Block for AttentionBlock {
         scratch.give(dmixed);
         scratch.give(qkv);
         if let (Some(raw), Some(at)) = (raw, self.head_norm) {
-            let span = at..at + 2 * self.heads.dim;
-            let dweights = weights.lora.is_none().then(|| &mut gradient[span.clone()]);
-            let weights = &weights.base[span];
+            let len = 2 * self.heads.dim;
+            let dweights = weights.lora.is_none().then(|| &mut gradient[at..][..len]);
+            let weights = weights.base.vector(at, len);
             head_norm::backward(self.heads, weights, &raw, scratch, &mut dqkv, dweights);
             raw.release(scratch);
         }
-        let mut dnormed = scratch.take(normed.len());
-        self.qkv
-            .input_gradient(weights, scratch, &dqkv, &mut dnormed);
         self.qkv
             .weight_gradient(weights, scratch, &normed, &dqkv, gradient);
-        scratch.give(dqkv);
-        let mut dx = dy.to_vec();
-        let dnorm = weights
-            .lora
-            .is_none()
-            .then(|| &mut gradient[self.norm..][..self.width]);
-        let weight = &weights.base[self.norm..][..self.width];
-        norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
-        for buffer in [inverse, normed, dnormed] {
+        // The gradient of the norm's weight needs that of its output.
+        let dx = (wants_dx || weights.lora.is_none()).then(|| {
+            let mut dnormed = scratch.take(normed.len());
+            self.qkv
+                .input_gradient(weights, scratch, &dqkv, &mut dnormed);
+            let mut dx = dy.to_vec();
+            let dnorm = weights
+                .lora
+                .is_none()
+                .then(|| &mut gradient[self.norm..][..self.width]);
+            let weight = weights.base.vector(self.norm, self.width);
+            norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
+            scratch.give(dnormed);
+            dx
+        });
+        for buffer in [inverse, normed, dqkv] {
             scratch.give(buffer);
         }
         dx

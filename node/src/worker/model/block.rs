@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, bail};
 
+use super::frozen::Base;
 use super::ops::attention::Segment;
 use super::ops::linear::{Factors, Place, Weights};
 use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
-use super::parameters::{Bank, floats, with_floats};
+use super::parameters::{Bank, Values, floats, with_floats};
 
 /// What all blocks of one pass share.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(crate) struct Context {
     pub(crate) segments: Arc<[Segment]>,
     pub(crate) rope: Arc<RopeTable>,
     pub(crate) scratch: Scratch,
+    /// Whether activations are computed again in the backward pass (Chen et al. 2016) rather than kept.
+    pub(crate) checkpoint: bool,
 }
 
 /// A residual block: values in, values of the same shape out.
@@ -27,11 +30,34 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
     /// Name in candle's messages.
     const NAME: &'static str;
 
-    /// The block's output, its input included.
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32])
-    -> (Vec<f32>, Self::Kept);
+    /// What the output is made of.
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Self::Kept;
 
-    /// The gradient with respect to `x`; that of the trained parameters goes to `gradient`.
+    /// The block's output, its input included.
+    fn output(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+        kept: &Self::Kept,
+    ) -> Vec<f32>;
+
+    /// Gives all buffers back.
+    fn release(context: &Context, kept: Self::Kept);
+
+    /// Output and activations.
+    fn forward(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+    ) -> (Vec<f32>, Self::Kept) {
+        let kept = self.activations(context, weights, x);
+        (self.output(context, weights, x, &kept), kept)
+    }
+
+    /// The gradient with respect to `x`, unless nobody wants it; that of the trained parameters goes to
+    /// `gradient`.
     fn backward(
         &self,
         context: &Context,
@@ -40,7 +66,8 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
         kept: Self::Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32>;
+        wants_dx: bool,
+    ) -> Option<Vec<f32>>;
 }
 
 /// A block's weights and, with adapters, its factors.
@@ -60,14 +87,19 @@ pub(crate) struct Adapted<'a> {
 impl Banks<'_> {
     /// Lends the weights.
     pub(crate) fn read<R>(self, f: impl FnOnce(Weights<'_>) -> R) -> candle_core::Result<R> {
-        self.base.read(|base| {
+        self.base.values().lend(|base| {
             let Some(Adapted { bank, places }) = self.lora else {
                 return Ok(f(Weights { base, lora: None }));
             };
             let with = |values: &[f32]| {
-                let layers = &**places;
-                let lora = Some(Factors { values, layers });
-                f(Weights { base, lora })
+                let lora = Factors {
+                    values,
+                    layers: places,
+                };
+                f(Weights {
+                    base,
+                    lora: Some(lora),
+                })
             };
             match bank {
                 Some(bank) => bank.read(with),
@@ -78,28 +110,30 @@ impl Banks<'_> {
 }
 
 /// Appends a block to the graph. At most one of its banks may be trainable: the factors if there are any, else the
-/// weights of a block without an adapter.
+/// weights of a block without an adapter. `wants_dx` is false where nothing before the block is trained.
 pub(crate) fn apply<B: Block>(
     block: &Arc<B>,
     context: &Arc<Context>,
     banks: Banks<'_>,
     x: &Tensor,
+    wants_dx: bool,
 ) -> candle_core::Result<Tensor> {
     let frozen = banks
         .lora
-        .map(|lora| (banks.base.tensor().clone(), Arc::clone(lora.places)));
+        .map(|lora| (banks.base.values().clone(), Arc::clone(lora.places)));
     let op = BlockOp {
         block: Arc::clone(block),
         context: Arc::clone(context),
         frozen,
+        wants_dx,
         kept: Mutex::new(None),
     };
     match banks.lora {
-        None => x.apply_op2(banks.base.tensor(), op),
+        None => x.apply_op2(banks.base.tensor()?, op),
         Some(Adapted {
             bank: Some(factors),
             ..
-        }) => x.apply_op2(factors.tensor(), op),
+        }) => x.apply_op2(factors.tensor()?, op),
         Some(Adapted { bank: None, .. }) => x.apply_op1(op),
     }
 }
@@ -107,7 +141,8 @@ pub(crate) fn apply<B: Block>(
 struct BlockOp<B: Block> {
     block: Arc<B>,
     context: Arc<Context>,
-    frozen: Option<(Tensor, Arc<[Option<Place>]>)>,
+    frozen: Option<(Values, Arc<[Option<Place>]>)>,
+    wants_dx: bool,
     kept: Mutex<Option<B::Kept>>,
 }
 
@@ -119,10 +154,10 @@ impl<B: Block> BlockOp<B> {
     ) -> candle_core::Result<R> {
         match &self.frozen {
             None => Ok(f(Weights {
-                base: trained,
+                base: Base::Floats(trained),
                 lora: None,
             })),
-            Some((base, places)) => with_floats(base, |base| {
+            Some((base, places)) => base.lend(|base| {
                 let lora = Factors {
                     values: trained,
                     layers: places,
@@ -145,31 +180,42 @@ impl<B: Block> BlockOp<B> {
         let (y, kept) = self.with_weights(trained, |weights| {
             self.block.forward(&self.context, weights, x)
         })?;
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        if self.context.checkpoint {
+            B::release(&self.context, kept);
+        } else {
+            *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        }
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
-    /// The gradient with respect to `x`; that of the trained parameters goes to `gradient`.
+    /// The gradient with respect to `x`, if it is wanted; that of the trained parameters goes to `gradient`.
     fn run_back(
         &self,
         x: &Tensor,
         trained: &[f32],
         dy: &Tensor,
         gradient: &mut [f32],
-    ) -> candle_core::Result<Tensor> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(kept) = kept.take() else {
-            bail!("{}: backward without forward", B::NAME)
-        };
+    ) -> candle_core::Result<Option<Tensor>> {
+        let kept = self
+            .kept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if kept.is_none() && !self.context.checkpoint {
+            bail!("{}: backward twice", B::NAME)
+        }
+        let (block, context) = (&self.block, &*self.context);
         let dx = with_floats(x, |values| {
             with_floats(dy, |dy| {
                 self.with_weights(trained, |weights| {
-                    self.block
-                        .backward(&self.context, weights, values, kept, dy, gradient)
+                    let again = || block.activations(context, weights, values);
+                    let kept = kept.unwrap_or_else(again);
+                    block.backward(context, weights, values, kept, dy, gradient, self.wants_dx)
                 })
             })
         })???;
-        Tensor::from_vec(dx, x.shape(), x.device())
+        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), x.device()));
+        dx.transpose()
     }
 }
 
@@ -183,7 +229,7 @@ impl<B: Block> CustomOp1 for BlockOp<B> {
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.run_back(x, &[], dy, &mut []).map(Some)
+        self.run_back(x, &[], dy, &mut [])
     }
 }
 
@@ -214,6 +260,6 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
             self.run_back(x, values, dy, &mut gradient)
         })??;
         let gradient = Tensor::from_vec(gradient, trained.shape(), trained.device())?;
-        Ok((Some(dx), Some(gradient)))
+        Ok((dx, Some(gradient)))
     }
 }

@@ -11,6 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 
 use super::config::ModelConfig;
+use super::frozen::BaseStorage;
 use super::weights::WeightFiles;
 use super::{Model, ModelError, decoder};
 
@@ -44,21 +45,42 @@ impl OpenFolder {
     }
 
     /// Reads the weights. `id_of_rank` orders the head's rows; pass the identity to keep the order of ids.
-    pub fn load(self, id_of_rank: Vec<u32>) -> Result<Model, ModelError> {
+    pub fn load(self, id_of_rank: Vec<u32>, storage: &BaseStorage) -> Result<Model, ModelError> {
         let weights = self.weights;
-        Model::build(self.config, id_of_rank, |slot, out| weights.fill(slot, out))
+        Model::build(self.config, id_of_rank, storage, |slot, out| {
+            weights.fill(slot, out)
+        })
     }
 }
 
 /// Opens a folder and reads its weights.
 pub fn load_folder(folder: &Path, id_of_rank: Vec<u32>) -> Result<Model, ModelError> {
-    open_folder(folder)?.load(id_of_rank)
+    load_folder_as(folder, id_of_rank, &BaseStorage::default())
+}
+
+/// [`load_folder`], with weights that will not be trained stored otherwise.
+pub fn load_folder_as(
+    folder: &Path,
+    id_of_rank: Vec<u32>,
+    storage: &BaseStorage,
+) -> Result<Model, ModelError> {
+    open_folder(folder)?.load(id_of_rank, storage)
 }
 
 /// A new model: norms one, biases zero, all else normal with deviation 0.02.
 pub fn random(config: ModelConfig, id_of_rank: Vec<u32>, seed: u64) -> Result<Model, ModelError> {
+    random_as(config, id_of_rank, seed, &BaseStorage::default())
+}
+
+/// [`random`], with weights that will not be trained stored otherwise.
+pub fn random_as(
+    config: ModelConfig,
+    id_of_rank: Vec<u32>,
+    seed: u64,
+    storage: &BaseStorage,
+) -> Result<Model, ModelError> {
     let mut rng = ChaCha12Rng::seed_from_u64(seed);
-    Model::build(config, id_of_rank, |slot, out| {
+    Model::build(config, id_of_rank, storage, |slot, out| {
         if slot.name.ends_with("norm.weight") {
             out.fill(1.0);
         } else if slot.name.ends_with("bias") {

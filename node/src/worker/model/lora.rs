@@ -182,7 +182,7 @@ impl Model {
 
     /// As [`set_adapter`](Self::set_adapter); `origin` is for messages.
     pub(crate) fn set_adapter_from(
-        &mut self,
+        &self,
         origin: &str,
         tensors: &NamedTensors,
     ) -> Result<(), ModelError> {
@@ -283,27 +283,31 @@ impl Model {
         for (index, blocks) in lora.blocks.iter().enumerate() {
             let names = module_names(self.config().family, index);
             for (block, names) in blocks.iter().zip(names) {
-                let Some(bank) = &block.bank else { continue };
-                bank.read(|values| {
-                    for (name, place) in names.iter().zip(block.places.iter()) {
-                        let weight = tensors.get_mut(&format!("{name}.weight"));
-                        let (Some(place), Some(weight)) = (place, weight) else {
-                            continue;
-                        };
-                        let (rank, out, inputs) =
-                            (place.low.rank, weight.shape[0], weight.shape[1]);
-                        ab(
-                            ViewMut::new(&mut weight.values, out, inputs),
-                            Write::Add,
-                            View::new(&values[place.b..], out, rank),
-                            View::new(&values[place.a..], rank, inputs),
-                            place.low.scale,
-                        );
-                    }
-                })?;
+                if let Some(bank) = &block.bank {
+                    bank.read(|values| fold(values, &names, &block.places, tensors))?;
+                }
             }
         }
         Ok(())
+    }
+}
+
+/// Adds the products of one block's factors to the weights that they belong to.
+fn fold(values: &[f32], names: &[String], places: &[Option<Place>], tensors: &mut NamedTensors) {
+    for (name, place) in names.iter().zip(places) {
+        let weight = tensors.get_mut(&format!("{name}.weight"));
+        let (Some(place), Some(weight)) = (place, weight) else {
+            continue;
+        };
+        let Low { rank, scale } = place.low;
+        let (out, inputs) = (weight.shape[0], weight.shape[1]);
+        ab(
+            ViewMut::new(&mut weight.values, out, inputs),
+            Write::Add,
+            View::new(&values[place.b..], out, rank),
+            View::new(&values[place.a..], rank, inputs),
+            scale,
+        );
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::sync::Mutex;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
 use super::head::{HeadGradients, HeadLoss, Normed};
-use super::parameters::{Bank, with_floats};
+use super::parameters::{Bank, Values, with_floats};
 use super::{Model, ModelError};
 
 /// A forward pass that waits for its loss.
@@ -34,9 +34,9 @@ impl Pass<'_> {
         items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
         let model = self.model;
-        let table = model.head_tensor()?;
+        let table = model.head_values()?;
         let mut dnormed = model.scratch.take(self.normed.values.len());
-        let mut dhead = model.trains_head().then(|| vec![0f32; table.elem_count()]);
+        let mut dhead = model.trains_head().then(|| vec![0f32; table.len()]);
         let loss = model.with_head(&table, vocab, |head| {
             head.loss(
                 &self.normed.values,
@@ -56,12 +56,17 @@ impl Pass<'_> {
     fn gradients(
         self,
         value: f64,
-        table: &Tensor,
+        table: &Values,
         dnormed: Vec<f32>,
         dhead: Option<Vec<f32>>,
     ) -> Result<Gradients, ModelError> {
         let model = self.model;
-        let norm = model.norm.tensor();
+        let norm = model.norm.tensor()?;
+        // A head that is not trained takes no part in the graph.
+        let table = match table {
+            Values::Floats(table) => table.clone(),
+            Values::Frozen(_) => Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+        };
         let root = HeadLoss {
             loss: value as f32,
             rows: self.rows,
@@ -73,11 +78,11 @@ impl Pass<'_> {
             scratch: model.scratch.clone(),
             train_norm: model.norm.is_trainable(),
         };
-        let loss = self.hidden.apply_op3(norm, table, root)?;
+        let loss = self.hidden.apply_op3(norm, &table, root)?;
         let mut store = loss.backward()?;
         let take = |bank: &&Bank| {
             store
-                .remove(bank.tensor())
+                .remove(bank.tensor()?)
                 .ok_or_else(|| ModelError::NoGradient {
                     name: bank
                         .slots()

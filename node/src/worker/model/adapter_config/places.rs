@@ -48,8 +48,12 @@ impl AdapterConfig {
     /// Every named target must be a linear layer of a block, and no other target be the embedding or the head.
     fn check_names(&self, config: &ModelConfig, matcher: &Matcher) -> Result<(), Refusal> {
         let known: Vec<&str> = config.family.modules().collect();
-        for name in ["lm_head", "model.embed_tokens"] {
-            if matcher.is_target(name)? {
+        for (name, is_saved) in [
+            ("lm_head", self.saves_head),
+            ("model.embed_tokens", self.saves_embedding),
+        ] {
+            // What is saved whole is no target, as in PEFT.
+            if !is_saved && matcher.is_target(name)? {
                 let reason = format!(
                     "`{name}` cannot have factors; train it whole by `modules_to_save`, or leave it out"
                 );

@@ -26,6 +26,9 @@ const REFUSED: [&str; 15] = [
     "megatron_config",
 ];
 
+/// Most names or patterns of a list; the largest models have about a thousand linear layers.
+const MOST_NAMES: usize = 1 << 13;
+
 /// Ways to begin that leave the base model as it is.
 const INITIAL: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
@@ -123,6 +126,10 @@ fn targets(fields: &Fields<'_>, field: &str) -> Result<Option<Targets>, ConfigEr
             if names.is_empty() || names.iter().any(String::is_empty) {
                 return Err(wrong());
             }
+            if names.len() > MOST_NAMES {
+                let reason = format!("{} names, more than {MOST_NAMES}", names.len());
+                return Err(fields.refuse(field, reason));
+            }
             Ok(Some(Targets::Names(names)))
         }
         Some(_) => Err(wrong()),
@@ -176,6 +183,10 @@ fn pattern<T>(
     let object = value
         .as_object()
         .ok_or_else(|| fields.refuse(field, "not an object"))?;
+    if object.len() > MOST_NAMES {
+        let reason = format!("{} patterns, more than {MOST_NAMES}", object.len());
+        return Err(fields.refuse(field, reason));
+    }
     object
         .iter()
         .map(|(name, value)| {
