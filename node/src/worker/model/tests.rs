@@ -366,7 +366,7 @@ fn an_adapter_folder_reads_back_and_what_is_not_implemented_is_refused() {
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains(&format!("adapter_config.json: field `{field}`")),
+            error.contains(&format!("adapter_config.json: field `{field}")),
             "{error}"
         );
     }

@@ -125,7 +125,7 @@ fn a_bad_template_names_its_file_and_what_is_wrong() {
             "{{ raise_exception('no system turn') }}",
             "refuses the conversation: no system turn",
         ),
-        ("{{ strftime_now('%Q!') }}", "strftime_now"),
+        ("{{ strftime_now('%!') }}", "strftime_now"),
     ] {
         let error = match template(source) {
             Ok(template) => template.render(&talk, false).unwrap_err(),
