@@ -229,3 +229,53 @@ fn found(field: &'static str, pattern: &Regex, name: &str) -> Result<bool, Refus
         .is_match(name)
         .map_err(|error| (field, format!("`{name}`: {error}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::model::LoraConfig;
+
+    #[test]
+    fn names_exclusions_layers_and_patterns_choose_as_in_peft() {
+        let model = ModelConfig::llama(8, 8, 2, 2, 8);
+        let plain = LoraConfig {
+            rank: 2,
+            alpha: 4.0,
+            embeddings_and_head: false,
+        };
+        let adapter = AdapterConfig {
+            targets: Targets::Names(vec!["q_proj".into(), "mlp.up_proj".into()]),
+            excluded: Some(Targets::Pattern(r".*layers\.0\..*up_proj".into())),
+            rank_pattern: vec![("layers.1.self_attn.q_proj".into(), 8)],
+            alpha_pattern: vec![("up_proj".into(), 1.0)],
+            ..plain.into()
+        };
+        let chosen = |adapter: &AdapterConfig| {
+            let places = adapter.places(&model).unwrap();
+            let blocks = places.into_iter().flatten().flatten();
+            let low = |low: Option<Low>| low.map(|low| (low.rank, low.scale.to_bits()));
+            blocks.map(low).collect::<Vec<_>>()
+        };
+        let of = |rank, scale: f32| Some((rank, scale.to_bits()));
+        let (q0, q1, up1) = (of(2, 2.0), of(8, 0.5), of(2, 0.5));
+        let none = None;
+        assert_eq!(
+            chosen(&adapter),
+            [
+                [q0, none, none, none, none, none, none],
+                [q1, none, none, none, none, up1, none]
+            ]
+            .concat()
+        );
+        let second = AdapterConfig {
+            layers: Some(vec![1]),
+            ..adapter
+        };
+        assert_eq!(chosen(&second)[..7], [none; 7]);
+        let nothing = AdapterConfig {
+            layers: Some(vec![7]),
+            ..second
+        };
+        assert_eq!(nothing.places(&model).unwrap_err().0, "target_modules");
+    }
+}
