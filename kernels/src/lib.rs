@@ -18,7 +18,10 @@ pub mod fusion;
 pub mod head;
 pub mod listed;
 pub mod loss;
+#[cfg(feature = "mapped")]
+pub mod mapped;
 pub mod matmul;
+pub mod quant;
 pub mod records;
 mod reference;
 mod rows;

@@ -184,7 +184,7 @@ pub(crate) struct TrainArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ScoreArgs {
-    /// Model folder.
+    /// Model folder, or its name in the local Hugging Face cache.
     #[arg(long)]
     pub(crate) model: PathBuf,
     /// Reference set, JSON lines.
@@ -205,6 +205,9 @@ pub(crate) struct ScoreArgs {
     /// Mass that the slots hold before the rest goes to the tail, in thousandths.
     #[arg(long, default_value_t = 995, value_parser = clap::value_parser!(u32).range(500..=1000))]
     pub(crate) fill_permille: u32,
+    /// Wrap what an item gives in the model's own chat template.
+    #[arg(long)]
+    pub(crate) chat_template: bool,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -249,7 +252,7 @@ impl ScorerArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArgs {
-    /// Model folder.
+    /// Model folder, or its name in the local Hugging Face cache.
     #[arg(long)]
     pub(crate) model: PathBuf,
     /// Adapter on top of it: a PEFT folder.

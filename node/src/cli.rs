@@ -130,6 +130,7 @@ fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
     let folders = Folders::from(config);
     let options = RunOptions {
         threads: config.worker.threads,
+        memory: config.worker.memory,
         end_with_parent: supervised,
     };
     worker::run(folders, options)?;
@@ -157,8 +158,12 @@ fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
     };
     let stats = on_threads(args.threads, || {
         let mut terminal = Terminal::new("items");
-        let (model, reference, out) = (&args.model, &args.reference, &args.out);
-        commands::score(model, reference, items, &shape, out, &mut terminal)
+        let model = commands::ScoredModel {
+            place: args.model.as_path().into(),
+            chat_template: args.chat_template,
+        };
+        let (reference, out) = (&args.reference, &args.out);
+        commands::score(&model, reference, items, &shape, out, &mut terminal)
     })?;
     Ok(Reply::done(format!("wrote {}", args.out.display()))
         .with("shard", args.out.display().to_string())

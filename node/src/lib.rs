@@ -7,6 +7,7 @@ mod args;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod hub;
 mod process;
 mod reply;
 pub mod scorer;

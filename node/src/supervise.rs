@@ -84,7 +84,8 @@ fn scorer_of(
 ) -> ChildProgram {
     let arguments = ["scorer", "--supervised", "--log-format", log_format];
     let mut arguments: Vec<OsString> = arguments.map(OsString::from).to_vec();
-    for (option, path) in [("--spool", &config.spool), ("--source", &config.source)] {
+    let source = config.source.resolve_or_folder();
+    for (option, path) in [("--spool", &config.spool), ("--source", &source)] {
         arguments.extend([option.into(), path.clone().into_os_string()]);
     }
     arguments.extend(server.arguments());

@@ -17,11 +17,10 @@ use crate::reply::Reply;
 use crate::worker::WorkError;
 use crate::worker::commands::{self, LoraFile, StageFile, TrainFile, Trained};
 use crate::worker::data::Counts;
-use crate::worker::model::TARGETS;
 use crate::worker::plan::{Memory, machine};
 use crate::worker::progress::{TrainingTerminal, human};
 use crate::worker::tensorboard::EventFile;
-use crate::worker::train::external::{ExternalRun, train_external};
+use crate::worker::train::external::{ExternalRun, TARGETS, train_external};
 use crate::worker::train::run::{Event, Shell, StepReport, Watch};
 
 /// Learning rates where none is named.

@@ -43,8 +43,9 @@ fn lines() -> Vec<String> {
 fn folders(folder: &Path) -> Folders {
     Folders {
         spool: folder.join("spool"),
-        pivot: folder.join("pivot"),
-        source: Some(folder.join("source")),
+        pivot: folder.join("pivot").into(),
+        source: Some(folder.join("source").into()),
+        source_chat_template: false,
         holdout: folder.join("holdout.jsonl"),
     }
 }
@@ -60,7 +61,7 @@ fn site(folder: &Path) -> Digest {
         let tokenizer = train_bpe(lines.iter().map(String::as_str), size).unwrap();
         let config = ModelConfig::llama(tokenizer.size(), 64, 1, 2, 48);
         let model = LoadedModel::random(Arc::new(tokenizer), config, seed).unwrap();
-        model.save(path).unwrap();
+        model.save(path.folder()).unwrap();
     }
     let holdout: String = lines[..6]
         .iter()
@@ -143,7 +144,7 @@ fn distil(reference: Digest, inner: u32, start: Digest, targets: &[Digest], step
 /// A fresh adapter, as the aggregator would make one.
 fn first_adapter(folder: &Path, spool: &Spool) -> Digest {
     use consilium_node::worker::train::distill::{Distiller, Settings};
-    let pivot = LoadedModel::load(&folders(folder).pivot).unwrap();
+    let pivot = LoadedModel::load(folders(folder).pivot.folder()).unwrap();
     let settings = Settings::of(&training(1), 99).unwrap();
     let fresh = Distiller::new(pivot, settings).unwrap();
     spool.put_blob(&fresh.adapter_bytes().unwrap()).unwrap()

@@ -209,7 +209,8 @@ impl Agent {
             institution: config.institution.clone(),
         };
         let ledger = Ledger::open(&spool.state_path(LEDGER), &owner, Arc::clone(clock))?;
-        let gate = Gate::new(config.policy.clone(), owner, &config.source, ledger);
+        let source = config.source.resolve_or_folder();
+        let gate = Gate::new(config.policy.clone(), owner, &source, ledger);
         let credentials = Credentials::load(&config.identity)?;
         let client = Client::bind(credentials).map_err(|source| AgentError::Link {
             address: config.aggregator.to_string(),

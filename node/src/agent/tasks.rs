@@ -161,7 +161,8 @@ impl Session<'_> {
         if let Err(error) = accepted {
             return Ok(Err(RefusedRound::Policy(error)));
         }
-        let (pivot, expected) = (self.agent.config.pivot.clone(), open.manifest.pivot);
+        let pivot = self.agent.config.pivot.resolve_or_folder();
+        let expected = open.manifest.pivot;
         // A node of capacity 0 contributes records only and may have no pivot.
         if self.agent.config.capacity > 0 || pivot.exists() {
             let checked = blocking(move || round::check_pivot(&pivot, expected)).await?;

@@ -13,6 +13,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 
@@ -22,6 +23,8 @@ use crate::scorer::ServerSettings;
 use crate::scorer::settings::WrongValue;
 
 pub use template::template;
+
+use crate::hub::ModelPlace;
 
 /// Longest configuration file in bytes.
 const LIMIT: u64 = 1 << 20;
@@ -78,10 +81,12 @@ pub struct Config {
     pub charter: PathBuf,
     /// The spool that agent and worker share.
     pub spool: PathBuf,
-    /// Folder of the pivot.
-    pub pivot: PathBuf,
-    /// Folder of the institution's own model; only its `config.json` and tokenizer are read where a server has it.
-    pub source: PathBuf,
+    /// The pivot: a folder, or its name in the local Hugging Face cache.
+    pub pivot: ModelPlace,
+    /// The institution's own model, likewise; only its `config.json` and tokenizer are read where a server has it.
+    pub source: ModelPlace,
+    /// Whether the source's chat template wraps the contexts that it scores; false by default.
+    pub source_chat_template: bool,
     /// The site's model server that scores with the source, if one does.
     pub source_server: Option<ServerSettings>,
     /// The reference set; with it no other one is used, without it the round's is fetched.
@@ -130,6 +135,19 @@ impl Policy {
 pub struct WorkerConfig {
     /// Threads; all cores if absent.
     pub threads: Option<NonZeroUsize>,
+    /// How the pivot is held while an adapter of it is trained.
+    pub memory: Memory,
+}
+
+/// How a model is held in memory while an adapter of it is trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// How its weights are stored; `f32` by default.
+    pub base: Format,
+    /// Whether activations are computed again in the backward pass rather than kept.
+    pub checkpoint_activations: bool,
+    /// Whether the layers' weights stay in a file in the spool and are read when they are computed.
+    pub offload: bool,
 }
 
 /// Host and port.
@@ -194,6 +212,7 @@ impl Config {
                 Ok(folder.join(relative))
             }
         };
+        let model = |key, value: &Path| at(key, value).map(|_| ModelPlace::new(folder, value));
         let aggregator = parse_address(&raw.aggregator).ok_or_else(|| {
             let expected = "host:port, for example \"aggregator.example.org:443\"";
             wrong("aggregator", &format!("{:?}", raw.aggregator), expected)
@@ -251,6 +270,23 @@ impl Config {
             let key = error.key;
             built(error, key)
         })?;
+        let base = match raw.worker.base.as_deref() {
+            None => Format::default(),
+            Some(name) => Format::named(name).ok_or_else(|| {
+                let expected = "\"f32\", \"bf16\", \"int8\" or \"nf4\"";
+                wrong("worker.base", &format!("{name:?}"), expected)
+            })?,
+        };
+        let memory = Memory {
+            base,
+            checkpoint_activations: raw.worker.checkpoint_activations,
+            offload: raw.worker.offload,
+        };
+        if source_server.is_some() && raw.source_chat_template {
+            let expected =
+                "false beside [source_server]: records through a server are of the plain text";
+            return Err(wrong("source_chat_template", &true, expected));
+        }
         let reference = raw.reference.map(|path| at("reference", &path));
         Ok(Self {
             path: path.to_owned(),
@@ -261,8 +297,9 @@ impl Config {
             identity: at("identity", &raw.identity)?,
             charter: at("charter", &raw.charter)?,
             spool: at("spool", &raw.spool)?,
-            pivot: at("pivot", &raw.pivot)?,
-            source: at("source", &raw.source)?,
+            pivot: model("pivot", &raw.pivot)?,
+            source: model("source", &raw.source)?,
+            source_chat_template: raw.source_chat_template,
             source_server,
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
@@ -273,7 +310,7 @@ impl Config {
                 max_rounds,
                 max_bytes,
             },
-            worker: WorkerConfig { threads },
+            worker: WorkerConfig { threads, memory },
             external,
         })
     }

@@ -23,6 +23,8 @@ pub(super) struct RawConfig {
     pub(super) spool: PathBuf,
     pub(super) pivot: PathBuf,
     pub(super) source: PathBuf,
+    #[serde(default)]
+    pub(super) source_chat_template: bool,
     pub(super) reference: Option<PathBuf>,
     pub(super) holdout: PathBuf,
     pub(super) capacity: Option<u32>,
@@ -91,6 +93,11 @@ pub(super) struct RawPolicy {
 #[serde(deny_unknown_fields)]
 pub(super) struct RawWorker {
     pub(super) threads: Option<usize>,
+    pub(super) base: Option<String>,
+    #[serde(default)]
+    pub(super) checkpoint_activations: bool,
+    #[serde(default)]
+    pub(super) offload: bool,
 }
 
 /// A key of `[source_server]` with its table.

@@ -28,9 +28,12 @@ charter = "charter.note"
 # Jobs, results and artefacts: the only folder that agent and worker share.
 spool = "spool"
 
-# Model folders as on the Hugging Face hub: config.json, tokenizer.json, *.safetensors.
+# Model folders as on the Hugging Face hub (config.json, tokenizer.json, *.safetensors), or names such as
+# "organisation/model" of models in this machine's Hugging Face cache; nothing is ever fetched.
 pivot = "pivot"
 source = "source"
+# Whether the source is a chat model whose own template wraps what it is given before it scores; its folder must have one.
+# source_chat_template = false
 
 # Public reference set. Named here, the node takes part only in rounds on this very file; otherwise it is fetched.
 # reference = "reference.jsonl"
@@ -53,6 +56,12 @@ max_bytes = 4_294_967_296
 [worker]
 # Threads; all cores without it.
 # threads = 8
+# How the pivot's weights are stored while its adapter is trained: "f32", "bf16", "int8" or "nf4" (4 bits).
+# base = "f32"
+# Activations are computed again in the backward pass rather than kept: less memory, a third more work.
+# checkpoint_activations = false
+# The weights of the layers stay in a file in the spool, and one layer at a time is read.
+# offload = false
 
 # Score with the source through the site's own model server; its folder above then needs only config.json and the tokenizer.
 # Only the public reference set is sent there. Start vLLM with --no-enable-prefix-caching --max-logprobs 64.

@@ -19,8 +19,16 @@ fn what_init_writes_is_accepted_and_paths_start_at_the_file() {
     assert_eq!(config.server_name, "127.0.0.1");
     assert_eq!(config.aggregator.to_string(), "127.0.0.1:4433");
     assert_eq!((config.worker.threads, config.capacity), (None, 1));
+    assert_eq!(config.worker.memory, Memory::default());
+    let small = sample()
+        .replace("# base = \"f32\"", "base = \"nf4\"")
+        .replace("# offload = false", "offload = true");
+    let memory = parse(&small).unwrap().worker.memory;
+    assert_eq!((memory.base, memory.offload), (Format::Nf4, true));
+    assert!(!memory.checkpoint_activations);
     let absolute = sample().replace("\"pivot\"", "\"/models/pivot\"");
-    assert_eq!(parse(&absolute).unwrap().pivot, Path::new("/models/pivot"));
+    let pivot = parse(&absolute).unwrap().pivot;
+    assert_eq!(pivot.folder(), Path::new("/models/pivot"));
     let v6 = sample().replace("127.0.0.1:", "[::1]:");
     let config = parse(&v6).unwrap();
     assert_eq!(config.aggregator.to_string(), "[::1]:4433");
@@ -83,7 +91,15 @@ fn every_error_names_file_key_and_fix() {
             "1 to 1024",
         ),
         ("# threads = 8", "thread = 8", "thread", "expected"),
+        ("# base = \"f32\"", "base = \"fp4\"", "worker.base", "nf4"),
+        ("# offload = false", "offload = 1", "offload", "boolean"),
         ("# capacity = 1", "capacity = -1", "capacity", "u32"),
+        (
+            "# source_chat_template = false",
+            "source_chat_template = 1",
+            "source_chat_template",
+            "boolean",
+        ),
         (
             "# [source_server]\n# kind = \"vllm\"",
             "[source_server]\nkind = \"tgi\"\nurl = \"http://a\"",

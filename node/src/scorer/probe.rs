@@ -39,7 +39,8 @@ pub(super) fn probe(
 ) -> Result<Probed, ScorerError> {
     let end = source.tokenizer.end_of_record();
     let text = source.item("", TEXT, usize::MAX)?.target;
-    let short: Vec<u32> = std::iter::once(end).chain(text).take(3).collect();
+    let start = source.tokenizer.start_of_record();
+    let short: Vec<u32> = std::iter::once(start).chain(text).take(3).collect();
     let long: Vec<u32> = short.iter().copied().chain([end, end]).collect();
     let ask = |ids: &[u32]| {
         let prompt = Prompt {

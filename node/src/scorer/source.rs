@@ -52,7 +52,7 @@ impl Source {
         target: &str,
         limit: usize,
     ) -> Result<Item, ScorerError> {
-        let item = fit(&self.tokenizer, context, target, limit)?;
+        let item = fit(&self.tokenizer, None, context, target, limit)?;
         item.ok_or_else(|| ScorerError::Setting {
             key: "max_tokens",
             value: limit.to_string(),

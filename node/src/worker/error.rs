@@ -12,8 +12,10 @@ use super::holdout::HoldoutError;
 use super::model::ModelError;
 use super::part::PartError;
 use super::tokenizer::TokenizerError;
+use super::tokenizer::chat::ChatError;
 use super::train::TrainError;
 use super::train::external::ExternalError;
+use crate::hub::HubError;
 use crate::spool::SpoolError;
 
 /// Why work ended early. The text stays at the site and never holds private text.
@@ -25,6 +27,12 @@ pub enum WorkError {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A model that is not on this machine.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// The chat template of a model.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// A target that the model cannot hold.
     #[error("a target has more tokens than the model's limit of {limit}; cut the text")]
     TooLong {

@@ -129,7 +129,7 @@ mod tests {
     /// Nats of a target and its end, one token at a time.
     fn by_hand(source: &LoadedModel, context: &str, target: &str) -> f64 {
         let item = source.whole_item(context, target).unwrap();
-        let mut ids = vec![source.tokenizer.end_of_record()];
+        let mut ids = vec![source.tokenizer.start_of_record()];
         ids.extend(&item.context);
         let end = source.tokenizer.end_of_record();
         let live = source.vocab.end_ranks().end as usize;

@@ -14,6 +14,7 @@ use consilium_protocol::{Clock as _, Digest, limits};
 use super::error::WorkError;
 use super::evaluate::evaluate;
 use super::holdout;
+use super::model::{BaseStorage, OffloadFile};
 use super::monitor::Monitor;
 use super::part::items_of;
 use super::progress::Terminal;
@@ -21,8 +22,9 @@ use super::score::score_shard;
 use super::source::LoadedModel;
 use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
-use crate::config::Config;
+use crate::config::{Config, Memory};
 use crate::error::with_causes;
+use crate::hub::ModelPlace;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 
 /// Begins the name of every state of an optimiser.
@@ -33,10 +35,12 @@ const STATE: &str = "optimiser-";
 pub struct Folders {
     /// The spool that agent and worker share.
     pub spool: PathBuf,
-    /// Folder of the pivot.
-    pub pivot: PathBuf,
-    /// Folder of the institution's own model; none where it is behind a server, whose scores the scorer asks for.
-    pub source: Option<PathBuf>,
+    /// The pivot.
+    pub pivot: ModelPlace,
+    /// The institution's own model; none where it is behind a server, whose scores the scorer asks for.
+    pub source: Option<ModelPlace>,
+    /// Whether the source's chat template wraps the contexts of items.
+    pub source_chat_template: bool,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
 }
@@ -50,6 +54,7 @@ impl From<&Config> for Folders {
                 .source_server
                 .is_none()
                 .then(|| config.source.clone()),
+            source_chat_template: config.source_chat_template,
             holdout: config.holdout.clone(),
         }
     }
@@ -66,6 +71,7 @@ pub struct Worker<'a> {
     reference: Option<Arc<ReferenceSet>>,
     source: Option<LoadedModel>,
     distiller: Option<Running>,
+    memory: Memory,
 }
 
 /// A distiller and where it is.
@@ -90,7 +96,14 @@ impl<'a> Worker<'a> {
             reference: None,
             source: None,
             distiller: None,
+            memory: Memory::default(),
         })
+    }
+
+    /// Holds the pivot in another way while an adapter of it is trained.
+    #[must_use]
+    pub fn with_memory(self, memory: Memory) -> Self {
+        Self { memory, ..self }
     }
 
     /// The spool.
@@ -235,7 +248,10 @@ impl<'a> Worker<'a> {
         {
             return Ok(running);
         }
-        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let folder = self.folders.pivot.resolve()?;
+        let mut pivot = LoadedModel::load_as(&folder, &self.storage(&settings)?)?;
+        let again = self.memory.checkpoint_activations;
+        pivot.model.checkpoint_activations(again);
         let mut distiller = Distiller::new(pivot, settings)?;
         if let Some((inner, name)) = before {
             distiller.restore_state(&self.spool.state_path(name))?;
@@ -248,6 +264,20 @@ impl<'a> Worker<'a> {
             distiller,
             manifest: job.manifest,
             after,
+        })
+    }
+
+    /// How the pivot is stored while its adapter is trained.
+    fn storage(&self, settings: &Settings) -> Result<BaseStorage, WorkError> {
+        let offload = if self.memory.offload {
+            Some(Arc::new(OffloadFile::create(&self.spool.state_path(""))?))
+        } else {
+            None
+        };
+        Ok(BaseStorage {
+            format: self.memory.base,
+            tables: !(settings.lora.saves_embedding || settings.lora.saves_head),
+            offload,
         })
     }
 
@@ -299,7 +329,7 @@ impl<'a> Worker<'a> {
         let source_score = source
             .map(|source| evaluate(&source, &items, &mut watch))
             .transpose()?;
-        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let pivot = LoadedModel::load(&self.folders.pivot.resolve()?)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = pivot;
         candidate.apply_adapter(shape, &adapter)?;
@@ -323,11 +353,17 @@ impl<'a> Worker<'a> {
 
     /// The source that is in memory, else the one of the folder; none where it is behind a server.
     fn take_source(&mut self) -> Result<Option<LoadedModel>, WorkError> {
-        match (self.source.take(), &self.folders.source) {
-            (Some(source), _) => Ok(Some(source)),
-            (None, Some(folder)) => LoadedModel::load(folder).map(Some),
-            (None, None) => Ok(None),
+        let place = match (self.source.take(), &self.folders.source) {
+            (Some(source), _) => return Ok(Some(source)),
+            (None, Some(place)) => place,
+            (None, None) => return Ok(None),
+        };
+        let folder = place.resolve()?;
+        let mut source = LoadedModel::load(&folder)?;
+        if self.folders.source_chat_template {
+            source.use_chat_template(&folder)?;
         }
+        Ok(Some(source))
     }
 
     fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {

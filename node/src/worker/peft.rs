@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 
 use super::error::WorkError;
-use super::model::{LoraConfig, SAVED, TARGETS, tensors};
+use super::model::{AdapterConfig, LoraConfig, Targets, tensors};
 use super::source::LoadedModel;
 
-/// The shape of an adapter that carries these modules.
+/// Full weights that may travel with the factors, both or none.
+const SAVED: [&str; 2] = ["embed_tokens", "lm_head"];
+
+/// The shape of an adapter that carries these modules. Whether the pivot has them shows when it is attached.
 ///
 /// # Errors
 /// Modules that this version cannot train.
@@ -15,28 +18,29 @@ pub fn shape(
     alpha: f64,
     target_modules: &[String],
     modules_to_save: &[String],
-) -> Result<LoraConfig, WorkError> {
-    let same = |got: &[String], expected: &[&str]| {
-        let got: BTreeSet<&str> = got.iter().map(String::as_str).collect();
-        got == expected.iter().copied().collect()
-    };
-    if !same(target_modules, &TARGETS) {
+) -> Result<AdapterConfig, WorkError> {
+    if target_modules.is_empty() {
         return Err(WorkError::Setting {
             field: "target_modules",
-            problem: format!("expected {}", TARGETS.join(", ")),
+            problem: "names no linear layer of the pivot".to_owned(),
         });
     }
-    let embeddings_and_head = same(modules_to_save, &SAVED);
-    if !embeddings_and_head && !modules_to_save.is_empty() {
+    let saved: BTreeSet<&str> = modules_to_save.iter().map(String::as_str).collect();
+    let embeddings_and_head = saved == BTreeSet::from(SAVED);
+    if !embeddings_and_head && !saved.is_empty() {
         return Err(WorkError::Setting {
             field: "modules_to_save",
             problem: format!("expected {}, or none", SAVED.join(", ")),
         });
     }
-    Ok(LoraConfig {
+    let plain = LoraConfig {
         rank,
         alpha,
         embeddings_and_head,
+    };
+    Ok(AdapterConfig {
+        targets: Targets::Names(target_modules.to_vec()),
+        ..plain.into()
     })
 }
 
@@ -45,7 +49,7 @@ impl LoadedModel {
     ///
     /// # Errors
     /// The bytes are no adapter of this model and shape.
-    pub fn apply_adapter(&mut self, shape: LoraConfig, adapter: &[u8]) -> Result<(), WorkError> {
+    pub fn apply_adapter(&mut self, shape: AdapterConfig, adapter: &[u8]) -> Result<(), WorkError> {
         let tensors = tensors::decode("adapter", adapter)?;
         self.model.attach_lora(shape, 0)?;
         Ok(self.model.set_adapter(&tensors)?)

@@ -18,24 +18,38 @@ use super::model::load_adapter;
 use super::monitor::Monitor;
 use super::score::{ScoreStats, score_shard};
 use super::source::LoadedModel;
+use crate::hub::ModelPlace;
 
 pub use plan::{Planned, plan};
 pub use train::{Trained, train};
 pub use train_file::{LoraFile, NewModel, StageFile, TrainFile};
 
-/// Scores `items` (all if absent) of a reference file with the model of a folder and writes the shard.
+/// The model that scores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScoredModel {
+    /// Where it is.
+    pub place: ModelPlace,
+    /// Whether its chat template wraps the contexts of items.
+    pub chat_template: bool,
+}
+
+/// Scores `items` (all if absent) of a reference file with a model and writes the shard.
 ///
 /// # Errors
 /// A file cannot be read or written, or scoring fails.
 pub fn score(
-    model: &Path,
+    model: &ScoredModel,
     reference: &Path,
     items: Option<Range<u64>>,
     shape: &RecordShape,
     output: &Path,
     monitor: &mut dyn Monitor,
 ) -> Result<ScoreStats, WorkError> {
-    let source = LoadedModel::load(model)?;
+    let folder = model.place.resolve()?;
+    let mut source = LoadedModel::load(&folder)?;
+    if model.chat_template {
+        source.use_chat_template(&folder)?;
+    }
     let bytes = std::fs::read(reference).map_err(|source| WorkError::Read {
         path: reference.to_owned(),
         source,
@@ -65,7 +79,7 @@ pub fn evaluate(
     monitor: &mut dyn Monitor,
 ) -> Result<Score, WorkError> {
     let items = holdout::read(holdout)?;
-    let mut loaded = LoadedModel::load(model)?;
+    let mut loaded = LoadedModel::load(&ModelPlace::from(model).resolve()?)?;
     if let Some(adapter) = adapter {
         load_adapter(&mut loaded.model, adapter)?;
     }
@@ -118,15 +132,11 @@ mod tests {
         };
         let output = at("shard.safetensors");
         let holdout = at("holdout.jsonl");
-        let stats = score(
-            &at("second"),
-            &holdout,
-            Some(2..5),
-            &shape,
-            &output,
-            &mut (),
-        )
-        .unwrap();
+        let scored = ScoredModel {
+            place: at("second").into(),
+            chat_template: false,
+        };
+        let stats = score(&scored, &holdout, Some(2..5), &shape, &output, &mut ()).unwrap();
         let shard = consilium_protocol::shard::Shard::parse(&fs::read(output).unwrap()).unwrap();
         assert_eq!(
             (shard.header.items(), shard.positions()),

@@ -139,7 +139,7 @@ impl Run<'_> {
         };
         let row_tokens = file.row_tokens.min(loaded.model.config().max_positions);
         let data = self.data(&loaded, source, stage, row_tokens, shell)?;
-        let start = loaded.tokenizer.end_of_record();
+        let start = loaded.tokenizer.start_of_record();
         let config = TrainConfig {
             rows: file.rows,
             length: row_tokens,
@@ -165,20 +165,15 @@ impl Run<'_> {
             evaluate_every: file.evaluate_every,
             checkpoint_every: file.checkpoint_every,
         };
-        let LoadedModel {
-            model,
-            tokenizer,
-            vocab,
-        } = loaded;
-        let mut trainer = Trainer::new(model, &vocab, data.train, start, config)?;
+        let vocab = Arc::clone(&loaded.vocab);
+        let mut trainer = Trainer::new(loaded.model, &vocab, data.train, start, config)?;
         let place = self.place.filter(|place| place.stage == stage);
         let end = plan.run(&mut trainer, place, shell)?;
         self.trained.loss = end.loss.or(self.trained.loss);
         self.trained.best = end.best;
         Ok(LoadedModel {
             model: trainer.into_model(),
-            tokenizer,
-            vocab,
+            ..loaded
         })
     }
 

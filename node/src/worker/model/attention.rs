@@ -3,6 +3,7 @@
 use super::block::{Block, Context};
 use super::config::ModelConfig;
 use super::ops::attention::{self, Heads};
+use super::ops::head_norm;
 use super::ops::linear::{Projection, Weights};
 use super::ops::norm;
 use super::parameters::Plan;
@@ -15,21 +16,28 @@ pub(crate) struct AttentionBlock {
     width: usize,
     eps: f32,
     norm: usize,
+    /// Where the weights of the queries' and then the keys' norm lie, if heads are normalised.
+    head_norm: Option<usize>,
     pub(crate) qkv: Projection,
     pub(crate) output: Projection,
 }
 
-/// Activations kept for the backward pass; `qkv` is also the cache of scoring.
+/// Rows of queries, keys and values before rotation, and what they were made from.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct Projected {
     inverse: Vec<f32>,
     normed: Vec<f32>,
+    /// Also the cache of scoring.
     pub(crate) qkv: Vec<f32>,
-    mixed: Vec<f32>,
+    raw: Option<head_norm::Raw>,
 }
 
-/// Names of the layers, grouped by input.
-pub(crate) const LAYERS: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["o_proj"]];
+/// Activations kept for the backward pass.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    projected: Projected,
+    mixed: Vec<f32>,
+}
 
 impl AttentionBlock {
     /// Plans the parameters of layer `layer`.
@@ -39,38 +47,49 @@ impl AttentionBlock {
             queries: config.heads,
             keys: config.kv_heads,
             dim: config.head_dim,
+            window: config.window(layer).unwrap_or(usize::MAX),
         };
         let (q, kv) = (heads.out(), heads.keys * heads.dim);
         let prefix = format!("model.layers.{layer}");
         let mut plan = Plan::default();
         let norm = plan.push(format!("{prefix}.input_layernorm.weight"), &[width]);
         let name = |layer: &str, kind: &str| format!("{prefix}.self_attn.{layer}.{kind}");
-        let weight = plan.push(name("q_proj", "weight"), &[q, width]);
-        plan.push(name("k_proj", "weight"), &[kv, width]);
-        plan.push(name("v_proj", "weight"), &[kv, width]);
+        let modules = config.family.attention_modules();
+        // A fused layer has the rows of the three one after the other, as three layers have them here.
+        let outputs = match modules[0] {
+            [_] => vec![heads.row()],
+            _ => vec![q, kv, kv],
+        };
+        let weight = plan.len();
+        for (module, &out) in modules[0].iter().zip(&outputs) {
+            plan.push(name(module, "weight"), &[out, width]);
+        }
         let output = plan.push(name("o_proj", "weight"), &[width, q]);
-        let bias = config.qkv_bias.then(|| {
-            let bias = plan.push(name("q_proj", "bias"), &[q]);
-            plan.push(name("k_proj", "bias"), &[kv]);
-            plan.push(name("v_proj", "bias"), &[kv]);
-            bias
-        });
+        let bias = config.qkv_bias.then(|| plan.len());
+        for (module, &out) in modules[0].iter().zip(&outputs).filter(|_| config.qkv_bias) {
+            plan.push(name(module, "bias"), &[out]);
+        }
         let output_bias = config
             .output_bias
             .then(|| plan.push(name("o_proj", "bias"), &[width]));
+        let head_norm = config.family.normalises_heads().then(|| {
+            let first = plan.push(name("q_norm", "weight"), &[heads.dim]);
+            plan.push(name("k_norm", "weight"), &[heads.dim]);
+            first
+        });
         let qkv = Projection {
             inputs: width,
-            outputs: vec![q, kv, kv],
+            outputs,
             weight,
             bias,
-            factors: 0,
+            before: 0,
         };
         let output = Projection {
             inputs: q,
             outputs: vec![width],
             weight: output,
             bias: output_bias,
-            factors: qkv.factors_per_rank(),
+            before: qkv.outputs.len(),
         };
         (
             Self {
@@ -78,6 +97,7 @@ impl AttentionBlock {
                 width,
                 eps: config.eps(),
                 norm,
+                head_norm,
                 qkv,
                 output,
             },
@@ -86,21 +106,25 @@ impl AttentionBlock {
     }
 
     /// The rows of queries, keys and values, before rotation.
-    pub(crate) fn qkv(
-        &self,
-        context: &Context,
-        weights: Weights<'_>,
-        x: &[f32],
-    ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        let rows = x.len() / self.width;
-        let mut inverse = context.scratch.take(rows);
-        let mut normed = context.scratch.take(x.len());
-        let weight = &weights.base[self.norm..][..self.width];
+    pub(crate) fn qkv(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Projected {
+        let (rows, scratch) = (x.len() / self.width, &context.scratch);
+        let mut inverse = scratch.take(rows);
+        let mut normed = scratch.take(x.len());
+        let weight = weights.base.vector(self.norm, self.width);
         norm::forward(x, weight, self.eps, &mut normed, &mut inverse);
-        let mut qkv = context.scratch.take(rows * self.heads.row());
+        let mut qkv = scratch.take(rows * self.heads.row());
         self.qkv
-            .forward(weights, &context.scratch, &normed, &mut qkv, Write::Replace);
-        (inverse, normed, qkv)
+            .forward(weights, scratch, &normed, &mut qkv, Write::Replace);
+        let raw = self.head_norm.map(|at| {
+            let weights = weights.base.vector(at, 2 * self.heads.dim);
+            head_norm::forward(self.heads, weights, self.eps, scratch, &mut qkv)
+        });
+        Projected {
+            inverse,
+            normed,
+            qkv,
+            raw,
+        }
     }
 
     /// `x + O mixed`
@@ -118,13 +142,24 @@ impl AttentionBlock {
     }
 }
 
+impl Projected {
+    /// Gives all buffers but the cache back.
+    pub(crate) fn into_cache(self, context: &Context) -> Vec<f32> {
+        for buffer in [self.inverse, self.normed] {
+            context.scratch.give(buffer);
+        }
+        if let Some(raw) = self.raw {
+            raw.release(&context.scratch);
+        }
+        self.qkv
+    }
+}
+
 impl Kept {
     /// Gives all buffers but the cache back.
     pub(crate) fn into_cache(self, context: &Context) -> Vec<f32> {
-        for buffer in [self.inverse, self.normed, self.mixed] {
-            context.scratch.give(buffer);
-        }
-        self.qkv
+        context.scratch.give(self.mixed);
+        self.projected.into_cache(context)
     }
 }
 
@@ -132,27 +167,27 @@ impl Block for AttentionBlock {
     type Kept = Kept;
     const NAME: &'static str = "attention block";
 
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> (Vec<f32>, Kept) {
-        let (inverse, normed, qkv) = self.qkv(context, weights, x);
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Kept {
+        let projected = self.qkv(context, weights, x);
         let rows = x.len() / self.width;
         let mut mixed = context.scratch.take(rows * self.heads.out());
         attention::forward(
             self.heads,
             &context.segments,
             &context.rope,
-            &qkv,
+            &projected.qkv,
             &mut mixed,
         );
-        let y = self.finish(context, weights, x, &mixed);
-        (
-            y,
-            Kept {
-                inverse,
-                normed,
-                qkv,
-                mixed,
-            },
-        )
+        Kept { projected, mixed }
+    }
+
+    fn output(&self, context: &Context, weights: Weights<'_>, x: &[f32], kept: &Kept) -> Vec<f32> {
+        self.finish(context, weights, x, &kept.mixed)
+    }
+
+    fn release(context: &Context, kept: Kept) {
+        let qkv = kept.into_cache(context);
+        context.scratch.give(qkv);
     }
 
     fn backward(
@@ -163,13 +198,15 @@ impl Block for AttentionBlock {
         kept: Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32> {
-        let Kept {
+        wants_dx: bool,
+    ) -> Option<Vec<f32>> {
+        let Kept { projected, mixed } = kept;
+        let Projected {
             inverse,
             normed,
             qkv,
-            mixed,
-        } = kept;
+            raw,
+        } = projected;
         let scratch = &context.scratch;
         let mut dmixed = scratch.take(mixed.len());
         self.output
@@ -188,20 +225,31 @@ impl Block for AttentionBlock {
         );
         scratch.give(dmixed);
         scratch.give(qkv);
-        let mut dnormed = scratch.take(normed.len());
-        self.qkv
-            .input_gradient(weights, scratch, &dqkv, &mut dnormed);
+        if let (Some(raw), Some(at)) = (raw, self.head_norm) {
+            let len = 2 * self.heads.dim;
+            let dweights = weights.lora.is_none().then(|| &mut gradient[at..][..len]);
+            let weights = weights.base.vector(at, len);
+            head_norm::backward(self.heads, weights, &raw, scratch, &mut dqkv, dweights);
+            raw.release(scratch);
+        }
         self.qkv
             .weight_gradient(weights, scratch, &normed, &dqkv, gradient);
-        scratch.give(dqkv);
-        let mut dx = dy.to_vec();
-        let dnorm = weights
-            .lora
-            .is_none()
-            .then(|| &mut gradient[self.norm..][..self.width]);
-        let weight = &weights.base[self.norm..][..self.width];
-        norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
-        for buffer in [inverse, normed, dnormed] {
+        // The gradient of the norm's weight needs that of its output.
+        let dx = (wants_dx || weights.lora.is_none()).then(|| {
+            let mut dnormed = scratch.take(normed.len());
+            self.qkv
+                .input_gradient(weights, scratch, &dqkv, &mut dnormed);
+            let mut dx = dy.to_vec();
+            let dnorm = weights
+                .lora
+                .is_none()
+                .then(|| &mut gradient[self.norm..][..self.width]);
+            let weight = weights.base.vector(self.norm, self.width);
+            norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
+            scratch.give(dnormed);
+            dx
+        });
+        for buffer in [inverse, normed, dqkv] {
             scratch.give(buffer);
         }
         dx

@@ -3,13 +3,14 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, bail};
 
+use super::frozen::Base;
 use super::ops::attention::Segment;
-use super::ops::linear::{Factors, Weights};
+use super::ops::linear::{Factors, Place, Weights};
 use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
-use super::parameters::{Bank, floats, with_floats};
+use super::parameters::{Bank, Values, floats, with_floats};
 
 /// What all blocks of one pass share.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(crate) struct Context {
     pub(crate) segments: Arc<[Segment]>,
     pub(crate) rope: Arc<RopeTable>,
     pub(crate) scratch: Scratch,
+    /// Whether activations are computed again in the backward pass (Chen et al. 2016) rather than kept.
+    pub(crate) checkpoint: bool,
 }
 
 /// A residual block: values in, values of the same shape out.
@@ -27,11 +30,34 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
     /// Name in candle's messages.
     const NAME: &'static str;
 
-    /// The block's output, its input included.
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32])
-    -> (Vec<f32>, Self::Kept);
+    /// What the output is made of.
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Self::Kept;
 
-    /// The gradient with respect to `x`; that of the trained parameters goes to `gradient`.
+    /// The block's output, its input included.
+    fn output(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+        kept: &Self::Kept,
+    ) -> Vec<f32>;
+
+    /// Gives all buffers back.
+    fn release(context: &Context, kept: Self::Kept);
+
+    /// Output and activations.
+    fn forward(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+    ) -> (Vec<f32>, Self::Kept) {
+        let kept = self.activations(context, weights, x);
+        (self.output(context, weights, x, &kept), kept)
+    }
+
+    /// The gradient with respect to `x`, unless nobody wants it; that of the trained parameters goes to
+    /// `gradient`.
     fn backward(
         &self,
         context: &Context,
@@ -40,59 +66,83 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
         kept: Self::Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32>;
+        wants_dx: bool,
+    ) -> Option<Vec<f32>>;
 }
 
 /// A block's weights and, with adapters, its factors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Banks<'a> {
     pub(crate) base: &'a Bank,
-    pub(crate) lora: Option<(&'a Bank, usize, f32)>,
+    pub(crate) lora: Option<Adapted<'a>>,
+}
+
+/// Factors of a block; no bank where none of its layers has any.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Adapted<'a> {
+    pub(crate) bank: Option<&'a Bank>,
+    pub(crate) places: &'a Arc<[Option<Place>]>,
 }
 
 impl Banks<'_> {
     /// Lends the weights.
     pub(crate) fn read<R>(self, f: impl FnOnce(Weights<'_>) -> R) -> candle_core::Result<R> {
-        self.base.read(|base| match self.lora {
-            None => Ok(f(Weights { base, lora: None })),
-            Some((bank, rank, scale)) => bank.read(|values| {
+        self.base.values().lend(|base| {
+            let Some(Adapted { bank, places }) = self.lora else {
+                return Ok(f(Weights { base, lora: None }));
+            };
+            let with = |values: &[f32]| {
+                let lora = Factors {
+                    values,
+                    layers: places,
+                };
                 f(Weights {
                     base,
-                    lora: Some(Factors {
-                        values,
-                        rank,
-                        scale,
-                    }),
+                    lora: Some(lora),
                 })
-            }),
+            };
+            match bank {
+                Some(bank) => bank.read(with),
+                None => Ok(with(&[])),
+            }
         })?
     }
 }
 
-/// Appends a block to the graph. Exactly one of its banks must be trainable.
+/// Appends a block to the graph. At most one of its banks may be trainable: the factors if there are any, else the
+/// weights of a block without an adapter. `wants_dx` is false where nothing before the block is trained.
 pub(crate) fn apply<B: Block>(
     block: &Arc<B>,
     context: &Arc<Context>,
     banks: Banks<'_>,
     x: &Tensor,
+    wants_dx: bool,
 ) -> candle_core::Result<Tensor> {
-    let (trained, frozen) = match banks.lora {
-        None => (banks.base, None),
-        Some((bank, rank, scale)) => (bank, Some((banks.base.tensor().clone(), rank, scale))),
-    };
+    let frozen = banks
+        .lora
+        .map(|lora| (banks.base.values().clone(), Arc::clone(lora.places)));
     let op = BlockOp {
         block: Arc::clone(block),
         context: Arc::clone(context),
         frozen,
+        wants_dx,
         kept: Mutex::new(None),
     };
-    x.apply_op2(trained.tensor(), op)
+    match banks.lora {
+        None => x.apply_op2(banks.base.tensor()?, op),
+        Some(Adapted {
+            bank: Some(factors),
+            ..
+        }) => x.apply_op2(factors.tensor()?, op),
+        Some(Adapted { bank: None, .. }) => x.apply_op1(op),
+    }
 }
 
 struct BlockOp<B: Block> {
     block: Arc<B>,
     context: Arc<Context>,
-    frozen: Option<(Tensor, usize, f32)>,
+    frozen: Option<(Values, Arc<[Option<Place>]>)>,
+    wants_dx: bool,
     kept: Mutex<Option<B::Kept>>,
 }
 
@@ -104,14 +154,13 @@ impl<B: Block> BlockOp<B> {
     ) -> candle_core::Result<R> {
         match &self.frozen {
             None => Ok(f(Weights {
-                base: trained,
+                base: Base::Floats(trained),
                 lora: None,
             })),
-            Some((base, rank, scale)) => with_floats(base, |base| {
+            Some((base, places)) => base.lend(|base| {
                 let lora = Factors {
                     values: trained,
-                    rank: *rank,
-                    scale: *scale,
+                    layers: places,
                 };
                 f(Weights {
                     base,
@@ -119,6 +168,68 @@ impl<B: Block> BlockOp<B> {
                 })
             }),
         }
+    }
+
+    fn run(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        trained: &[f32],
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = floats(x, layout)?;
+        let (y, kept) = self.with_weights(trained, |weights| {
+            self.block.forward(&self.context, weights, x)
+        })?;
+        if self.context.checkpoint {
+            B::release(&self.context, kept);
+        } else {
+            *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        }
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    /// The gradient with respect to `x`, if it is wanted; that of the trained parameters goes to `gradient`.
+    fn run_back(
+        &self,
+        x: &Tensor,
+        trained: &[f32],
+        dy: &Tensor,
+        gradient: &mut [f32],
+    ) -> candle_core::Result<Option<Tensor>> {
+        let kept = self
+            .kept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if kept.is_none() && !self.context.checkpoint {
+            bail!("{}: backward twice", B::NAME)
+        }
+        let (block, context) = (&self.block, &*self.context);
+        let dx = with_floats(x, |values| {
+            with_floats(dy, |dy| {
+                self.with_weights(trained, |weights| {
+                    let again = || block.activations(context, weights, values);
+                    let kept = kept.unwrap_or_else(again);
+                    block.backward(context, weights, values, kept, dy, gradient, self.wants_dx)
+                })
+            })
+        })???;
+        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), x.device()));
+        dx.transpose()
+    }
+}
+
+impl<B: Block> CustomOp1 for BlockOp<B> {
+    fn name(&self) -> &'static str {
+        B::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.run(x, layout, &[])
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.run_back(x, &[], dy, &mut [])
     }
 }
 
@@ -134,12 +245,7 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         trained: &CpuStorage,
         trained_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, trained) = (floats(x, x_layout)?, floats(trained, trained_layout)?);
-        let (y, kept) = self.with_weights(trained, |weights| {
-            self.block.forward(&self.context, weights, x)
-        })?;
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
-        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+        self.run(x, x_layout, floats(trained, trained_layout)?)
     }
 
     fn bwd(
@@ -149,32 +255,11 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         _y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let kept = self
-            .kept
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let Some(kept) = kept else {
-            bail!("{}: backward without forward", B::NAME)
-        };
         let mut gradient = vec![0f32; trained.elem_count()];
-        let dx = with_floats(x, |values| {
-            with_floats(dy, |dy| {
-                with_floats(trained, |trained| {
-                    self.with_weights(trained, |weights| {
-                        self.block
-                            .backward(&self.context, weights, values, kept, dy, &mut gradient)
-                    })
-                })
-            })
-        })????;
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(Tensor::from_vec(
-                gradient,
-                trained.shape(),
-                trained.device(),
-            )?),
-        ))
+        let dx = with_floats(trained, |values| {
+            self.run_back(x, values, dy, &mut gradient)
+        })??;
+        let gradient = Tensor::from_vec(gradient, trained.shape(), trained.device())?;
+        Ok((dx, Some(gradient)))
     }
 }

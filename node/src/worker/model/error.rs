@@ -53,6 +53,14 @@ pub enum ModelError {
         /// Tensor.
         name: String,
     },
+    /// A tensor in two files.
+    #[error("{origin}: tensor `{name}` is in another file of the folder as well")]
+    TwiceTensor {
+        /// File.
+        origin: String,
+        /// Tensor.
+        name: String,
+    },
     /// A tensor that the architecture does not have.
     #[error("{origin}: tensor `{name}` does not belong to this architecture")]
     UnknownTensor {
@@ -97,13 +105,13 @@ pub enum ModelError {
         /// Rows of the model's embedding.
         vocab_size: usize,
     },
-    /// Adapters of no rank or scale.
-    #[error("adapters of rank {rank} and alpha {alpha}: both must be positive")]
+    /// Adapters that the model cannot have.
+    #[error("{field}: {reason}")]
     BadLora {
-        /// Rank.
-        rank: usize,
-        /// Alpha.
-        alpha: f64,
+        /// Field of the adapter's settings.
+        field: &'static str,
+        /// What is wrong, and what would be right.
+        reason: String,
     },
     /// The model has no adapters.
     #[error("the model has no adapters")]

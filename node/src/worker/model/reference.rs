@@ -51,8 +51,9 @@ fn norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 }
 
 fn rope(x: &Tensor, config: &ModelConfig, positions: usize) -> Tensor {
-    let (dim, half) = (config.head_dim, config.head_dim / 2);
+    let (dim, half) = (config.head_dim, config.rope.rotated(config.head_dim) / 2);
     let table = RopeTable::new(&config.rope, dim, positions);
+    let table = table.angles(positions);
     let unit = |pair: usize| {
         (0..dim)
             .map(|d| f32::from(u8::from(d == pair)))
@@ -74,7 +75,29 @@ fn rope(x: &Tensor, config: &ModelConfig, positions: usize) -> Tensor {
     );
     let first = ((&a * &cos).unwrap() - (&b * &sin).unwrap()).unwrap();
     let second = ((&b * &cos).unwrap() + (&a * &sin).unwrap()).unwrap();
-    Tensor::cat(&[first, second], 1).unwrap()
+    let rest = x.narrow(1, 2 * half, dim - 2 * half).unwrap();
+    Tensor::cat(&[first, second, rest], 1).unwrap()
+}
+
+/// Outputs of layers that a family may have fused into one.
+fn apart(
+    all: &Variables,
+    lora: Option<f64>,
+    prefix: &str,
+    modules: &[&str],
+    widths: &[usize],
+    x: &Tensor,
+) -> Vec<Tensor> {
+    let outputs = modules
+        .iter()
+        .map(|module| linear(all, lora, &format!("{prefix}.{module}"), x));
+    let joined = Tensor::cat(&outputs.collect::<Vec<_>>(), 1).unwrap();
+    let mut first = 0;
+    let narrow = |&width: &usize| {
+        first += width;
+        joined.narrow(1, first - width, width).unwrap()
+    };
+    widths.iter().map(narrow).collect()
 }
 
 /// Logits of one item, columns by id.
@@ -83,21 +106,32 @@ fn logits(config: &ModelConfig, all: &Variables, lora: Option<f64>, tokens: &[u3
     let ids = Tensor::new(tokens, &Device::Cpu).unwrap();
     let embedding = &all["model.embed_tokens.weight"];
     let mut x = embedding.index_select(&ids, 0).unwrap();
-    let hidden: Vec<f64> = (0..len * len)
-        .map(|i| if i % len > i / len { -1e30 } else { 0.0 })
-        .collect();
-    let mask = Tensor::from_vec(hidden, (len, len), &Device::Cpu).unwrap();
     for layer in 0..config.layers {
+        let window = config.window(layer).unwrap_or(len);
+        let sees = |row: usize, column: usize| column <= row && column + window > row;
+        let hidden: Vec<f64> = (0..len * len)
+            .map(|i| if sees(i / len, i % len) { 0.0 } else { -1e30 })
+            .collect();
+        let mask = Tensor::from_vec(hidden, (len, len), &Device::Cpu).unwrap();
         let prefix = format!("model.layers.{layer}");
         let weight = &all[&format!("{prefix}.input_layernorm.weight")];
         let h = norm(&x, weight, config.rms_norm_eps);
-        let project = |name: &str| linear(all, lora, &format!("{prefix}.self_attn.{name}"), &h);
-        let (q, k, v) = (project("q_proj"), project("k_proj"), project("v_proj"));
+        let (attention, feed_forward) = (format!("{prefix}.self_attn"), format!("{prefix}.mlp"));
+        let modules = config.family.attention_modules()[0];
+        let widths = [config.heads, config.kv_heads, config.kv_heads].map(|heads| heads * dim);
+        let qkv = apart(all, lora, &attention, modules, &widths, &h);
+        let [q, k, v] = <[Tensor; 3]>::try_from(qkv).unwrap();
+        let head_norm = |x: Tensor, name: &str| match all.get(&format!("{attention}.{name}.weight"))
+        {
+            Some(weight) => norm(&x, weight, config.rms_norm_eps),
+            None => x,
+        };
         let mut heads = Vec::new();
         for head in 0..config.heads {
             let group = head / (config.heads / config.kv_heads);
-            let q = rope(&q.narrow(1, head * dim, dim).unwrap(), config, len);
-            let k = rope(&k.narrow(1, group * dim, dim).unwrap(), config, len);
+            let q = head_norm(q.narrow(1, head * dim, dim).unwrap(), "q_norm");
+            let k = head_norm(k.narrow(1, group * dim, dim).unwrap(), "k_norm");
+            let (q, k) = (rope(&q, config, len), rope(&k, config, len));
             let v = v.narrow(1, group * dim, dim).unwrap().contiguous().unwrap();
             let scores = q.matmul(&k.t().unwrap()).unwrap();
             let scores = ((scores / (dim as f64).sqrt()).unwrap() + &mask).unwrap();
@@ -107,14 +141,14 @@ fn logits(config: &ModelConfig, all: &Variables, lora: Option<f64>, tokens: &[u3
             heads.push(p.matmul(&v).unwrap());
         }
         let mixed = Tensor::cat(&heads, 1).unwrap();
-        x = (x + linear(all, lora, &format!("{prefix}.self_attn.o_proj"), &mixed)).unwrap();
+        x = (x + linear(all, lora, &format!("{attention}.o_proj"), &mixed)).unwrap();
         let weight = &all[&format!("{prefix}.post_attention_layernorm.weight")];
         let h = norm(&x, weight, config.rms_norm_eps);
-        let gate = linear(all, lora, &format!("{prefix}.mlp.gate_proj"), &h)
-            .silu()
-            .unwrap();
-        let active = (gate * linear(all, lora, &format!("{prefix}.mlp.up_proj"), &h)).unwrap();
-        x = (x + linear(all, lora, &format!("{prefix}.mlp.down_proj"), &active)).unwrap();
+        let modules = config.family.feed_forward_modules()[0];
+        let widths = [config.intermediate_size; 2];
+        let gate_up = apart(all, lora, &feed_forward, modules, &widths, &h);
+        let active = (gate_up[0].silu().unwrap() * &gate_up[1]).unwrap();
+        x = (x + linear(all, lora, &format!("{feed_forward}.down_proj"), &active)).unwrap();
     }
     let h = norm(&x, &all["model.norm.weight"], config.rms_norm_eps);
     let head = all.get("lm_head.weight").unwrap_or(embedding);
@@ -188,7 +222,7 @@ fn named(model: &Model) -> NamedTensors {
     for bank in model
         .base_banks()
         .into_iter()
-        .chain(model.lora.iter().flat_map(|l| l.banks.iter().flatten()))
+        .chain(model.lora.iter().flat_map(|lora| lora.banks()))
     {
         bank.read(|values| {
             for slot in bank.slots() {
@@ -292,7 +326,12 @@ fn compare(model: &Model, lora: Option<f64>) {
             compared += 1;
         })
         .unwrap();
-    let per_layer = if lora.is_some() { 14 } else { 9 };
+    let modules = config.family.modules().count();
+    let per_layer = if lora.is_some() {
+        2 * modules
+    } else {
+        2 + modules
+    };
     assert!(compared >= config.layers * per_layer, "{compared} tensors");
 }
 
@@ -340,6 +379,75 @@ fn qwen2_with_grouped_queries_bias_and_tied_head_does_too() {
     compare(&model, None);
 }
 
+/// Every 33-token item is longer than the window and than the original length.
+fn families() -> [ModelConfig; 3] {
+    let sliding = |layers: &[bool]| {
+        Some(SlidingWindow {
+            positions: 7,
+            layers: layers.to_vec(),
+        })
+    };
+    [
+        ModelConfig {
+            family: Family::Mistral,
+            sliding: sliding(&[true, true]),
+            ..tiny()
+        },
+        ModelConfig {
+            family: Family::Qwen3,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 10,
+            sliding: sliding(&[false, true]),
+            ..tiny()
+        },
+        ModelConfig {
+            family: Family::Phi3,
+            rope: Rope {
+                partial: 0.5,
+                scaling: Some(RopeScaling::Long {
+                    short: vec![1.0, 1.5],
+                    long: vec![2.0, 5.0],
+                    original: 20,
+                    attention: 1.2,
+                }),
+                ..Rope::new(10_000.0)
+            },
+            ..tiny()
+        },
+    ]
+}
+
+#[test]
+fn windows_normalised_heads_and_fused_layers_do_too() {
+    for config in families() {
+        let mut model = roughened(random(config.clone(), order(29), 5).unwrap());
+        model.train_all().unwrap();
+        compare(&model, None);
+        let lora = LoraConfig {
+            rank: 3,
+            alpha: 6.0,
+            embeddings_and_head: false,
+        };
+        model.attach_lora(lora, 4).unwrap();
+        roughen_adapters(&model);
+        compare(&model, Some(2.0));
+    }
+}
+
+fn roughen_adapters(model: &Model) {
+    for (seed, bank) in (70..).zip(model.lora.as_ref().unwrap().banks()) {
+        let noise = noise(seed, bank.len());
+        bank.edit(|values| {
+            values
+                .iter_mut()
+                .zip(noise)
+                .for_each(|(v, n)| *v += 0.3 * n);
+        })
+        .unwrap();
+    }
+}
+
 #[test]
 fn adapters_on_all_layers_do_too_whichever_way_the_products_are_taken() {
     // Rank 16 of width 24 takes dW first; rank 2 takes the factors; the wide layer is never merged.
@@ -355,16 +463,7 @@ fn adapters_on_all_layers_do_too_whichever_way_the_products_are_taken() {
             embeddings_and_head: true,
         };
         model.attach_lora(lora, 4).unwrap();
-        for (seed, bank) in (70..).zip(model.lora.as_ref().unwrap().banks.iter().flatten()) {
-            let noise = noise(seed, bank.len());
-            bank.edit(|values| {
-                values
-                    .iter_mut()
-                    .zip(noise)
-                    .for_each(|(v, n)| *v += 0.3 * n);
-            })
-            .unwrap();
-        }
+        roughen_adapters(&model);
         compare(&model, Some(2.0));
     }
 }

@@ -28,7 +28,7 @@ pub fn decode(origin: &str, bytes: &[u8]) -> Result<NamedTensors, ModelError> {
     for name in names {
         let view = view(origin, &file, name)?;
         let mut values = vec![0f32; view.shape().iter().product()];
-        copy_as_f32(origin, name, &view, &mut values)?;
+        copy_as_f32(origin, name, view.dtype(), view.data(), &mut values)?;
         tensors.insert(
             name.to_owned(),
             NamedTensor {
@@ -92,7 +92,7 @@ pub(crate) fn open<'a>(origin: &str, bytes: &'a [u8]) -> Result<SafeTensors<'a>,
     })
 }
 
-pub(crate) fn view<'a>(
+fn view<'a>(
     origin: &str,
     file: &SafeTensors<'a>,
     name: &str,
@@ -103,15 +103,15 @@ pub(crate) fn view<'a>(
     })
 }
 
-/// Copies a tensor of f32, bf16 or f16 values.
+/// Copies the little-endian values of a tensor of f32, bf16 or f16.
 pub(crate) fn copy_as_f32(
     origin: &str,
     name: &str,
-    view: &TensorView<'_>,
+    dtype: Dtype,
+    bytes: &[u8],
     out: &mut [f32],
 ) -> Result<(), ModelError> {
-    let bytes = view.data();
-    match view.dtype() {
+    match dtype {
         Dtype::F32 => {
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *out = f32::from_le_bytes(*bytes);
@@ -119,12 +119,12 @@ pub(crate) fn copy_as_f32(
         }
         Dtype::BF16 => {
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+                *out = half::bf16::from_le_bytes(*bytes).to_f32();
             }
         }
         Dtype::F16 => {
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = half_to_f32(u16::from_le_bytes(*bytes));
+                *out = half::f16::from_le_bytes(*bytes).to_f32();
             }
         }
         other => {
@@ -136,34 +136,4 @@ pub(crate) fn copy_as_f32(
         }
     }
     Ok(())
-}
-
-/// IEEE 754 binary16, subnormal numbers, infinities and NaN included.
-fn half_to_f32(bits: u16) -> f32 {
-    let sign = if bits & 0x8000 == 0 { 1.0 } else { -1.0 };
-    let mantissa = f32::from(bits & 0x3ff);
-    match (bits >> 10) & 0x1f {
-        0 => sign * mantissa * 2f32.powi(-24),
-        31 if mantissa > 0.0 => f32::NAN,
-        31 => sign * f32::INFINITY,
-        exponent => sign * (1.0 + mantissa / 1024.0) * 2f32.powi(i32::from(exponent) - 15),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn halves_decode_exactly() {
-        for (bits, want) in [
-            (0x3c00, 1.0),
-            (0xc000, -2.0),
-            (0x3555, 0.333_251_95),
-            (0x0001, 5.960_464_5e-8),
-        ] {
-            assert_eq!(half_to_f32(bits).to_bits(), f32::to_bits(want), "{bits:#x}");
-        }
-        assert!(half_to_f32(0x7e00).is_nan());
-    }
 }

@@ -1,83 +1,28 @@
 //! Tokenizers as byte strings: what each token spells, exactly.
 
 mod bpe;
+pub mod chat;
+mod check;
+mod error;
+mod spelling;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::OnceLock;
 
-use consilium_kernels::{TokenKind, Vocab, VocabError};
+use consilium_kernels::{TokenKind, Vocab};
 use serde_json::Value;
 
 pub use bpe::train_bpe;
+pub use chat::ChatTemplate;
+pub use error::TokenizerError;
+use spelling::{as_written, bytes_of, spelling};
 
 /// Largest `tokenizer.json` that is read, in bytes.
 const LARGEST: u64 = 256 << 20;
 
 /// Names of end-of-record tokens where no file names one.
 const USUAL_ENDS: [&str; 4] = ["<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"];
-
-/// Why a tokenizer was refused, or could not encode a text.
-#[derive(Debug, thiserror::Error)]
-pub enum TokenizerError {
-    /// A file could not be read.
-    #[error("{path}: cannot read: {source}")]
-    Read {
-        /// File.
-        path: PathBuf,
-        /// Cause.
-        source: std::io::Error,
-    },
-    /// A file could not be written.
-    #[error("{path}: cannot write: {source}")]
-    Write {
-        /// File.
-        path: PathBuf,
-        /// Cause.
-        source: std::io::Error,
-    },
-    /// A file is not what it should be.
-    #[error("{path}: {reason}")]
-    Invalid {
-        /// File.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The vocabulary could not be trained.
-    #[error("cannot train a vocabulary: {reason}")]
-    Train {
-        /// What is wrong.
-        reason: String,
-    },
-    /// The tokenizer failed on a text.
-    #[error("cannot tokenise: {reason}")]
-    Encode {
-        /// What it said.
-        reason: String,
-    },
-    /// The tokens of a text spell something else, so scores of its bytes would be wrong.
-    #[error(
-        "the tokens of a text of {bytes} bytes spell something else from byte {at} on: the tokenizer \
-         normalises text, or has no token for it"
-    )]
-    NotExact {
-        /// Length of the text.
-        bytes: usize,
-        /// First byte of the first token that differs.
-        at: usize,
-    },
-    /// A model has fewer rows than the tokenizer has tokens.
-    #[error("the tokenizer has {tokens} tokens, the model only {rows} rows")]
-    TooManyTokens {
-        /// Tokens.
-        tokens: usize,
-        /// Rows of the embedding.
-        rows: usize,
-    },
-    /// The vocabulary cannot be sorted.
-    #[error(transparent)]
-    Vocab(#[from] VocabError),
-}
 
 /// What one token means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,16 +41,10 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     source: Vec<u8>,
     entries: Vec<TokenEntry>,
+    start_of_record: u32,
     end_of_record: u32,
-}
-
-/// How a vocabulary writes bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spelling {
-    /// GPT-2: one printable character per byte.
-    ByteLevel,
-    /// SentencePiece: text with `▁` for the space, `<0xAB>` for single bytes.
-    ByteFallback,
+    /// The file's own tokenizer, for rendered conversations; made when first needed.
+    rendered: OnceLock<tokenizers::Tokenizer>,
 }
 
 impl Tokenizer {
@@ -155,7 +94,7 @@ impl Tokenizer {
         self.entries.len()
     }
 
-    /// The token that starts and ends records.
+    /// The token that ends records.
     pub fn end_of_record(&self) -> u32 {
         self.end_of_record
     }
@@ -170,6 +109,11 @@ impl Tokenizer {
             .collect();
         special.sort_by_key(|(_, id)| *id);
         special
+    }
+
+    /// The token that starts records: what the tokenizer puts before a text, else the one that ends records.
+    pub fn start_of_record(&self) -> u32 {
+        self.start_of_record
     }
 
     /// What each id means, for a model with `rows` rows; rows without a token are ignored.
@@ -226,6 +170,30 @@ impl Tokenizer {
         }
     }
 
+    /// Token ids of a rendered conversation, as transformers gives them: names of special tokens become those tokens, and
+    /// the ids need not spell the text.
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let failed = |reason: String| TokenizerError::Encode { reason };
+        let tokenizer = match self.rendered.get() {
+            Some(tokenizer) => tokenizer,
+            None => {
+                let made = without_limits(&self.source).map_err(failed)?;
+                self.rendered.get_or_init(|| made)
+            }
+        };
+        let encoding = tokenizer
+            .encode_fast(text, false)
+            .map_err(|error| failed(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Whether a text holds the name of a special token.
+    pub fn names_special_token(&self, text: &str) -> bool {
+        let added = self.inner.get_added_vocabulary().get_vocab();
+        let mut names = added.keys();
+        names.any(|name| text.contains(name.as_str()))
+    }
+
     fn new(
         path: &Path,
         source: Vec<u8>,
@@ -236,6 +204,7 @@ impl Tokenizer {
             path: path.into(),
             reason,
         };
+        check::unique(&source).map_err(invalid)?;
         let mut json: Value = parse(path, &source)?;
         let spelling = spelling(&json).ok_or_else(|| {
             invalid(
@@ -243,7 +212,7 @@ impl Tokenizer {
                     .into(),
             )
         })?;
-        without_leading_space(&mut json);
+        as_written(&mut json);
         json["truncation"] = Value::Null;
         json["padding"] = Value::Null;
         let mut inner: tokenizers::Tokenizer =
@@ -264,6 +233,9 @@ impl Tokenizer {
                 vocabulary.len()
             )));
         }
+        let mut own: Vec<String> = inner.get_vocab(false).into_keys().collect();
+        own.sort_unstable();
+        check::bytes(spelling, own.iter().map(String::as_str)).map_err(invalid)?;
         let added = inner.get_added_tokens_decoder();
         let mut entries = vec![TokenEntry::Ignored; size];
         for (&id, token) in &vocabulary {
@@ -296,13 +268,28 @@ impl Tokenizer {
         for end in ends {
             entries[end as usize] = TokenEntry::EndOfRecord;
         }
+        let before = inner.encode_fast("", true);
+        let before = before.map_err(|error| invalid(error.to_string()))?;
+        let before = before.get_ids().first().copied();
+        let is_special = |id: &u32| entries.get(*id as usize) == Some(&TokenEntry::Ignored);
         Ok(Self {
             inner,
             source,
+            start_of_record: before.filter(is_special).unwrap_or(end_of_record),
             entries,
             end_of_record,
+            rendered: OnceLock::new(),
         })
     }
+}
+
+/// The tokenizer of a file, without cutting and padding.
+fn without_limits(source: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    let parsed = serde_json::from_slice(source);
+    let mut json: Value = parsed.map_err(|error| error.to_string())?;
+    json["truncation"] = Value::Null;
+    json["padding"] = Value::Null;
+    serde_json::from_value(json).map_err(|error| error.to_string())
 }
 
 fn not_exact(text: &str, rest: &[u8]) -> TokenizerError {
@@ -338,83 +325,6 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Value, TokenizerError> {
         Ok(value)
     } else {
         Err(invalid("not a JSON object".into()))
-    }
-}
-
-/// The decoder says how tokens turn into bytes.
-fn spelling(json: &Value) -> Option<Spelling> {
-    let mut kinds = vec![&json["decoder"]["type"]];
-    if let Some(parts) = json["decoder"]["decoders"].as_array() {
-        kinds.extend(parts.iter().map(|part| &part["type"]));
-    }
-    let has = |kind: &str| kinds.iter().any(|found| found.as_str() == Some(kind));
-    if has("ByteLevel") {
-        Some(Spelling::ByteLevel)
-    } else if has("ByteFallback") || json["model"]["byte_fallback"] == Value::Bool(true) {
-        Some(Spelling::ByteFallback)
-    } else {
-        None
-    }
-}
-
-/// Takes away what puts a space before a text: tokens must spell the text and nothing else.
-fn without_leading_space(json: &mut Value) {
-    fn parts<'a>(json: &'a mut Value, field: &str, list: &str) -> Vec<&'a mut Value> {
-        match json.get_mut(field) {
-            Some(part) if part.get(list).is_some_and(Value::is_array) => part[list]
-                .as_array_mut()
-                .map(|parts| parts.iter_mut().collect())
-                .unwrap_or_default(),
-            Some(part) => vec![part],
-            None => Vec::new(),
-        }
-    }
-    for part in parts(json, "normalizer", "normalizers") {
-        if part["type"] == "Prepend" {
-            part["prepend"] = Value::String(String::new());
-        }
-    }
-    for part in parts(json, "pre_tokenizer", "pretokenizers") {
-        match part["type"].as_str() {
-            Some("Metaspace") => {
-                part["prepend_scheme"] = Value::String("never".into());
-                if let Some(object) = part.as_object_mut() {
-                    object.remove("add_prefix_space");
-                }
-            }
-            Some("ByteLevel") => part["add_prefix_space"] = Value::Bool(false),
-            _ => {}
-        }
-    }
-}
-
-fn bytes_of(spelling: Spelling, token: &str) -> Option<Vec<u8>> {
-    match spelling {
-        Spelling::ByteLevel => token.chars().map(byte_of).collect(),
-        Spelling::ByteFallback => {
-            let hex = token
-                .strip_prefix("<0x")
-                .and_then(|rest| rest.strip_suffix('>'));
-            match hex
-                .filter(|hex| hex.len() == 2)
-                .and_then(|hex| u8::from_str_radix(hex, 16).ok())
-            {
-                Some(byte) => Some(vec![byte]),
-                None => Some(token.replace('\u{2581}', " ").into_bytes()),
-            }
-        }
-    }
-}
-
-/// The byte that GPT-2's `bytes_to_unicode` writes as `character`: printable Latin-1 stands for itself,
-/// the other 68 bytes are the characters from 256 on, in order.
-fn byte_of(character: char) -> Option<u8> {
-    let is_printable = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    match u32::from(character) {
-        code @ 0..=255 => u8::try_from(code).ok().filter(|&byte| is_printable(byte)),
-        code => (0..=255u8)
-            .filter(|&byte| !is_printable(byte))
-            .nth(code as usize - 256),
     }
 }
 

@@ -2,6 +2,7 @@ use std::path::Path;
 
 use serde_json::json;
 
+use super::spelling::byte_of;
 use super::*;
 
 const TEXTS: [&str; 4] = [
@@ -176,4 +177,80 @@ fn all_256_bytes_have_a_byte_level_character() {
         (byte_of('\u{120}'), byte_of('\u{10a}')),
         (Some(b' '), Some(b'\n'))
     );
+}
+
+/// A byte-level file as Llama 3, Qwen and Mistral's tekken have it: pieces split by an expression, special and plain added
+/// tokens, and a token before each text where `begin` names one.
+fn byte_level(normalizer: &Value, begin: Option<&str>) -> Value {
+    let mut json: Value = serde_json::from_slice(trained(300).source()).unwrap();
+    let added = |id: u32, content: &str, special: bool| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": special})
+    };
+    let tokens = json["added_tokens"].as_array_mut().unwrap();
+    tokens.extend([
+        added(300, "<|begin|>", true),
+        added(301, "<|turn|>", true),
+        added(302, "<tool>", false),
+    ]);
+    json["normalizer"] = normalizer.clone();
+    json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}| ?\\p{L}+|\\s+|[^\\s\\p{L}\\p{N}]+"},
+         "behavior": "Isolated", "invert": false},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}]});
+    json["model"]["ignore_merges"] = json!(true);
+    if let Some(begin) = begin {
+        json["post_processor"] = json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {begin: {"id": begin, "ids": [300], "tokens": [begin]}}});
+    }
+    json
+}
+
+#[test]
+fn byte_level_families_spell_exactly_and_know_their_special_tokens() {
+    for (normalizer, begin, start) in [
+        (Value::Null, Some("<|begin|>"), 300),
+        (json!({"type": "NFC"}), None, 0),
+        (
+            json!({"type": "Sequence", "normalizers": [{"type": "NFC"}]}),
+            None,
+            0,
+        ),
+    ] {
+        let tokenizer = load(&byte_level(&normalizer, begin)).unwrap();
+        assert_eq!(
+            (tokenizer.start_of_record(), tokenizer.end_of_record()),
+            (start, 0)
+        );
+        for text in TEXTS
+            .into_iter()
+            .chain(["e\u{301}", "a<|turn|>b<tool>", "\u{1f600}12345"])
+        {
+            let ids = tokenizer.encode(text).unwrap();
+            let bytes: Vec<u8> = ids.iter().flat_map(|&id| spelled(&tokenizer, id)).collect();
+            assert_eq!(bytes, text.as_bytes());
+        }
+        assert_eq!(tokenizer.entries[301], TokenEntry::Ignored);
+        assert_eq!(
+            tokenizer.entries[302],
+            TokenEntry::Bytes(b"<tool>".to_vec())
+        );
+        let ids = tokenizer.encode_rendered("<|begin|><|turn|>").unwrap();
+        assert_eq!(ids, [300, 301]);
+        assert!(
+            tokenizer.names_special_token("a<|turn|>b") && !tokenizer.names_special_token("turn")
+        );
+    }
+}
+
+#[test]
+fn a_rendered_text_is_tokenised_as_the_file_says() {
+    let normalizer = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u{2581}"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"}]});
+    let tokenizer = load(&sentencepiece(&normalizer)).unwrap();
+    assert_eq!(tokenizer.encode_rendered("<s>ab").unwrap(), [1, 264]);
+    assert_eq!(tokenizer.encode("ab").unwrap(), [262]);
 }

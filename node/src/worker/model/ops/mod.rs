@@ -5,6 +5,7 @@
 //! drops the gradient of its fused operations without a word.
 
 pub(crate) mod attention;
+pub(crate) mod head_norm;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod rope;

@@ -18,14 +18,14 @@ use super::targets::Targets;
 use super::{AdamW, AdamWConfig, Decay, Schedule, TrainError, checkpoint};
 use crate::worker::data::{Batch, Batches, Cursor, Item};
 use crate::worker::error::WorkError;
-use crate::worker::model::{Gradients, LoraConfig, tensors};
+use crate::worker::model::{AdapterConfig, Gradients, tensors};
 use crate::worker::monitor::Monitor;
 use crate::worker::part::generator;
 use crate::worker::peft;
 use crate::worker::source::LoadedModel;
 
 /// How an adapter is trained.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Rows of one step.
     pub rows: usize,
@@ -36,7 +36,7 @@ pub struct Settings {
     /// Learning rate over all inner rounds.
     pub schedule: Schedule,
     /// Shape of the adapter.
-    pub lora: LoraConfig,
+    pub lora: AdapterConfig,
     /// Constants of the optimiser.
     pub optimiser: AdamWConfig,
     /// Seed of the data's order and of a fresh adapter.
@@ -163,7 +163,9 @@ impl Distiller {
     /// # Errors
     /// The adapter's shape is impossible.
     pub fn new(mut pivot: LoadedModel, settings: Settings) -> Result<Self, WorkError> {
-        pivot.model.attach_lora(settings.lora, settings.seed)?;
+        pivot
+            .model
+            .attach_lora(settings.lora.clone(), settings.seed)?;
         let optimiser = AdamW::new(&pivot.model, settings.optimiser);
         Ok(Self {
             student: pivot,
@@ -246,7 +248,7 @@ impl Distiller {
             indices,
             tokens: tokens.into(),
             order: Order {
-                end_of_record: self.student.tokenizer.end_of_record(),
+                end_of_record: self.student.tokenizer.start_of_record(),
                 rows: self.settings.rows,
                 row_tokens: limit,
                 seed,

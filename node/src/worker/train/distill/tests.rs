@@ -4,7 +4,7 @@ use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
 
 use super::*;
-use crate::worker::model::{SAVED, TARGETS};
+use crate::worker::model::LoraConfig;
 use crate::worker::score::score_shard;
 use crate::worker::testing::{model, reference};
 
@@ -20,7 +20,8 @@ fn settings(local_steps: u64) -> Settings {
             rank: 4,
             alpha: 8.0,
             embeddings_and_head: true,
-        },
+        }
+        .into(),
         optimiser: AdamWConfig::default(),
         seed: 11,
         label_unlabeled: false,
@@ -72,6 +73,18 @@ fn one_hot(reference: &ReferenceSet) -> Targets {
     let wanted: Vec<u64> = (0..8).collect();
     Targets::gather(reference, &wanted, 8, |_| Ok(shard.to_bytes()?)).unwrap()
 }
+
+/// Linear layers of a Llama, and what may be trained whole beside them.
+const TARGETS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+const SAVED: [&str; 2] = ["embed_tokens", "lm_head"];
 
 #[test]
 fn the_loss_falls_and_every_tensor_of_the_adapter_moves() {
@@ -202,7 +215,7 @@ fn an_adapter_reads_back_and_another_pivots_is_refused() {
     assert_ne!(distiller.adapter_bytes().unwrap(), bytes);
     distiller.set_start(&bytes).unwrap();
     assert_eq!(distiller.adapter_bytes().unwrap(), bytes);
-    let lora = LoraConfig {
+    let lora = AdapterConfig {
         rank: 5,
         ..settings(1).lora
     };
@@ -279,11 +292,11 @@ fn what_this_version_cannot_train_is_refused_by_name() {
     };
     let settings = Settings::of(&training(&TARGETS, &SAVED), 9).unwrap();
     assert_eq!(settings.schedule.steps, 240);
-    assert!(settings.lora.embeddings_and_head);
+    assert!(settings.lora.saves_head && settings.lora.saves_embedding);
     let plain = Settings::of(&training(&TARGETS, &[]), 9).unwrap();
-    assert!(!plain.lora.embeddings_and_head);
+    assert!(!plain.lora.saves_head && !plain.lora.saves_embedding);
     for (training, field) in [
-        (training(&TARGETS[..6], &[]), "target_modules"),
+        (training(&[], &[]), "target_modules"),
         (training(&TARGETS, &["lm_head"]), "modules_to_save"),
     ] {
         let error = Settings::of(&training, 9).unwrap_err().to_string();

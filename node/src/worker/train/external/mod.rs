@@ -35,6 +35,17 @@ use crate::worker::error::WorkError;
 const UNCHECKED: &str = ".unchecked";
 const LOG: &str = ".log";
 
+/// Layers with factors where none are named: all linear ones of a Llama block.
+pub const TARGETS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
 /// What the command is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExternalRun {

@@ -32,7 +32,7 @@ impl Site {
             output: at("adapter"),
             rank: 4,
             alpha: 8.0,
-            target_modules: crate::worker::model::TARGETS.map(str::to_owned).to_vec(),
+            target_modules: TARGETS.map(str::to_owned).to_vec(),
             steps: 30,
             learning_rate: 2e-4,
             rows: 8,

@@ -1,12 +1,18 @@
 //! Causal attention of grouped queries over packed items, rotary embedding included.
 //!
-//! Rows of `qkv` hold all query heads, then key heads, then value heads. Items see only themselves.
+//! Rows of `qkv` hold all query heads, then key heads, then value heads. Items see only themselves, and of themselves
+//! only the last `window` positions (Beltagy et al. 2020, section 3.1) where a layer has one.
 //! Probabilities are recomputed in the backward pass: nothing of size length x length is kept.
+
+mod rows;
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::rope::RopeTable;
-use super::simd::{LANES, exp, wide};
+use super::rope::{Angles, RopeTable};
+use super::simd::{LANES, dot, wide};
+use rows::{gather, gather_rotated, mix, reset, scores, softmax_of, transpose, whole};
 
 /// Head counts of an attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -14,6 +20,8 @@ pub(crate) struct Heads {
     pub(crate) queries: usize,
     pub(crate) keys: usize,
     pub(crate) dim: usize,
+    /// Positions that each sees, its own included; `usize::MAX` for all earlier ones.
+    pub(crate) window: usize,
 }
 
 /// Rows of one item in a packed batch; positions restart at its first row.
@@ -56,6 +64,11 @@ impl Heads {
     fn padded(self) -> usize {
         self.dim.next_multiple_of(LANES)
     }
+
+    /// Keys that position `i` sees.
+    fn seen(self, i: usize) -> Range<usize> {
+        (i + 1).saturating_sub(self.window)..i + 1
+    }
 }
 
 /// `out[row] = softmax(q k^T / sqrt(dim)) v`, per head and segment. Segments tile the rows in order.
@@ -69,7 +82,7 @@ pub(crate) fn forward(
     let tasks = split(segments, out, heads.out());
     let run = |buffers: &mut Buffers, (segment, out): (Segment, &mut [f32])| {
         let qkv = &qkv[segment.start * heads.row()..][..segment.len * heads.row()];
-        forward_segment(heads, rope, qkv, out, buffers);
+        forward_segment(heads, rope.angles(segment.len), qkv, out, buffers);
     };
     each(tasks, run);
 }
@@ -87,13 +100,13 @@ pub(crate) fn backward(
     let run = |buffers: &mut Buffers, (segment, dqkv): (Segment, &mut [f32])| {
         let qkv = &qkv[segment.start * heads.row()..][..segment.len * heads.row()];
         let dout = &dout[segment.start * heads.out()..][..segment.len * heads.out()];
-        backward_segment(heads, rope, qkv, dout, dqkv, buffers);
+        backward_segment(heads, rope.angles(segment.len), qkv, dout, dqkv, buffers);
     };
     each(tasks, run);
 }
 
 /// Attention of branch rows over the cached rows of their prefix and over themselves. Branches of one
-/// segment must stand together.
+/// segment must stand together; they are turned by the angles of that segment's length.
 pub(crate) fn branches(
     heads: Heads,
     branches: &[Branch],
@@ -116,7 +129,15 @@ pub(crate) fn branches(
     let run = |buffers: &mut Buffers, ((run, qkv), out): ((&[Branch], &[f32]), &mut [f32])| {
         let segment = run[0].segment;
         let cache = &cache[segment.start * heads.row()..][..segment.len * heads.row()];
-        branch_segment(heads, run, rope, cache, qkv, out, buffers);
+        branch_segment(
+            heads,
+            run,
+            rope.angles(segment.len),
+            cache,
+            qkv,
+            out,
+            buffers,
+        );
     };
     each(tasks, run);
 }
@@ -162,121 +183,10 @@ fn each<T: Send>(tasks: Vec<T>, run: impl Fn(&mut Buffers, T) + Sync + Send) {
     }
 }
 
-/// Copies one head of every row, padded; rotated where a table is given.
-#[inline(always)]
-fn gather(
-    rows: &[f32],
-    stride: usize,
-    first: usize,
-    dim: usize,
-    padded: usize,
-    out: &mut Vec<f32>,
-) {
-    let len = rows.len() / stride;
-    reset(out, len * padded);
-    for (row, out) in rows.chunks_exact(stride).zip(out.chunks_exact_mut(padded)) {
-        out[..dim].copy_from_slice(&row[first..first + dim]);
-    }
-}
-
-#[inline(always)]
-fn gather_rotated(
-    (rows, stride, first): (&[f32], usize, usize),
-    (dim, padded): (usize, usize),
-    rope: &RopeTable,
-    scale: f32,
-    out: &mut Vec<f32>,
-) {
-    let len = rows.len() / stride;
-    reset(out, len * padded);
-    let pairs = rows.chunks_exact(stride).zip(out.chunks_exact_mut(padded));
-    for (position, (row, out)) in pairs.enumerate() {
-        rope.rotate(&row[first..first + dim], position, scale, &mut out[..dim]);
-    }
-}
-
-/// Padding must be zero, and stays zero: only the first `dim` values of a row are ever written.
-#[inline(always)]
-fn reset(buffer: &mut Vec<f32>, len: usize) {
-    buffer.clear();
-    buffer.resize(len, 0.0);
-}
-
-/// `columns[d][j] = rows[j][d]`, columns padded to a multiple of the lanes.
-#[inline(always)]
-fn transpose(rows: &[f32], padded: usize, columns: &mut Vec<f32>) {
-    let len = rows.len() / padded;
-    let stride = len.next_multiple_of(LANES);
-    reset(columns, padded * stride);
-    for (j, row) in rows.chunks_exact(padded).enumerate() {
-        for (d, &value) in row.iter().enumerate() {
-            columns[d * stride + j] = value;
-        }
-    }
-}
-
-/// `out[j] = row . rows[j]` for `j < count`, rounded up to whole lanes.
-#[inline(always)]
-fn scores(row: &[f32], columns: &[f32], stride: usize, count: usize, out: &mut [f32]) {
-    for first in (0..count).step_by(LANES) {
-        let mut sums = [0f32; LANES];
-        for (d, &value) in row.iter().enumerate() {
-            let column = &columns[d * stride + first..][..LANES];
-            for lane in 0..LANES {
-                sums[lane] = column[lane].mul_add(value, sums[lane]);
-            }
-        }
-        out[first..first + LANES].copy_from_slice(&sums);
-    }
-}
-
-/// `out += sum over j of weights[j * step] rows[j]`
-#[inline(always)]
-fn mix(weights: &[f32], step: usize, rows: &[f32], padded: usize, out: &mut [f32]) {
-    for first in (0..padded).step_by(LANES) {
-        let mut sums = [0f32; LANES];
-        sums.copy_from_slice(&out[first..first + LANES]);
-        for (row, &weight) in rows.chunks_exact(padded).zip(weights.iter().step_by(step)) {
-            let row = &row[first..first + LANES];
-            for lane in 0..LANES {
-                sums[lane] = row[lane].mul_add(weight, sums[lane]);
-            }
-        }
-        out[first..first + LANES].copy_from_slice(&sums);
-    }
-}
-
-/// Softmax of the first `count` values; the rest of `row` becomes zero.
-#[inline(always)]
-fn softmax(row: &mut [f32], count: usize) {
-    row[count..].fill(f32::NEG_INFINITY);
-    let mut peaks = [f32::NEG_INFINITY; LANES];
-    for chunk in row.chunks_exact(LANES) {
-        for lane in 0..LANES {
-            peaks[lane] = peaks[lane].max(chunk[lane]);
-        }
-    }
-    let peak = peaks.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0f32; LANES];
-    for chunk in row.chunks_exact_mut(LANES) {
-        for lane in 0..LANES {
-            // `exp` clamps: masked places come out near 1e-38, far below rounding.
-            let value = exp(chunk[lane] - peak);
-            chunk[lane] = value;
-            sums[lane] += value;
-        }
-    }
-    let inverse = 1.0 / sums.iter().sum::<f32>();
-    for value in row.iter_mut() {
-        *value *= inverse;
-    }
-    row[count..].fill(0.0);
-}
-
 wide! {
     fn forward_segment<'a>(
         heads: Heads,
-        rope: &'a RopeTable,
+        rope: &'a Angles,
         qkv: &'a [f32],
         out: &'a mut [f32],
         buffers: &'a mut Buffers,
@@ -308,11 +218,12 @@ wide! {
                     q,
                 );
                 for (i, q) in q.chunks_exact(padded).enumerate() {
-                    let seen = (i + 1).next_multiple_of(LANES);
-                    scores(q, k_columns, stride, i + 1, &mut p[..seen]);
-                    softmax(&mut p[..seen], i + 1);
+                    let keys = heads.seen(i);
+                    let p = &mut p[..(i + 1).next_multiple_of(LANES)];
+                    scores(q, k_columns, stride, keys.clone(), p);
+                    softmax_of(p, keys.clone());
                     reset(row, padded);
-                    mix(&p[..=i], 1, v, padded, row);
+                    mix(&p[keys.clone()], 1, &v[keys.start * padded..], padded, row);
                     out[i * heads.out() + query * dim..][..dim].copy_from_slice(&row[..dim]);
                 }
             }
@@ -321,7 +232,7 @@ wide! {
 
     fn backward_segment<'a>(
         heads: Heads,
-        rope: &'a RopeTable,
+        rope: &'a Angles,
         qkv: &'a [f32],
         dout_rows: &'a [f32],
         dqkv: &'a mut [f32],
@@ -364,25 +275,28 @@ wide! {
                 );
                 gather(dout_rows, heads.out(), query * dim, dim, padded, dout);
                 for i in 0..len {
-                    let seen = (i + 1).next_multiple_of(LANES);
-                    let p = &mut p[i * stride..][..seen];
-                    let ds = &mut ds[i * stride..][..seen];
-                    scores(&q[i * padded..][..padded], k_columns, stride, i + 1, p);
-                    softmax(p, i + 1);
-                    scores(&dout[i * padded..][..padded], v_columns, stride, i + 1, ds);
-                    let mean = super::simd::dot(p, ds);
-                    for (ds, &p) in ds.iter_mut().zip(p.iter()) {
+                    let keys = heads.seen(i);
+                    let end = (i + 1).next_multiple_of(LANES);
+                    let p = &mut p[i * stride..][..end];
+                    let ds = &mut ds[i * stride..][..end];
+                    scores(&q[i * padded..][..padded], k_columns, stride, keys.clone(), p);
+                    softmax_of(p, keys.clone());
+                    scores(&dout[i * padded..][..padded], v_columns, stride, keys.clone(), ds);
+                    let (p, whole_ds) = (&p[whole(keys.start)..], &mut ds[whole(keys.start)..]);
+                    let mean = dot(p, whole_ds);
+                    for (ds, &p) in whole_ds.iter_mut().zip(p.iter()) {
                         *ds = p * (*ds - mean);
                     }
                     reset(row, padded);
-                    mix(&ds[..=i], 1, k, padded, row);
+                    mix(&ds[keys.clone()], 1, &k[keys.start * padded..], padded, row);
                     let dq = &mut dqkv[i * width + query * dim..][..dim];
                     rope.rotate_back(&row[..dim], i, heads.scale(), dq);
                 }
                 for j in 0..len {
                     let (row, column) = (j * padded, j * stride + j);
-                    mix(&ds[column..], stride, &q[row..], padded, &mut dk[row..][..padded]);
-                    mix(&p[column..], stride, &dout[row..], padded, &mut dv[row..][..padded]);
+                    let rows = row..j.saturating_add(heads.window).min(len) * padded;
+                    mix(&ds[column..], stride, &q[rows.clone()], padded, &mut dk[row..][..padded]);
+                    mix(&p[column..], stride, &dout[rows], padded, &mut dv[row..][..padded]);
                 }
             }
             for j in 0..len {
@@ -401,7 +315,7 @@ wide! {
     fn branch_segment<'a>(
         heads: Heads,
         branches: &'a [Branch],
-        rope: &'a RopeTable,
+        rope: &'a Angles,
         cache: &'a [f32],
         qkv: &'a [f32],
         out: &'a mut [f32],
@@ -439,13 +353,15 @@ wide! {
                     );
                     reset(dk, padded);
                     rope.rotate(&own[key_at..][..dim], prefix, 1.0, &mut dk[..dim]);
-                    let seen = (prefix + 1).next_multiple_of(LANES);
-                    reset(p, seen.max(stride));
-                    scores(q, k_columns, stride, prefix, p);
-                    p[prefix] = super::simd::dot(q, dk);
-                    softmax(&mut p[..seen], prefix + 1);
+                    let keys = heads.seen(prefix);
+                    let end = (prefix + 1).next_multiple_of(LANES);
+                    reset(p, end.max(stride));
+                    scores(q, k_columns, stride, keys.start..prefix, p);
+                    p[prefix] = dot(q, dk);
+                    softmax_of(&mut p[..end], keys.clone());
                     reset(row, padded);
-                    mix(&p[..prefix], 1, v, padded, row);
+                    let cached = keys.start..prefix;
+                    mix(&p[cached.clone()], 1, &v[cached.start * padded..], padded, row);
                     for (sum, &value) in row.iter_mut().zip(&own[value_at..][..dim]) {
                         *sum = value.mul_add(p[prefix], *sum);
                     }
