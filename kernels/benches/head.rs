@@ -123,6 +123,7 @@ impl Case<'_> {
                 Weights::F32(_) => "f32",
                 Weights::Bf16(_) => "bf16",
                 Weights::F16(_) => "f16",
+                Weights::Packed(_) => "packed",
             },
             millis(seconds),
             compared.map_or_else(|| "-".into(), |compared| millis(compared.theirs)),

@@ -18,6 +18,7 @@ pub mod fusion;
 pub mod head;
 pub mod loss;
 pub mod matmul;
+pub mod quant;
 pub mod records;
 mod reference;
 mod rows;

@@ -128,6 +128,7 @@ fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
     };
     let options = RunOptions {
         threads: config.worker.threads,
+        memory: config.worker.memory,
         end_with_parent: supervised,
     };
     worker::run(folders, options)?;

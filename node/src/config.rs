@@ -7,6 +7,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 use serde::Deserialize;
@@ -105,6 +106,19 @@ impl Policy {
 pub struct WorkerConfig {
     /// Threads; all cores if absent.
     pub threads: Option<NonZeroUsize>,
+    /// How the pivot is held while an adapter of it is trained.
+    pub memory: Memory,
+}
+
+/// How a model is held in memory while an adapter of it is trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// How its weights are stored; `f32` by default.
+    pub base: Format,
+    /// Whether activations are computed again in the backward pass rather than kept.
+    pub checkpoint_activations: bool,
+    /// Whether the layers' weights stay in a file in the spool and are read when they are computed.
+    pub offload: bool,
 }
 
 /// Host and port.
@@ -159,6 +173,11 @@ struct RawPolicy {
 #[serde(deny_unknown_fields)]
 struct RawWorker {
     threads: Option<usize>,
+    base: Option<String>,
+    #[serde(default)]
+    checkpoint_activations: bool,
+    #[serde(default)]
+    offload: bool,
 }
 
 impl Config {
@@ -243,6 +262,18 @@ impl Config {
             }
             threads => threads.and_then(NonZeroUsize::new),
         };
+        let base = match raw.worker.base.as_deref() {
+            None => Format::default(),
+            Some(name) => Format::named(name).ok_or_else(|| {
+                let expected = "\"f32\", \"bf16\", \"int8\" or \"nf4\"";
+                wrong("worker.base", &format!("{name:?}"), expected)
+            })?,
+        };
+        let memory = Memory {
+            base,
+            checkpoint_activations: raw.worker.checkpoint_activations,
+            offload: raw.worker.offload,
+        };
         let reference = raw.reference.map(|path| at("reference", &path));
         Ok(Self {
             path: path.to_owned(),
@@ -264,7 +295,7 @@ impl Config {
                 max_rounds,
                 max_bytes,
             },
-            worker: WorkerConfig { threads },
+            worker: WorkerConfig { threads, memory },
         })
     }
 }
@@ -335,6 +366,12 @@ max_bytes = 4_294_967_296
 [worker]
 # Threads; all cores without it.
 # threads = 8
+# How the pivot's weights are stored while its adapter is trained: "f32", "bf16", "int8" or "nf4" (4 bits).
+# base = "f32"
+# Activations are computed again in the backward pass rather than kept: less memory, a third more work.
+# checkpoint_activations = false
+# The weights of the layers stay in a file in the spool, and one layer at a time is read.
+# offload = false
 "#
     )
 }
@@ -362,6 +399,13 @@ mod tests {
         assert_eq!(config.server_name, "127.0.0.1");
         assert_eq!(config.aggregator.to_string(), "127.0.0.1:4433");
         assert_eq!((config.worker.threads, config.capacity), (None, 1));
+        assert_eq!(config.worker.memory, Memory::default());
+        let small = sample()
+            .replace("# base = \"f32\"", "base = \"nf4\"")
+            .replace("# offload = false", "offload = true");
+        let memory = parse(&small).unwrap().worker.memory;
+        assert_eq!((memory.base, memory.offload), (Format::Nf4, true));
+        assert!(!memory.checkpoint_activations);
         let absolute = sample().replace("\"pivot\"", "\"/models/pivot\"");
         assert_eq!(parse(&absolute).unwrap().pivot, Path::new("/models/pivot"));
         let v6 = sample().replace("127.0.0.1:", "[::1]:");
@@ -426,6 +470,8 @@ mod tests {
                 "1 to 1024",
             ),
             ("# threads = 8", "thread = 8", "thread", "expected"),
+            ("# base = \"f32\"", "base = \"fp4\"", "worker.base", "nf4"),
+            ("# offload = false", "offload = 1", "offload", "boolean"),
             ("# capacity = 1", "capacity = -1", "capacity", "u32"),
         ];
         for (from, to, key, fix) in cases {

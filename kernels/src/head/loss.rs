@@ -307,6 +307,11 @@ impl Head<'_> {
             Weights::F32(weights) => add(&weights[values], factor, to),
             Weights::Bf16(weights) => add(&weights[values], factor, to),
             Weights::F16(weights) => add(&weights[values], factor, to),
+            Weights::Packed(weights) => {
+                let mut wide = vec![0.0; self.width];
+                weights.slice(row, 1).decode(&mut wide);
+                add(&wide, factor, to);
+            }
         }
     }
 }

@@ -21,12 +21,11 @@ use crate::cpu::Level;
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, ResidentHead};
 use crate::element::Element;
-#[cfg(not(feature = "cuda"))]
-use crate::error::CudaError;
-use crate::error::HeadError;
 #[cfg(feature = "cuda")]
 use crate::error::Refusal;
+use crate::error::{CudaError, HeadError};
 use crate::matmul::{View, ViewMut, Write, abt};
+use crate::quant::Matrix;
 use crate::vocab::Vocab;
 
 /// Bytes of logits that exist at a time, unless a single row has more.
@@ -49,6 +48,8 @@ pub enum Weights<'a> {
     Bf16(&'a [bf16]),
     /// Half precision.
     F16(&'a [f16]),
+    /// A frozen matrix in fewer bits. Its head runs on the host.
+    Packed(Matrix<'a>),
 }
 
 impl Weights<'_> {
@@ -57,6 +58,7 @@ impl Weights<'_> {
             Self::F32(weights) => weights.len(),
             Self::Bf16(weights) => weights.len(),
             Self::F16(weights) => weights.len(),
+            Self::Packed(weights) => weights.rows() * weights.columns(),
         }
     }
 }
@@ -115,7 +117,8 @@ impl<'a> Head<'a> {
     /// As [`Self::new`], or where the copy fails.
     pub fn best(vocab: &'a Vocab, weights: Weights<'a>, width: usize) -> Result<Self, HeadError> {
         let is_worth_it = weights.len() >= DEVICE_WEIGHTS;
-        if is_worth_it && Backend::present().contains(&Backend::Cuda) {
+        let is_on_host = matches!(weights, Weights::Packed(_));
+        if is_worth_it && !is_on_host && Backend::present().contains(&Backend::Cuda) {
             Self::resident(vocab, weights, width)
         } else {
             Self::new(vocab, weights, width)
@@ -139,6 +142,10 @@ impl<'a> Head<'a> {
                 Weights::F32(weights) => ResidentHead::upload(device, vocab, weights, width),
                 Weights::Bf16(weights) => ResidentHead::upload(device, vocab, weights, width),
                 Weights::F16(weights) => ResidentHead::upload(device, vocab, weights, width),
+                Weights::Packed(_) => {
+                    let what = "a head in fewer bits";
+                    Err(CudaError::Unsupported { what })
+                }
             }?;
             let resident = Some(Arc::new(resident));
             Ok(Self { resident, ..head })
@@ -194,6 +201,14 @@ impl<'a> Head<'a> {
             }
             Weights::F16(weights) => {
                 widened(blocks, width, |tokens| &weights[values(tokens)], work);
+            }
+            Weights::Packed(weights) => {
+                let mut wide = Vec::new();
+                for tokens in blocks {
+                    wide.resize(tokens.len() * width, 0.0);
+                    weights.slice(tokens.start, tokens.len()).decode(&mut wide);
+                    work(tokens.start, View::new(&wide, tokens.len(), width));
+                }
             }
         }
     }

@@ -15,6 +15,7 @@ use consilium_protocol::{Clock as _, Digest, limits};
 use super::error::WorkError;
 use super::evaluate::evaluate;
 use super::holdout;
+use super::model::{BaseStorage, OffloadFile};
 use super::monitor::Monitor;
 use super::part::items_of;
 use super::progress::Terminal;
@@ -22,7 +23,7 @@ use super::score::score_shard;
 use super::source::LoadedModel;
 use super::train::distill::{Distiller, Objective, Settings};
 use super::train::targets::Targets;
-use crate::config::Config;
+use crate::config::{Config, Memory};
 use crate::error::with_causes;
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 
@@ -64,6 +65,7 @@ pub struct Worker<'a> {
     reference: Option<Arc<ReferenceSet>>,
     source: Option<LoadedModel>,
     distiller: Option<Running>,
+    memory: Memory,
 }
 
 /// A distiller and where it is.
@@ -88,7 +90,14 @@ impl<'a> Worker<'a> {
             reference: None,
             source: None,
             distiller: None,
+            memory: Memory::default(),
         })
+    }
+
+    /// Holds the pivot in another way while an adapter of it is trained.
+    #[must_use]
+    pub fn with_memory(self, memory: Memory) -> Self {
+        Self { memory, ..self }
     }
 
     /// The spool.
@@ -241,7 +250,9 @@ impl<'a> Worker<'a> {
         {
             return Ok(running);
         }
-        let pivot = LoadedModel::load(&self.folders.pivot)?;
+        let mut pivot = LoadedModel::load_as(&self.folders.pivot, &self.storage(&settings)?)?;
+        let again = self.memory.checkpoint_activations;
+        pivot.model.checkpoint_activations(again);
         let mut distiller = Distiller::new(pivot, settings)?;
         if let Some((inner, name)) = before {
             distiller.restore_state(&self.spool.state_path(name))?;
@@ -254,6 +265,20 @@ impl<'a> Worker<'a> {
             distiller,
             manifest: job.manifest,
             after,
+        })
+    }
+
+    /// How the pivot is stored while its adapter is trained.
+    fn storage(&self, settings: &Settings) -> Result<BaseStorage, WorkError> {
+        let offload = if self.memory.offload {
+            Some(Arc::new(OffloadFile::create(&self.spool.state_path(""))?))
+        } else {
+            None
+        };
+        Ok(BaseStorage {
+            format: self.memory.base,
+            tables: !settings.lora.embeddings_and_head,
+            offload,
         })
     }
 

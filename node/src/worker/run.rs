@@ -10,6 +10,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::error::WorkError;
 use super::jobs::{Folders, Worker};
+use crate::config::Memory;
 
 /// Longest time until an idle worker notices a signal.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -19,6 +20,8 @@ const PATIENCE: Duration = Duration::from_millis(200);
 pub struct RunOptions {
     /// Threads of the computations; all cores if absent.
     pub threads: Option<NonZeroUsize>,
+    /// How the pivot is held while an adapter of it is trained.
+    pub memory: Memory,
     /// End when the process that started this one is gone, as a child of the agent should.
     pub end_with_parent: bool,
 }
@@ -51,7 +54,7 @@ pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
     let stop =
         || signal.load(Ordering::Relaxed) || (options.end_with_parent && parent_id() != parent);
     pool.install(|| {
-        let mut worker = Worker::new(folders, &stop)?;
+        let mut worker = Worker::new(folders, &stop)?.with_memory(options.memory);
         let threads = rayon::current_num_threads();
         tracing::info!(spool = %worker.spool().dir().display(), threads, "worker waits for jobs");
         while !stop() {

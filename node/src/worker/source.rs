@@ -8,7 +8,7 @@ use consilium_kernels::Vocab;
 
 use super::data::{Batch, Item};
 use super::error::WorkError;
-use super::model::{self, Model, ModelConfig, ModelError};
+use super::model::{self, BaseStorage, Model, ModelConfig, ModelError};
 use super::tokenizer::Tokenizer;
 
 /// Tokens of one batch at most; beyond this a pass gains nothing.
@@ -31,10 +31,18 @@ impl LoadedModel {
     /// # Errors
     /// A file is missing or cannot be used, or tokenizer and model do not fit.
     pub fn load(folder: &Path) -> Result<Self, WorkError> {
+        Self::load_as(folder, &BaseStorage::default())
+    }
+
+    /// [`Self::load`], with weights that will not be trained stored otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(folder: &Path, storage: &BaseStorage) -> Result<Self, WorkError> {
         let tokenizer = Tokenizer::load(folder)?;
         let config = ModelConfig::load(folder).map_err(ModelError::from)?;
         let vocab = tokenizer.vocab(config.vocab_size)?;
-        let model = model::load_folder(folder, vocab.id_of_rank().to_vec())?;
+        let model = model::load_folder_as(folder, vocab.id_of_rank().to_vec(), storage)?;
         Ok(Self {
             model,
             tokenizer: Arc::new(tokenizer),

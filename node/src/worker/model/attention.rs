@@ -95,7 +95,7 @@ impl AttentionBlock {
         let rows = x.len() / self.width;
         let mut inverse = context.scratch.take(rows);
         let mut normed = context.scratch.take(x.len());
-        let weight = &weights.base[self.norm..][..self.width];
+        let weight = weights.base.vector(self.norm, self.width);
         norm::forward(x, weight, self.eps, &mut normed, &mut inverse);
         let mut qkv = context.scratch.take(rows * self.heads.row());
         self.qkv
@@ -132,7 +132,7 @@ impl Block for AttentionBlock {
     type Kept = Kept;
     const NAME: &'static str = "attention block";
 
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> (Vec<f32>, Kept) {
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Kept {
         let (inverse, normed, qkv) = self.qkv(context, weights, x);
         let rows = x.len() / self.width;
         let mut mixed = context.scratch.take(rows * self.heads.out());
@@ -143,16 +143,21 @@ impl Block for AttentionBlock {
             &qkv,
             &mut mixed,
         );
-        let y = self.finish(context, weights, x, &mixed);
-        (
-            y,
-            Kept {
-                inverse,
-                normed,
-                qkv,
-                mixed,
-            },
-        )
+        Kept {
+            inverse,
+            normed,
+            qkv,
+            mixed,
+        }
+    }
+
+    fn output(&self, context: &Context, weights: Weights<'_>, x: &[f32], kept: &Kept) -> Vec<f32> {
+        self.finish(context, weights, x, &kept.mixed)
+    }
+
+    fn release(context: &Context, kept: Kept) {
+        let qkv = kept.into_cache(context);
+        context.scratch.give(qkv);
     }
 
     fn backward(
@@ -163,7 +168,8 @@ impl Block for AttentionBlock {
         kept: Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32> {
+        wants_dx: bool,
+    ) -> Option<Vec<f32>> {
         let Kept {
             inverse,
             normed,
@@ -188,20 +194,24 @@ impl Block for AttentionBlock {
         );
         scratch.give(dmixed);
         scratch.give(qkv);
-        let mut dnormed = scratch.take(normed.len());
-        self.qkv
-            .input_gradient(weights, scratch, &dqkv, &mut dnormed);
         self.qkv
             .weight_gradient(weights, scratch, &normed, &dqkv, gradient);
-        scratch.give(dqkv);
-        let mut dx = dy.to_vec();
-        let dnorm = weights
-            .lora
-            .is_none()
-            .then(|| &mut gradient[self.norm..][..self.width]);
-        let weight = &weights.base[self.norm..][..self.width];
-        norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
-        for buffer in [inverse, normed, dnormed] {
+        // The gradient of the norm's weight needs that of its output.
+        let dx = (wants_dx || weights.lora.is_none()).then(|| {
+            let mut dnormed = scratch.take(normed.len());
+            self.qkv
+                .input_gradient(weights, scratch, &dqkv, &mut dnormed);
+            let mut dx = dy.to_vec();
+            let dnorm = weights
+                .lora
+                .is_none()
+                .then(|| &mut gradient[self.norm..][..self.width]);
+            let weight = weights.base.vector(self.norm, self.width);
+            norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
+            scratch.give(dnormed);
+            dx
+        });
+        for buffer in [inverse, normed, dqkv] {
             scratch.give(buffer);
         }
         dx

@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor, bail};
 
+use super::frozen::Base;
 use super::ops::attention::Segment;
 use super::ops::linear::{Factors, Weights};
 use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
-use super::parameters::{Bank, floats, with_floats};
+use super::parameters::{Bank, Values, floats, with_floats};
 
 /// What all blocks of one pass share.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(crate) struct Context {
     pub(crate) segments: Arc<[Segment]>,
     pub(crate) rope: Arc<RopeTable>,
     pub(crate) scratch: Scratch,
+    /// Whether activations are computed again in the backward pass (Chen et al. 2016) rather than kept.
+    pub(crate) checkpoint: bool,
 }
 
 /// A residual block: values in, values of the same shape out.
@@ -27,11 +30,34 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
     /// Name in candle's messages.
     const NAME: &'static str;
 
-    /// The block's output, its input included.
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32])
-    -> (Vec<f32>, Self::Kept);
+    /// What the output is made of.
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Self::Kept;
 
-    /// The gradient with respect to `x`; that of the trained parameters goes to `gradient`.
+    /// The block's output, its input included.
+    fn output(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+        kept: &Self::Kept,
+    ) -> Vec<f32>;
+
+    /// Gives all buffers back.
+    fn release(context: &Context, kept: Self::Kept);
+
+    /// Output and activations.
+    fn forward(
+        &self,
+        context: &Context,
+        weights: Weights<'_>,
+        x: &[f32],
+    ) -> (Vec<f32>, Self::Kept) {
+        let kept = self.activations(context, weights, x);
+        (self.output(context, weights, x, &kept), kept)
+    }
+
+    /// The gradient with respect to `x`, unless nobody wants it; that of the trained parameters goes to
+    /// `gradient`.
     fn backward(
         &self,
         context: &Context,
@@ -40,7 +66,8 @@ pub(crate) trait Block: fmt::Debug + Send + Sync + 'static {
         kept: Self::Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32>;
+        wants_dx: bool,
+    ) -> Option<Vec<f32>>;
 }
 
 /// A block's weights and, with adapters, its factors.
@@ -53,7 +80,7 @@ pub(crate) struct Banks<'a> {
 impl Banks<'_> {
     /// Lends the weights.
     pub(crate) fn read<R>(self, f: impl FnOnce(Weights<'_>) -> R) -> candle_core::Result<R> {
-        self.base.read(|base| match self.lora {
+        self.base.values().lend(|base| match self.lora {
             None => Ok(f(Weights { base, lora: None })),
             Some((bank, rank, scale)) => bank.read(|values| {
                 f(Weights {
@@ -69,30 +96,34 @@ impl Banks<'_> {
     }
 }
 
-/// Appends a block to the graph. Exactly one of its banks must be trainable.
+/// Appends a block to the graph. Exactly one of its banks must be trainable. `wants_dx` is false where
+/// nothing before the block is trained.
 pub(crate) fn apply<B: Block>(
     block: &Arc<B>,
     context: &Arc<Context>,
     banks: Banks<'_>,
     x: &Tensor,
+    wants_dx: bool,
 ) -> candle_core::Result<Tensor> {
     let (trained, frozen) = match banks.lora {
         None => (banks.base, None),
-        Some((bank, rank, scale)) => (bank, Some((banks.base.tensor().clone(), rank, scale))),
+        Some((bank, rank, scale)) => (bank, Some((banks.base.values().clone(), rank, scale))),
     };
     let op = BlockOp {
         block: Arc::clone(block),
         context: Arc::clone(context),
         frozen,
+        wants_dx,
         kept: Mutex::new(None),
     };
-    x.apply_op2(trained.tensor(), op)
+    x.apply_op2(trained.tensor()?, op)
 }
 
 struct BlockOp<B: Block> {
     block: Arc<B>,
     context: Arc<Context>,
-    frozen: Option<(Tensor, usize, f32)>,
+    frozen: Option<(Values, usize, f32)>,
+    wants_dx: bool,
     kept: Mutex<Option<B::Kept>>,
 }
 
@@ -104,10 +135,10 @@ impl<B: Block> BlockOp<B> {
     ) -> candle_core::Result<R> {
         match &self.frozen {
             None => Ok(f(Weights {
-                base: trained,
+                base: Base::Floats(trained),
                 lora: None,
             })),
-            Some((base, rank, scale)) => with_floats(base, |base| {
+            Some((base, rank, scale)) => base.lend(|base| {
                 let lora = Factors {
                     values: trained,
                     rank: *rank,
@@ -138,7 +169,11 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
         let (y, kept) = self.with_weights(trained, |weights| {
             self.block.forward(&self.context, weights, x)
         })?;
-        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        if self.context.checkpoint {
+            B::release(&self.context, kept);
+        } else {
+            *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+        }
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
@@ -154,22 +189,26 @@ impl<B: Block> CustomOp2 for BlockOp<B> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let Some(kept) = kept else {
-            bail!("{}: backward without forward", B::NAME)
-        };
+        if kept.is_none() && !self.context.checkpoint {
+            bail!("{}: backward twice", B::NAME)
+        }
+        let (block, context) = (&self.block, &*self.context);
         let mut gradient = vec![0f32; trained.elem_count()];
         let dx = with_floats(x, |values| {
             with_floats(dy, |dy| {
                 with_floats(trained, |trained| {
                     self.with_weights(trained, |weights| {
-                        self.block
-                            .backward(&self.context, weights, values, kept, dy, &mut gradient)
+                        let again = || block.activations(context, weights, values);
+                        let kept = kept.unwrap_or_else(again);
+                        let gradient = &mut gradient;
+                        block.backward(context, weights, values, kept, dy, gradient, self.wants_dx)
                     })
                 })
             })
         })????;
+        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), x.device()));
         Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
+            dx.transpose()?,
             Some(Tensor::from_vec(
                 gradient,
                 trained.shape(),

@@ -2,21 +2,23 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use consilium_kernels::head::{self, Weights};
 use consilium_kernels::loss::ItemLoss;
+use consilium_kernels::quant::Format;
 use consilium_kernels::{LossError, Vocab};
 
 use super::attention::AttentionBlock;
 use super::block::{Banks, Context, apply};
 use super::config::ModelConfig;
 use super::feed_forward::FeedForwardBlock;
+use super::frozen::{BaseMatrix, BaseStorage};
 use super::head::{Gather, HeadGradients, HeadLoss, Normed, normalise};
 use super::lora::Lora;
 use super::ops::attention::Segment;
 use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
-use super::parameters::{Bank, Plan, Slot, with_floats};
+use super::parameters::{Bank, Plan, Slot, Values, with_floats};
 use super::{ModelError, NamedTensors};
 
 /// A decoder with its weights and, after [`attach_lora`](Model::attach_lora), its adapters.
@@ -31,6 +33,7 @@ pub struct Model {
     pub(crate) head: Head,
     pub(crate) lora: Option<Lora>,
     pub(crate) scratch: Scratch,
+    pub(crate) checkpoint_activations: bool,
     rope: Mutex<Arc<RopeTable>>,
 }
 
@@ -47,7 +50,7 @@ pub(crate) enum Head {
     Own(Bank),
     /// The embedding; while that is frozen, `ordered` holds its rows in rank order.
     Tied {
-        ordered: Option<Tensor>,
+        ordered: Option<Values>,
     },
 }
 
@@ -75,10 +78,12 @@ impl Packed {
 }
 
 impl Model {
-    /// Builds all banks, `fill` writes each tensor (the head in the order of ids).
+    /// Builds all banks, `fill` writes each tensor (the head in the order of ids). Each bank is stored as it
+    /// is built, so that only one of them is there as f32 and otherwise at a time.
     pub(crate) fn build(
         config: ModelConfig,
         id_of_rank: Vec<u32>,
+        storage: &BaseStorage,
         mut fill: impl FnMut(&Slot, &mut [f32]) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
         config
@@ -90,6 +95,8 @@ impl Model {
             })?;
         let rank_of_id = inverse(&id_of_rank, config.vocab_size)?;
         let table = [config.vocab_size, config.hidden_size];
+        let tables = storage.table_format();
+        let (format, file) = (storage.format, storage.offload.as_ref());
         let embedding = single("model.embed_tokens.weight", &table).build(&mut fill)?;
         let mut layers = Vec::with_capacity(config.layers);
         for index in 0..config.layers {
@@ -99,18 +106,23 @@ impl Model {
                 attention: (Arc::new(attention), attention_plan.build(&mut fill)?),
                 feed_forward: (Arc::new(feed_forward), feed_forward_plan.build(&mut fill)?),
             });
+            if let Some(layer) = layers.last_mut() {
+                layer.attention.1.store(format, file)?;
+                layer.feed_forward.1.store(format, file)?;
+            }
         }
         let norm = single("model.norm.weight", &[config.hidden_size]).build(&mut fill)?;
         let head = if config.tied {
             Head::Tied { ordered: None }
         } else {
             let plan = single("lm_head.weight", &table);
-            let head = plan.build(|slot, out| {
+            let mut head = plan.build(|slot, out| {
                 fill(slot, out)?;
                 let by_rank = permuted(out, &id_of_rank, config.hidden_size);
                 out.copy_from_slice(&by_rank);
                 Ok::<_, ModelError>(())
             })?;
+            head.store(tables, None)?;
             Head::Own(head)
         };
         let rope = RopeTable::new(&config.rope, config.head_dim, 128.min(config.max_positions));
@@ -124,9 +136,11 @@ impl Model {
             head,
             lora: None,
             scratch: Scratch::default(),
+            checkpoint_activations: false,
             rope: Mutex::new(Arc::new(rope)),
         };
         model.order_tied_head()?;
+        model.store_tables(tables)?;
         Ok(model)
     }
 
@@ -155,7 +169,29 @@ impl Model {
         matches!(self.head, Head::Tied { .. })
     }
 
-    /// A copy that shares no storage.
+    /// Whether training computes the activations of a block again in the backward pass (Chen et al. 2016):
+    /// memory for a block's activations instead of all, for a forward pass more.
+    pub fn checkpoint_activations(&mut self, again: bool) {
+        self.checkpoint_activations = again;
+    }
+
+    /// Bytes of all weights without adapters, those in a file included.
+    pub fn base_bytes(&self) -> usize {
+        let ordered = match &self.head {
+            Head::Tied {
+                ordered: Some(values),
+            } => values.bytes(),
+            _ => 0,
+        };
+        let banks = self.base_banks();
+        banks
+            .iter()
+            .map(|bank| bank.values().bytes())
+            .sum::<usize>()
+            + ordered
+    }
+
+    /// A copy that shares nothing that can change.
     pub fn duplicate(&self) -> Result<Self, ModelError> {
         let layer = |layer: &Layer| {
             Ok::<_, candle_core::Error>(Layer {
@@ -193,6 +229,7 @@ impl Model {
             head,
             lora,
             scratch: Scratch::default(),
+            checkpoint_activations: self.checkpoint_activations,
             rope: Mutex::new(rope),
         };
         copy.order_tied_head()?;
@@ -227,16 +264,13 @@ impl Model {
         }
         self.check(batch, &rows)?;
         let context = self.context(batch);
-        let ids = batch.tokens.as_slice().into();
-        let gather = Gather {
-            ids,
-            width: self.config.hidden_size,
-        };
-        let mut x = self.embedding.tensor().apply_op1(gather)?;
+        let trains_embedding = self.embedding.is_trainable();
+        let mut x = self.embedded(batch)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (attention, feed_forward) = self.banks(index, layer);
-            x = apply(&layer.attention.0, &context, attention, &x)?;
-            x = apply(&layer.feed_forward.0, &context, feed_forward, &x)?;
+            let wants_dx = index > 0 || trains_embedding;
+            x = apply(&layer.attention.0, &context, attention, &x, wants_dx)?;
+            x = apply(&layer.feed_forward.0, &context, feed_forward, &x, true)?;
         }
         let eps = self.config.eps();
         let normed = with_floats(&x, |x| {
@@ -249,6 +283,18 @@ impl Model {
             rows,
             normed,
         })
+    }
+
+    /// Rows of the embedding, in the graph where that is trained.
+    fn embedded(&self, batch: &Packed) -> Result<Tensor, ModelError> {
+        let width = self.config.hidden_size;
+        if self.embedding.is_trainable() {
+            let ids = batch.tokens.as_slice().into();
+            return Ok(self.embedding.tensor()?.apply_op1(Gather { ids, width })?);
+        }
+        let rows = self.embed(&batch.tokens)?;
+        let len = rows.len();
+        Ok(Tensor::from_vec(rows, len, &Device::Cpu)?)
     }
 
     /// Trainable tensors in a fixed order: the order of [`Gradients`].
@@ -334,24 +380,36 @@ impl Model {
             let values = self.embedding.read(|values| self.in_rank_order(values))?;
             let len = values.len();
             self.head = Head::Tied {
-                ordered: Some(Tensor::from_vec(values, len, &Device::Cpu)?),
+                ordered: Some(Values::Floats(Tensor::from_vec(values, len, &Device::Cpu)?)),
             };
         }
         Ok(())
     }
 
-    pub(crate) fn head_tensor(&self) -> Result<Tensor, ModelError> {
+    /// Stores the embedding and a tied head's rows in fewer bits.
+    fn store_tables(&mut self, format: Format) -> Result<(), ModelError> {
+        if let Head::Tied {
+            ordered: Some(ordered),
+        } = &mut self.head
+        {
+            *ordered = ordered.stored(self.embedding.slots(), format, None)?;
+        }
+        Ok(self.embedding.store(format, None)?)
+    }
+
+    /// The head's rows in rank order.
+    pub(crate) fn head_values(&self) -> Result<Values, ModelError> {
         Ok(match &self.head {
-            Head::Own(bank) => bank.tensor().clone(),
+            Head::Own(bank) => bank.values().clone(),
             Head::Tied {
                 ordered: Some(ordered),
             } => ordered.clone(),
             Head::Tied { ordered: None } => {
                 let ids = Arc::clone(&self.id_of_rank);
-                self.embedding.tensor().apply_op1(Gather {
+                Values::Floats(self.embedding.tensor()?.apply_op1(Gather {
                     ids,
                     width: self.config.hidden_size,
-                })?
+                })?)
             }
         })
     }
@@ -359,13 +417,17 @@ impl Model {
     /// The head's table with a vocabulary: hidden states in, losses or records out.
     pub(crate) fn with_head<R>(
         &self,
-        table: &Tensor,
+        table: &Values,
         vocab: &Vocab,
         work: impl FnOnce(&head::Head<'_>) -> R,
     ) -> Result<R, ModelError> {
-        with_floats(table, |table| {
-            let width = self.config.hidden_size;
-            Ok(work(&head::Head::best(vocab, Weights::F32(table), width)?))
+        let width = self.config.hidden_size;
+        table.lend(|base| {
+            let weights = match base.matrix(0, self.config.vocab_size, width) {
+                BaseMatrix::Floats(_, table) => Weights::F32(table),
+                BaseMatrix::Packed(matrix) => Weights::Packed(matrix),
+            };
+            Ok(work(&head::Head::best(vocab, weights, width)?))
         })?
     }
 
@@ -404,6 +466,7 @@ impl Model {
             segments,
             rope,
             scratch: self.scratch.clone(),
+            checkpoint: self.checkpoint_activations,
         })
     }
 
@@ -498,9 +561,9 @@ impl Pass<'_> {
         items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
         let model = self.model;
-        let table = model.head_tensor()?;
+        let table = model.head_values()?;
         let mut dnormed = model.scratch.take(self.normed.values.len());
-        let mut dhead = model.trains_head().then(|| vec![0f32; table.elem_count()]);
+        let mut dhead = model.trains_head().then(|| vec![0f32; table.len()]);
         let loss = model.with_head(&table, vocab, |head| {
             head.loss(
                 &self.normed.values,
@@ -520,12 +583,17 @@ impl Pass<'_> {
     fn gradients(
         self,
         value: f64,
-        table: &Tensor,
+        table: &Values,
         dnormed: Vec<f32>,
         dhead: Option<Vec<f32>>,
     ) -> Result<Gradients, ModelError> {
         let model = self.model;
-        let norm = model.norm.tensor();
+        let norm = model.norm.tensor()?;
+        // A head that is not trained takes no part in the graph.
+        let table = match table {
+            Values::Floats(table) => table.clone(),
+            Values::Frozen(_) => Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+        };
         let root = HeadLoss {
             loss: value as f32,
             rows: self.rows,
@@ -537,11 +605,11 @@ impl Pass<'_> {
             scratch: model.scratch.clone(),
             train_norm: model.norm.is_trainable(),
         };
-        let loss = self.hidden.apply_op3(norm, table, root)?;
+        let loss = self.hidden.apply_op3(norm, &table, root)?;
         let mut store = loss.backward()?;
         let take = |bank: &&Bank| {
             store
-                .remove(bank.tensor())
+                .remove(bank.tensor()?)
                 .ok_or_else(|| ModelError::NoGradient {
                     name: bank
                         .slots()

@@ -71,43 +71,42 @@ impl FeedForwardBlock {
     }
 }
 
-impl Kept {
-    /// Gives all buffers back.
-    pub(crate) fn release(self, context: &Context) {
-        for buffer in [self.inverse, self.normed, self.gate_up] {
-            context.scratch.give(buffer);
-        }
-    }
-}
-
 impl Block for FeedForwardBlock {
     type Kept = Kept;
     const NAME: &'static str = "feed-forward block";
 
-    fn forward(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> (Vec<f32>, Kept) {
+    fn activations(&self, context: &Context, weights: Weights<'_>, x: &[f32]) -> Kept {
         let scratch = &context.scratch;
         let rows = x.len() / self.width;
         let mut inverse = scratch.take(rows);
         let mut normed = scratch.take(x.len());
-        let weight = &weights.base[self.norm..][..self.width];
+        let weight = weights.base.vector(self.norm, self.width);
         norm::forward(x, weight, self.eps, &mut normed, &mut inverse);
         let mut gate_up = scratch.take(rows * 2 * self.inner);
         self.gate_up
             .forward(weights, scratch, &normed, &mut gate_up, Write::Replace);
-        let mut active = scratch.take(rows * self.inner);
-        swiglu::forward(&gate_up, self.inner, &mut active);
+        Kept {
+            inverse,
+            normed,
+            gate_up,
+        }
+    }
+
+    fn output(&self, context: &Context, weights: Weights<'_>, x: &[f32], kept: &Kept) -> Vec<f32> {
+        let scratch = &context.scratch;
+        let mut active = scratch.take(kept.gate_up.len() / 2);
+        swiglu::forward(&kept.gate_up, self.inner, &mut active);
         let mut y = x.to_vec();
         self.down
             .forward(weights, scratch, &active, &mut y, Write::Add);
         scratch.give(active);
-        (
-            y,
-            Kept {
-                inverse,
-                normed,
-                gate_up,
-            },
-        )
+        y
+    }
+
+    fn release(context: &Context, kept: Kept) {
+        for buffer in [kept.inverse, kept.normed, kept.gate_up] {
+            context.scratch.give(buffer);
+        }
     }
 
     fn backward(
@@ -118,7 +117,8 @@ impl Block for FeedForwardBlock {
         kept: Kept,
         dy: &[f32],
         gradient: &mut [f32],
-    ) -> Vec<f32> {
+        wants_dx: bool,
+    ) -> Option<Vec<f32>> {
         let Kept {
             inverse,
             normed,
@@ -132,20 +132,24 @@ impl Block for FeedForwardBlock {
         self.down
             .weight_gradient(weights, scratch, &active, dy, gradient);
         scratch.give(active);
-        let mut dnormed = scratch.take(normed.len());
-        self.gate_up
-            .input_gradient(weights, scratch, &gate_up, &mut dnormed);
         self.gate_up
             .weight_gradient(weights, scratch, &normed, &gate_up, gradient);
-        scratch.give(gate_up);
-        let mut dx = dy.to_vec();
-        let dnorm = weights
-            .lora
-            .is_none()
-            .then(|| &mut gradient[self.norm..][..self.width]);
-        let weight = &weights.base[self.norm..][..self.width];
-        norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
-        for buffer in [inverse, normed, dnormed] {
+        // The gradient of the norm's weight needs that of its output.
+        let dx = (wants_dx || weights.lora.is_none()).then(|| {
+            let mut dnormed = scratch.take(normed.len());
+            self.gate_up
+                .input_gradient(weights, scratch, &gate_up, &mut dnormed);
+            let mut dx = dy.to_vec();
+            let dnorm = weights
+                .lora
+                .is_none()
+                .then(|| &mut gradient[self.norm..][..self.width]);
+            let weight = weights.base.vector(self.norm, self.width);
+            norm::backward(x, weight, &inverse, &dnormed, &mut dx, dnorm);
+            scratch.give(dnormed);
+            dx
+        });
+        for buffer in [inverse, normed, gate_up] {
             scratch.give(buffer);
         }
         dx

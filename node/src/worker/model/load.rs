@@ -14,6 +14,7 @@ use rand_chacha::ChaCha12Rng;
 use safetensors::tensor::SafeTensors;
 
 use super::config::{ModelConfig, read_object};
+use super::frozen::BaseStorage;
 use super::parameters::Slot;
 use super::{Model, ModelError, tensors};
 
@@ -23,12 +24,21 @@ const INITIAL_DEVIATION: f64 = 0.02;
 /// Loads `config.json` and `model.safetensors` (or the shards of `model.safetensors.index.json`).
 /// `id_of_rank` orders the head's rows; pass the identity to keep the order of ids.
 pub fn load_folder(folder: &Path, id_of_rank: Vec<u32>) -> Result<Model, ModelError> {
+    load_folder_as(folder, id_of_rank, &BaseStorage::default())
+}
+
+/// [`load_folder`], with weights that will not be trained stored otherwise.
+pub fn load_folder_as(
+    folder: &Path,
+    id_of_rank: Vec<u32>,
+    storage: &BaseStorage,
+) -> Result<Model, ModelError> {
     let config = ModelConfig::load(folder)?;
     let shards = Shards::read(folder)?;
     let files = shards.open()?;
     let tied = config.tied;
     let mut used = Vec::new();
-    let model = Model::build(config, id_of_rank, |slot, out| {
+    let model = Model::build(config, id_of_rank, storage, |slot, out| {
         used.push(slot.name.clone());
         fill(&files, folder, slot, out)
     })?;
@@ -49,8 +59,18 @@ pub fn load_folder(folder: &Path, id_of_rank: Vec<u32>) -> Result<Model, ModelEr
 
 /// A new model: norms one, biases zero, all else normal with deviation 0.02.
 pub fn random(config: ModelConfig, id_of_rank: Vec<u32>, seed: u64) -> Result<Model, ModelError> {
+    random_as(config, id_of_rank, seed, &BaseStorage::default())
+}
+
+/// [`random`], with weights that will not be trained stored otherwise.
+pub fn random_as(
+    config: ModelConfig,
+    id_of_rank: Vec<u32>,
+    seed: u64,
+    storage: &BaseStorage,
+) -> Result<Model, ModelError> {
     let mut rng = ChaCha12Rng::seed_from_u64(seed);
-    Model::build(config, id_of_rank, |slot, out| {
+    Model::build(config, id_of_rank, storage, |slot, out| {
         if slot.name.ends_with("norm.weight") {
             out.fill(1.0);
         } else if slot.name.ends_with("bias") {

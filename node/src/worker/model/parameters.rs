@@ -2,8 +2,12 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor, Var, bail};
+use consilium_kernels::quant::Format;
+
+use super::frozen::{Base, Frozen, OffloadFile};
 
 /// One named tensor of a bank.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,8 +56,65 @@ impl Plan {
         let values = Tensor::from_vec(values, self.len, &Device::Cpu)?;
         Ok(Bank {
             slots: self.slots,
-            values,
+            values: Values::Floats(values),
         })
+    }
+}
+
+/// Where the values of a bank are.
+#[derive(Debug, Clone)]
+pub(crate) enum Values {
+    /// A flat tensor, a candle variable if trainable.
+    Floats(Tensor),
+    /// In fewer bits or in a file, never trained.
+    Frozen(Arc<Frozen>),
+}
+
+impl Values {
+    /// Lends the weights.
+    pub(crate) fn lend<R>(&self, f: impl FnOnce(Base<'_>) -> R) -> candle_core::Result<R> {
+        match self {
+            Self::Floats(tensor) => with_floats(tensor, |values| f(Base::Floats(values))),
+            Self::Frozen(frozen) => frozen.lend(f),
+        }
+    }
+
+    /// Number of values.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Floats(tensor) => tensor.elem_count(),
+            Self::Frozen(frozen) => frozen.len(),
+        }
+    }
+
+    /// Bytes that the values take, in memory or in a file.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Floats(tensor) => tensor.elem_count() * size_of::<f32>(),
+            Self::Frozen(frozen) => frozen.bytes(),
+        }
+    }
+
+    /// Reads the values, decoded where they are stored otherwise.
+    pub(crate) fn read<R>(&self, f: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+        match self {
+            Self::Floats(tensor) => with_floats(tensor, f),
+            Self::Frozen(frozen) => Ok(f(&frozen.decode()?)),
+        }
+    }
+
+    /// The matrices in another format or in a file; they can then only be read.
+    pub(crate) fn stored(
+        &self,
+        slots: &[Slot],
+        format: Format,
+        file: Option<&Arc<OffloadFile>>,
+    ) -> candle_core::Result<Self> {
+        if format == Format::F32 && file.is_none() {
+            return Ok(self.clone());
+        }
+        let frozen = self.read(|values| Frozen::new(slots, values, format, file))??;
+        Ok(Self::Frozen(Arc::new(frozen)))
     }
 }
 
@@ -61,7 +122,7 @@ impl Plan {
 #[derive(Debug)]
 pub(crate) struct Bank {
     slots: Vec<Slot>,
-    values: Tensor,
+    values: Values,
 }
 
 impl Bank {
@@ -72,39 +133,65 @@ impl Bank {
 
     /// Number of values.
     pub(crate) fn len(&self) -> usize {
-        self.values.elem_count()
+        self.values.len()
+    }
+
+    /// Where the values are.
+    pub(crate) fn values(&self) -> &Values {
+        &self.values
     }
 
     /// The flat tensor, a candle variable if trainable.
-    pub(crate) fn tensor(&self) -> &Tensor {
-        &self.values
+    pub(crate) fn tensor(&self) -> candle_core::Result<&Tensor> {
+        match &self.values {
+            Values::Floats(tensor) => Ok(tensor),
+            Values::Frozen(_) => bail!("{} is stored in fewer bits or in a file", self.name()),
+        }
     }
 
     /// Whether candle tracks gradients of this bank.
     pub(crate) fn is_trainable(&self) -> bool {
-        self.values.is_variable()
+        matches!(&self.values, Values::Floats(tensor) if tensor.is_variable())
     }
 
     /// Makes the bank a candle variable.
     pub(crate) fn train(&mut self) -> candle_core::Result<()> {
         if !self.is_trainable() {
-            self.values = Var::from_tensor(&self.values)?.into_inner();
+            self.values = Values::Floats(Var::from_tensor(self.tensor()?)?.into_inner());
         }
         Ok(())
     }
 
     /// Stops training: the values stay.
     pub(crate) fn freeze(&mut self) {
-        self.values = self.values.detach();
+        if let Values::Floats(tensor) = &mut self.values {
+            *tensor = tensor.detach();
+        }
     }
 
-    /// A copy with storage of its own.
+    /// Stores the matrices in another format or in a file; they can then only be read.
+    pub(crate) fn store(
+        &mut self,
+        format: Format,
+        file: Option<&Arc<OffloadFile>>,
+    ) -> candle_core::Result<()> {
+        self.values = self.values.stored(&self.slots, format, file)?;
+        Ok(())
+    }
+
+    /// A copy that shares nothing that can change.
     pub(crate) fn duplicate(&self) -> candle_core::Result<Self> {
-        let values = with_floats(&self.values, <[f32]>::to_vec)?;
-        let len = values.len();
+        let values = match &self.values {
+            Values::Frozen(frozen) => Values::Frozen(Arc::clone(frozen)),
+            Values::Floats(tensor) => {
+                let values = with_floats(tensor, <[f32]>::to_vec)?;
+                let len = values.len();
+                Values::Floats(Tensor::from_vec(values, len, &Device::Cpu)?)
+            }
+        };
         let mut copy = Self {
             slots: self.slots.clone(),
-            values: Tensor::from_vec(values, len, &Device::Cpu)?,
+            values,
         };
         if self.is_trainable() {
             copy.train()?;
@@ -112,14 +199,18 @@ impl Bank {
         Ok(copy)
     }
 
-    /// Reads the values.
+    /// Reads the values, decoded where they are stored otherwise.
     pub(crate) fn read<R>(&self, f: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
-        with_floats(&self.values, f)
+        self.values.read(f)
     }
 
     /// Changes the values in place; tensors that share the storage see the change.
     pub(crate) fn edit(&self, f: impl FnOnce(&mut [f32])) -> candle_core::Result<()> {
-        edit(&self.values, f)
+        edit(self.tensor()?, f)
+    }
+
+    fn name(&self) -> &str {
+        self.slots.first().map_or("", |slot| &slot.name)
     }
 }
 

@@ -9,9 +9,10 @@ use consilium_kernels::matmul::{View, ViewMut, Write, abt};
 use super::ModelError;
 use super::block::{Block, Context};
 use super::decoder::{Layer, Model, Packed};
+use super::feed_forward::FeedForwardBlock;
+use super::frozen::BaseMatrix;
 use super::head::{gather, normalise};
 use super::ops::attention::{self, Branch, Segment};
-use super::parameters::with_floats;
 
 /// Hidden states of a batch and what branches of it need.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ impl Model {
             layers.push(kept.into_cache(&context));
             let (y, kept) =
                 feed_forward.read(|weights| layer.feed_forward.0.forward(&context, weights, &y))?;
-            kept.release(&context);
+            FeedForwardBlock::release(&context, kept);
             x = y;
         }
         let hidden = self.normed(&x, rows)?;
@@ -90,7 +91,7 @@ impl Model {
         vocab: &Vocab,
         work: impl FnOnce(&Head<'_>) -> R,
     ) -> Result<R, ModelError> {
-        self.with_head(&self.head_tensor()?, vocab, work)
+        self.with_head(&self.head_values()?, vocab, work)
     }
 
     /// Logits `[rows, vocabulary]`, columns in rank order, of hidden states: for comparison with other
@@ -99,7 +100,7 @@ impl Model {
         let (width, vocabulary) = (self.config().hidden_size, self.vocabulary());
         let rows = hidden.len() / width;
         let mut out = vec![0f32; rows * vocabulary];
-        with_floats(&self.head_tensor()?, |head| {
+        self.head_values()?.read(|head| {
             let head = View::new(head, vocabulary, width);
             let hidden = View::new(hidden, rows, width);
             let out = ViewMut::new(&mut out, rows, vocabulary);
@@ -132,7 +133,7 @@ impl Model {
         })?;
         let (y, kept) =
             feed_forward.read(|weights| layer.feed_forward.0.forward(context, weights, &y))?;
-        kept.release(context);
+        FeedForwardBlock::release(context, kept);
         Ok(y)
     }
 
@@ -159,11 +160,20 @@ impl Model {
         branches.iter().map(place).collect()
     }
 
-    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+    /// Rows of the embedding.
+    pub(super) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let width = self.config().hidden_size;
         let mut x = vec![0f32; tokens.len() * width];
         self.embedding
-            .read(|table| gather(table, tokens, width, &mut x))?;
+            .values()
+            .lend(|base| match base.matrix(0, self.vocabulary(), width) {
+                BaseMatrix::Floats(_, table) => gather(table, tokens, width, &mut x),
+                BaseMatrix::Packed(table) => {
+                    for (x, &token) in x.chunks_exact_mut(width).zip(tokens) {
+                        table.slice(token as usize, 1).decode(x);
+                    }
+                }
+            })?;
         Ok(x)
     }
 

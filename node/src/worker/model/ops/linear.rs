@@ -5,8 +5,17 @@
 
 use consilium_kernels::matmul::{View, ViewMut, Write, ab, abt, atb};
 
+use rayon::prelude::*;
+
 use super::scratch::Scratch;
 use super::simd::wide;
+use crate::worker::model::frozen::Base;
+
+/// Weights that are decoded or adapted at a time: half a megabyte, which a core's cache holds.
+const PANEL: usize = 1 << 17;
+
+/// Rows of a panel that one task decodes.
+const ROWS: usize = 32;
 
 /// Where the weights of layers with one input lie in a block's parameters.
 #[derive(Debug, Clone)]
@@ -26,7 +35,7 @@ pub(crate) struct Projection {
 /// Parameters of one block: flat weights and, with adapters, flat factors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Weights<'a> {
-    pub(crate) base: &'a [f32],
+    pub(crate) base: Base<'a>,
     pub(crate) lora: Option<Factors<'a>>,
 }
 
@@ -60,22 +69,15 @@ impl Projection {
     ) {
         let (rows, width) = (x.len() / self.inputs, self.width());
         let x = View::new(x, rows, self.inputs);
-        match self.merged(weights, scratch, rows) {
-            Some(merged) => {
-                let w = View::new(&merged, width, self.inputs);
-                abt(ViewMut::new(y, rows, width), write, x, w, 1.0);
-                scratch.give(merged);
-            }
-            None => {
-                let w = View::new(&weights.base[self.weight..], width, self.inputs);
-                abt(ViewMut::new(y, rows, width), write, x, w, 1.0);
-                if let Some(lora) = weights.lora {
-                    self.add_low_rank(lora, scratch, x, y);
-                }
-            }
+        self.panels(weights, scratch, rows, |first, panel| {
+            let y = ViewMut::new(y, rows, width).columns(first, panel.rows());
+            abt(y, write, x, panel, 1.0);
+        });
+        if let Some(lora) = weights.lora.filter(|_| !self.merges(rows)) {
+            self.add_low_rank(lora, scratch, x, y);
         }
         if let Some(bias) = self.bias {
-            add_bias(&weights.base[bias..][..width], y);
+            add_bias(weights.base.vector(bias, width), y);
         }
     }
 
@@ -90,15 +92,15 @@ impl Projection {
         let (width, inputs) = (self.width(), self.inputs);
         let rows = dy.len() / width;
         let dy = View::new(dy, rows, width);
-        if let Some(merged) = self.merged(weights, scratch, rows) {
-            let w = View::new(&merged, width, inputs);
-            ab(ViewMut::new(dx, rows, inputs), Write::Replace, dy, w, 1.0);
-            scratch.give(merged);
+        let mut write = Write::Replace;
+        self.panels(weights, scratch, rows, |first, panel| {
+            let dy = dy.columns(first, panel.rows());
+            ab(ViewMut::new(dx, rows, inputs), write, dy, panel, 1.0);
+            write = Write::Add;
+        });
+        let Some(lora) = weights.lora.filter(|_| !self.merges(rows)) else {
             return;
-        }
-        let w = View::new(&weights.base[self.weight..], width, inputs);
-        ab(ViewMut::new(dx, rows, inputs), Write::Replace, dy, w, 1.0);
-        let Some(lora) = weights.lora else { return };
+        };
         let mut down = scratch.take(rows * lora.rank);
         for layer in self.layers(lora) {
             let dy = dy.columns(layer.first, layer.out);
@@ -153,24 +155,65 @@ impl Projection {
 
     /// Folding the factors into the weights costs `rank in out`; applying them apart costs
     /// `rows rank (2 in + out)` more than not having them.
-    fn merges(&self, rows: usize, lora: Option<Factors<'_>>) -> bool {
-        lora.is_some()
-            && self
-                .outputs
-                .iter()
-                .all(|out| rows * (2 * self.inputs + out) > self.inputs * out)
+    fn merges(&self, rows: usize) -> bool {
+        self.outputs
+            .iter()
+            .all(|out| rows * (2 * self.inputs + out) > self.inputs * out)
     }
 
-    fn merged(&self, weights: Weights<'_>, scratch: &Scratch, rows: usize) -> Option<Vec<f32>> {
-        let lora = weights.lora.filter(|_| self.merges(rows, weights.lora))?;
-        let mut merged = scratch.take(self.width() * self.inputs);
-        merged.copy_from_slice(&weights.base[self.weight..][..self.width() * self.inputs]);
-        for layer in self.layers(lora) {
-            let w = &mut merged[layer.first * self.inputs..];
-            let w = ViewMut::new(w, layer.out, self.inputs);
-            ab(w, Write::Add, layer.b, layer.a, lora.scale);
+    /// Gives `work` the weights, factors folded in where that is cheaper, with the first output of each
+    /// panel: all at once where they exist as they are, else a few rows at a time.
+    fn panels(
+        &self,
+        weights: Weights<'_>,
+        scratch: &Scratch,
+        rows: usize,
+        mut work: impl FnMut(usize, View<'_>),
+    ) {
+        let (width, inputs) = (self.width(), self.inputs);
+        let matrix = weights.base.matrix(self.weight, width, inputs);
+        let lora = weights.lora.filter(|_| self.merges(rows));
+        if let Some(whole) = matrix.whole().filter(|_| lora.is_none()) {
+            return work(0, whole);
         }
-        Some(merged)
+        let most = (PANEL / inputs).clamp(1, width);
+        let mut panel = scratch.take(most * inputs);
+        for first in (0..width).step_by(most) {
+            let count = most.min(width - first);
+            let values = &mut panel[..count * inputs];
+            values
+                .par_chunks_mut(ROWS * inputs)
+                .enumerate()
+                .for_each(|(chunk, values)| {
+                    matrix.decode_rows(first + chunk * ROWS, inputs, values);
+                });
+            if let Some(lora) = lora {
+                self.fold(lora, first, values);
+            }
+            work(first, View::new(values, count, inputs));
+        }
+        scratch.give(panel);
+    }
+
+    /// Adds `scale B A` to the weights of the outputs from `first` on.
+    fn fold(&self, lora: Factors<'_>, first: usize, values: &mut [f32]) {
+        let (rank, inputs) = (lora.rank, self.inputs);
+        let end = first + values.len() / inputs;
+        for layer in self.layers(lora) {
+            let start = first.max(layer.first);
+            let count = end.min(layer.first + layer.out).saturating_sub(start);
+            if count > 0 {
+                let b = &lora.values[layer.b_at + (start - layer.first) * rank..];
+                let w = ViewMut::new(&mut values[(start - first) * inputs..], count, inputs);
+                ab(
+                    w,
+                    Write::Add,
+                    View::new(b, count, rank),
+                    layer.a,
+                    lora.scale,
+                );
+            }
+        }
     }
 
     fn add_low_rank(&self, lora: Factors<'_>, scratch: &Scratch, x: View<'_>, y: &mut [f32]) {
@@ -196,10 +239,9 @@ impl Projection {
         scratch.give(down);
     }
 
-    /// `dB = s dy^T (x A^T)`, `dA = s (dy B)^T x`.
+    /// `dB = s dy^T (x A^T)`, `dA = s (dy B)^T x`; the `A` of all layers are one matrix.
     ///
-    /// Where the weight is small beside the rank, `dW = dy^T x` first is the shorter way:
-    /// `dB = s dW A^T`, `dA = s B^T dW`.
+    /// Where the weight is small beside the rank, `dW = dy^T x` first is the shorter way.
     fn factor_gradient(
         &self,
         lora: Factors<'_>,
@@ -209,59 +251,63 @@ impl Projection {
         gradient: &mut [f32],
     ) {
         let (rank, rows, inputs) = (lora.rank, x.rows(), self.inputs);
-        for Layer {
-            first,
-            out,
-            a_at,
-            b_at,
+        let is_small = |out: usize| inputs * out <= 2 * rank * (inputs + out);
+        if self.outputs.iter().all(|&out| is_small(out)) {
+            return self.factor_gradient_of_weights(lora, scratch, x, dy, gradient);
+        }
+        let stacked = self.outputs.len() * rank;
+        let (a_at, _) = self.factor_offsets(rank, 0);
+        let a = View::new(&lora.values[a_at..], stacked, inputs);
+        let mut down = scratch.take(rows * stacked);
+        abt(
+            ViewMut::new(&mut down, rows, stacked),
+            Write::Replace,
+            x,
             a,
-            b,
-        } in self.layers(lora)
-        {
-            let dy = dy.columns(first, out);
-            if inputs * out <= 2 * rank * (inputs + out) {
-                let mut dw = scratch.take(out * inputs);
-                atb(
-                    ViewMut::new(&mut dw, out, inputs),
-                    Write::Replace,
-                    dy,
-                    x,
-                    lora.scale,
-                );
-                let dw_rows = View::new(&dw, out, inputs);
-                let db = ViewMut::new(&mut gradient[b_at..], out, rank);
-                abt(db, Write::Replace, dw_rows, a, 1.0);
-                let da = ViewMut::new(&mut gradient[a_at..], rank, inputs);
-                atb(da, Write::Replace, b, dw_rows, 1.0);
-                scratch.give(dw);
-            } else {
-                let mut down = scratch.take(rows * rank);
-                abt(
-                    ViewMut::new(&mut down, rows, rank),
-                    Write::Replace,
-                    x,
-                    a,
-                    1.0,
-                );
-                let db = ViewMut::new(&mut gradient[b_at..], out, rank);
-                atb(
-                    db,
-                    Write::Replace,
-                    dy,
-                    View::new(&down, rows, rank),
-                    lora.scale,
-                );
-                ab(
-                    ViewMut::new(&mut down, rows, rank),
-                    Write::Replace,
-                    dy,
-                    b,
-                    lora.scale,
-                );
-                let da = ViewMut::new(&mut gradient[a_at..], rank, inputs);
-                atb(da, Write::Replace, View::new(&down, rows, rank), x, 1.0);
-                scratch.give(down);
-            }
+            1.0,
+        );
+        for (index, layer) in self.layers(lora).enumerate() {
+            let dy = dy.columns(layer.first, layer.out);
+            let down = View::new(&down, rows, stacked).columns(index * rank, rank);
+            let db = ViewMut::new(&mut gradient[layer.b_at..], layer.out, rank);
+            atb(db, Write::Replace, dy, down, lora.scale);
+        }
+        for (index, layer) in self.layers(lora).enumerate() {
+            let dy = dy.columns(layer.first, layer.out);
+            let up = ViewMut::new(&mut down, rows, stacked).columns(index * rank, rank);
+            ab(up, Write::Replace, dy, layer.b, lora.scale);
+        }
+        let da = ViewMut::new(&mut gradient[a_at..], stacked, inputs);
+        atb(da, Write::Replace, View::new(&down, rows, stacked), x, 1.0);
+        scratch.give(down);
+    }
+
+    /// `dB = s dW A^T`, `dA = s B^T dW`.
+    fn factor_gradient_of_weights(
+        &self,
+        lora: Factors<'_>,
+        scratch: &Scratch,
+        x: View<'_>,
+        dy: View<'_>,
+        gradient: &mut [f32],
+    ) {
+        let (rank, inputs) = (lora.rank, self.inputs);
+        for layer in self.layers(lora) {
+            let dy = dy.columns(layer.first, layer.out);
+            let mut dw = scratch.take(layer.out * inputs);
+            atb(
+                ViewMut::new(&mut dw, layer.out, inputs),
+                Write::Replace,
+                dy,
+                x,
+                lora.scale,
+            );
+            let dw_rows = View::new(&dw, layer.out, inputs);
+            let db = ViewMut::new(&mut gradient[layer.b_at..], layer.out, rank);
+            abt(db, Write::Replace, dw_rows, layer.a, 1.0);
+            let da = ViewMut::new(&mut gradient[layer.a_at..], rank, inputs);
+            atb(da, Write::Replace, layer.b, dw_rows, 1.0);
+            scratch.give(dw);
         }
     }
 
