@@ -8,8 +8,8 @@ use consilium_kernels::quant::Format;
 use consilium_kernels::{TokenKind, Vocab};
 use consilium_node::worker::data::Item;
 use consilium_node::worker::model::{
-    BaseStorage, LoraConfig, Model, ModelConfig, OffloadFile, load_folder, load_folder_as, random,
-    save_folder,
+    BaseStorage, Family, LoraConfig, Model, ModelConfig, OffloadFile, load_folder, load_folder_as,
+    random, save_folder,
 };
 use consilium_node::worker::train::{TrainConfig, Trainer};
 
@@ -139,11 +139,17 @@ fn a_small_base_trains_like_the_f32_base_of_its_decoded_weights() {
     ] {
         let config = ModelConfig {
             tied,
+            family: Family::Qwen2,
+            qkv_bias: true,
             kv_heads: 2,
             ..ModelConfig::llama(257, 64, 2, 4, 40)
         };
         let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-        save_folder(&random(config, order(), 2).unwrap(), first.path()).unwrap();
+        let mut model = random(config, order(), 2).unwrap();
+        model.train_all().unwrap();
+        // Biases are zero before.
+        let (_, model) = train(model, &vocab, false, 3, 1e-2);
+        save_folder(&model, first.path()).unwrap();
         let small = load_folder_as(first.path(), order(), &stored(format)).unwrap();
         save_folder(&small, second.path()).unwrap();
         let mut models = [small, load_folder(second.path(), order()).unwrap()];

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use consilium_kernels::matmul::View;
@@ -35,11 +35,12 @@ impl BaseStorage {
     }
 }
 
-/// A file of weights without a name, which ends with the process, and a buffer to read them to.
+/// A file of weights without a name, which ends with the process, and buffers to read them to.
 #[derive(Debug)]
 pub struct OffloadFile {
+    folder: PathBuf,
     file: File,
-    buffer: Mutex<Vec<u8>>,
+    buffers: Mutex<Vec<Vec<u8>>>,
 }
 
 impl OffloadFile {
@@ -53,24 +54,44 @@ impl OffloadFile {
             source,
         })?;
         Ok(Self {
+            folder: folder.into(),
             file,
-            buffer: Mutex::default(),
+            buffers: Mutex::default(),
         })
     }
 
     /// Appends bytes and returns their place.
-    fn append(&self, bytes: &[u8]) -> std::io::Result<u64> {
+    fn append(&self, bytes: &[u8]) -> candle_core::Result<u64> {
         let mut file = &self.file;
-        let place = file.seek(SeekFrom::End(0))?;
-        file.write_all(bytes)?;
-        Ok(place)
+        let place = file.seek(SeekFrom::End(0));
+        place
+            .and_then(|place| file.write_all(bytes).map(|()| place))
+            .map_err(|error| self.failed("written", &error))
     }
 
-    fn read<R>(&self, place: u64, len: usize, f: impl FnOnce(&[u8]) -> R) -> std::io::Result<R> {
-        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Lends `len` bytes from a place on.
+    fn read<R>(
+        &self,
+        place: u64,
+        len: usize,
+        f: impl FnOnce(&[u8]) -> R,
+    ) -> candle_core::Result<R> {
+        let buffers = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buffer = buffers().pop().unwrap_or_default();
         buffer.resize(len, 0);
-        self.file.read_exact_at(&mut buffer, place)?;
-        Ok(f(&buffer))
+        self.file
+            .read_exact_at(&mut buffer, place)
+            .map_err(|error| self.failed("read", &error))?;
+        let result = f(&buffer);
+        buffers().push(buffer);
+        Ok(result)
+    }
+
+    fn failed(&self, what: &str, error: &std::io::Error) -> candle_core::Error {
+        let folder = self.folder.display();
+        candle_core::Error::msg(format!(
+            "{folder}: the file of offloaded weights cannot be {what}: {error}"
+        ))
     }
 }
 
@@ -78,7 +99,7 @@ impl OffloadFile {
 #[derive(Debug)]
 pub(crate) struct Frozen {
     len: usize,
-    /// Vectors by their offset in the bank.
+    /// Vectors by their offset in the bank; neighbours are one.
     vectors: Vec<(usize, Vec<f32>)>,
     /// Matrices by their offset in the bank; neighbours of one width are one. Their codes lie one after
     /// another in `home`.
@@ -102,6 +123,7 @@ impl Frozen {
     ) -> candle_core::Result<Self> {
         let is_one = |a: &Slot, b: &Slot| match (a.shape.as_slice(), b.shape.as_slice()) {
             ([_, a], [_, b]) => a == b,
+            ([_], [_]) => true,
             _ => false,
         };
         let (mut vectors, mut matrices, mut codes) = (Vec::new(), Vec::new(), Vec::new());
@@ -201,7 +223,6 @@ impl<'a> Base<'a> {
         match self {
             Self::Floats(values) => &values[at..][..len],
             Self::Frozen { frozen, .. } => {
-                // Biases of several layers lie one after another, each on its own; they are stored as one.
                 let found = frozen.vectors.iter().rev().find(|(start, _)| *start <= at);
                 let (start, values) = found.expect("every vector of the plan is stored");
                 &values[at - start..][..len]

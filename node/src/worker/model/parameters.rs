@@ -145,7 +145,10 @@ impl Bank {
     pub(crate) fn tensor(&self) -> candle_core::Result<&Tensor> {
         match &self.values {
             Values::Floats(tensor) => Ok(tensor),
-            Values::Frozen(_) => bail!("{} is stored in fewer bits or in a file", self.name()),
+            Values::Frozen(_) => bail!(
+                "{} is stored in fewer bits or in a file; to train it, load the model as f32",
+                self.name()
+            ),
         }
     }
 
