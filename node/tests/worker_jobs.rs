@@ -10,6 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use consilium_kernels::quant::Format;
+use consilium_node::config::Memory;
 use consilium_node::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
 use consilium_node::worker::model::ModelConfig;
 use consilium_node::worker::tokenizer::train_bpe;
@@ -323,18 +325,19 @@ fn a_signal_ends_the_process_inside_of_a_job_which_stays_to_be_done() {
 }
 
 #[test]
-fn a_worker_that_restarts_or_repeats_gives_the_same_adapters() {
+fn a_worker_that_restarts_repeats_or_holds_less_gives_the_same_adapters() {
     let never = || false;
-    let adapters = |restarts: bool| {
+    let adapters = |restarts: bool, memory: Memory| {
         let folder = tempfile::tempdir().unwrap();
         let reference = site(folder.path());
         let folders = folders(folder.path());
         let spool = Spool::open(&folders.spool).unwrap();
         let start = first_adapter(folder.path(), &spool);
-        let mut worker = Worker::new(folders.clone(), &never).unwrap();
+        let new = || Worker::new(folders.clone(), &never).unwrap();
+        let mut worker = new().with_memory(memory);
         let mut done = |job: &Job| {
             if restarts {
-                worker = Worker::new(folders.clone(), &never).unwrap();
+                worker = new().with_memory(memory);
             }
             let id = spool.submit(job).unwrap();
             spool.reset(&id).unwrap();
@@ -351,7 +354,19 @@ fn a_worker_that_restarts_or_repeats_gives_the_same_adapters() {
         assert!(!worker.work().unwrap(), "nothing is left to do");
         adapters
     };
-    let uninterrupted = adapters(false);
+    let plain = Memory::default();
+    let less = Memory {
+        checkpoint_activations: true,
+        offload: true,
+        ..plain
+    };
+    let four_bits = Memory {
+        base: Format::Nf4,
+        ..less
+    };
+    let uninterrupted = adapters(false, plain);
     assert_ne!(uninterrupted[0], uninterrupted[1]);
-    assert_eq!(adapters(true), uninterrupted);
+    assert_eq!(adapters(true, plain), uninterrupted);
+    assert_eq!(adapters(true, less), uninterrupted);
+    assert_ne!(adapters(false, four_bits), uninterrupted);
 }
