@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
 use crate::authority::DEFAULT_YEARS;
-use crate::leaf::{DEFAULT_DAYS, LeafProfile, Role};
+use consilium_protocol::Role;
+
+use crate::leaf::{DEFAULT_DAYS, LeafProfile};
 
 /// Keys and certificates of a consortium.
 #[derive(Debug, Parser)]

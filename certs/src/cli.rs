@@ -17,9 +17,10 @@ use crate::error::CertsError;
 use crate::folder;
 use crate::identity::SigningIdentity;
 use crate::inspect::{self, CertificateView};
-use crate::leaf::{self, DEFAULT_DAYS, LeafProfile, Role, TlsKey};
+use crate::leaf::{self, DEFAULT_DAYS, LeafProfile, TlsKey};
 use crate::pem::{self, Overwrite};
 use crate::reply::Reply;
+use consilium_protocol::Role;
 
 /// Runs the program; `args` begins with its name.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use consilium_protocol::charter::CharterError;
 use consilium_protocol::transcript::{KeyError, NoteError};
 
-use crate::leaf::PeerIdentity;
+use consilium_protocol::PeerIdentity;
 
 /// A failure of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -89,9 +89,6 @@ pub enum CertsError {
     /// The request's key is not P-256.
     #[error("request holds a key that is not P-256; make the key with `consilium-certs request`")]
     RequestKey,
-    /// Not the identity URI of a certificate.
-    #[error("{0:?} is not consilium://<consortium>/<node|aggregator>/<institution>")]
-    Identity(String),
     /// Not a host name.
     #[error("--dns {0:?} is not a host name: use letters, digits, '-' and '.', no wildcard")]
     HostName(String),
@@ -168,7 +165,6 @@ impl CertsError {
             Self::RequestIdentity { .. } => "CERTS-REQUEST-IDENTITY",
             Self::RequestName(_) => "CERTS-REQUEST-NAME",
             Self::RequestKey => "CERTS-REQUEST-KEY",
-            Self::Identity(_) => "CERTS-IDENTITY",
             Self::HostName(_) => "CERTS-HOST-NAME",
             Self::NoServerName => "CERTS-NO-SERVER-NAME",
             Self::NodeWithServerName => "CERTS-NODE-SERVER-NAME",

@@ -8,7 +8,9 @@ use consilium_protocol::transcript::VerifierKey;
 use crate::error::CertsError;
 use crate::identity::SigningIdentity;
 use crate::inspect::CertificateView;
-use crate::leaf::{PeerIdentity, TlsKey};
+use consilium_protocol::PeerIdentity;
+
+use crate::leaf::TlsKey;
 use crate::pem::{self, Overwrite};
 
 /// Certificate of the authority; in both folders.

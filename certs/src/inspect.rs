@@ -10,7 +10,7 @@ use x509_parser::pem::Pem;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
 use crate::error::CertsError;
-use crate::leaf::{PeerIdentity, Role};
+use consilium_protocol::{PeerIdentity, Role};
 
 const EC_PUBLIC_KEY: &str = "1.2.840.10045.2.1";
 const P256: &str = "1.2.840.10045.3.1.7";

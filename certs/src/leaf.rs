@@ -3,9 +3,8 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::path::Path;
-use std::str::FromStr;
 
-use consilium_protocol::{ConsortiumId, InstitutionId, UnixMillis};
+use consilium_protocol::{ConsortiumId, InstitutionId, PeerIdentity, Role, UnixMillis};
 use rcgen::string::Ia5String;
 use rcgen::{
     CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
@@ -26,76 +25,6 @@ pub const MAX_DAYS: u32 = 825;
 const BACKDATE_SECONDS: i64 = 600;
 
 const SECONDS_A_DAY: i64 = 86_400;
-
-/// What the holder of a certificate does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Role {
-    /// Dials the aggregator.
-    Node,
-    /// Serves the nodes.
-    Aggregator,
-}
-
-impl Role {
-    /// The word in the identity URI.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Node => "node",
-            Self::Aggregator => "aggregator",
-        }
-    }
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// Who a certificate is for: `consilium://<consortium>/<role>/<institution>`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PeerIdentity {
-    /// The consortium.
-    pub consortium: ConsortiumId,
-    /// The role.
-    pub role: Role,
-    /// The institution.
-    pub institution: InstitutionId,
-}
-
-impl fmt::Display for PeerIdentity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "consilium://{}/{}/{}",
-            self.consortium, self.role, self.institution
-        )
-    }
-}
-
-impl FromStr for PeerIdentity {
-    type Err = CertsError;
-
-    fn from_str(text: &str) -> Result<Self, CertsError> {
-        let parse = || {
-            let mut parts = text.strip_prefix("consilium://")?.split('/');
-            let consortium = parts.next()?.parse().ok()?;
-            let role = match parts.next()? {
-                "node" => Role::Node,
-                "aggregator" => Role::Aggregator,
-                _ => return None,
-            };
-            let institution = parts.next()?.parse().ok()?;
-            parts.next().is_none().then_some(Self {
-                consortium,
-                role,
-                institution,
-            })
-        };
-        parse().ok_or_else(|| CertsError::Identity(text.chars().take(200).collect()))
-    }
-}
 
 /// What a certificate is to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -319,24 +248,6 @@ fn is_host_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn identities_read_back_and_others_are_refused() {
-        let text = "consilium://demo/node/st-anna";
-        assert_eq!(text.parse::<PeerIdentity>().unwrap().to_string(), text);
-        for bad in [
-            "",
-            "https://demo/node/st-anna",
-            "consilium://demo/node",
-            "consilium://demo/node/st-anna/",
-            "consilium://demo/admin/st-anna",
-            "consilium://demo/node/St-Anna",
-            "consilium:///node/st-anna",
-            "consilium://demo/node/st-anna?x",
-        ] {
-            assert!(bad.parse::<PeerIdentity>().is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn profiles_that_make_no_sense_are_refused() {

@@ -18,7 +18,7 @@
 //! | | `signing.pub` | its public half, 64 hexadecimal digits, as the charter lists it |
 //!
 //! A certificate names its holder by a SAN URI, `consilium://<consortium>/<role>/<institution>`, see
-//! [`leaf::PeerIdentity`].
+//! [`consilium_protocol::PeerIdentity`].
 
 #![forbid(unsafe_code)]
 
@@ -37,5 +37,5 @@ pub use authority::Authority;
 pub use error::CertsError;
 pub use folder::Member;
 pub use identity::SigningIdentity;
-pub use leaf::{Credentials, LeafProfile, PeerIdentity, Role, TlsKey};
+pub use leaf::{Credentials, LeafProfile, TlsKey};
 pub use pem::Overwrite;

@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example consortium
 //! cargo run --release --example consortium -- --seeds 1,2,3
+//! cargo run --release --example consortium -- --pivot FOLDER --source bank=FOLDER   # models of yours
 //! cargo run --release --example consortium -- --tune 240,720   # how the arms' rates and steps were chosen
 //! ```
 //!
@@ -11,6 +12,7 @@
 
 mod arms;
 mod clock;
+mod given;
 mod measure;
 mod models;
 mod parallel;
@@ -25,6 +27,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use consilium_examples::report::Report;
+
+use crate::given::{Given, NamedFolder};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -44,6 +48,12 @@ struct Arguments {
     /// Folder that the run leaves behind; an earlier run's is replaced.
     #[arg(long, default_value = "consortium-run")]
     out: PathBuf,
+    /// Folder of a pivot, as on the Hugging Face hub, in place of the built-in one.
+    #[arg(long, value_name = "FOLDER")]
+    pivot: Option<PathBuf>,
+    /// Folder of an institution's own model in place of the built-in one: clinic, bank or insurer. May be repeated.
+    #[arg(long, value_name = "NAME=FOLDER")]
+    source: Vec<NamedFolder>,
     /// Instead of a round: train SFT and the centralised bound for these counts of steps over a grid of rates.
     #[arg(long, value_delimiter = ',', value_name = "STEPS")]
     tune: Vec<u64>,
@@ -65,26 +75,31 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs every seed and prints the report. True if every bar holds.
+/// Runs every seed and prints the report. True if every bar holds, or if they do not apply because models were given.
 fn consortium(arguments: &Arguments) -> Result<bool> {
+    let given = Given::new(
+        arguments.pivot.as_deref(),
+        &arguments.source,
+        &arguments.out,
+    )?;
     claim(&arguments.out)?;
     if !arguments.tune.is_empty() {
         for &seed in &arguments.seeds {
             let folder = arguments.out.join(format!("tune-{seed}"));
-            clock::result(&tune::tune(seed, &arguments.tune, &folder)?);
+            clock::result(&tune::tune(seed, &arguments.tune, &given, &folder)?);
         }
         return Ok(true);
     }
     let mut report = Report {
         command: command(arguments),
-        training: run::training(),
+        training: format!("{}{}", run::training(), given.note()),
         seeds: Vec::new(),
     };
     for &seed in &arguments.seeds {
         let folder = arguments.out.join(format!("seed-{seed}"));
         report
             .seeds
-            .push(run::seed(seed, &folder).with_context(|| format!("seed {seed}"))?);
+            .push(run::seed(seed, &given, &folder).with_context(|| format!("seed {seed}"))?);
         report.write_files(&arguments.out)?;
     }
     clock::result(&report.text(std::io::IsTerminal::is_terminal(&std::io::stdout())));
@@ -92,15 +107,22 @@ fn consortium(arguments: &Arguments) -> Result<bool> {
         "report: {}",
         arguments.out.join("report.html").display()
     ));
-    Ok(report.passed())
+    Ok(given.any() || report.passed())
 }
 
 fn command(arguments: &Arguments) -> String {
     let seeds: Vec<String> = arguments.seeds.iter().map(u64::to_string).collect();
-    format!(
+    let mut command = format!(
         "cargo run --release --example consortium -- --seeds {}",
         seeds.join(",")
-    )
+    );
+    if let Some(pivot) = &arguments.pivot {
+        command += &format!(" --pivot {}", pivot.display());
+    }
+    for NamedFolder { domain, folder } in &arguments.source {
+        command += &format!(" --source {}={}", domain.name(), folder.display());
+    }
+    command
 }
 
 /// Makes the output folder, replacing one that an earlier run made.

@@ -16,6 +16,7 @@ use consilium_protocol::{ConsortiumId, InstitutionId};
 
 use crate::arms::{Trainer, permuted_targets, union_of_private_text};
 use crate::clock::{Clock, say};
+use crate::given::Given;
 use crate::measure::measure;
 use crate::models::{train_pivot, train_source};
 use crate::parallel::{Job, in_parallel};
@@ -46,10 +47,10 @@ struct Prepared {
 }
 
 /// Runs one seed below `folder`.
-pub(crate) fn seed(seed: u64, folder: &Path) -> Result<SeedReport> {
+pub(crate) fn seed(seed: u64, given: &Given, folder: &Path) -> Result<SeedReport> {
     let mut clock = Clock::start();
     say(&format!("seed {seed}"));
-    let prepared = prepare(seed, folder, &mut clock)?;
+    let prepared = prepare(seed, given, folder, &mut clock)?;
     let (cluster, transcript) = round(&prepared, folder, &mut clock)?;
     let arms = arms(&prepared, &transcript, &cluster, &mut clock)?;
     let traffic = transcript.traffic(&prepared.sources, &reference(&prepared)?)?;
@@ -76,19 +77,35 @@ fn reference(prepared: &Prepared) -> Result<ReferenceSet> {
     )?)?)
 }
 
-fn prepare(seed: u64, folder: &Path, clock: &mut Clock) -> Result<Prepared> {
+fn prepare(seed: u64, given: &Given, folder: &Path, clock: &mut Clock) -> Result<Prepared> {
     clock.begin("generating private and public text");
     let world = World::generate(seed, &Sizes::default());
     let files = world.write_files(&folder.join("text"))?;
-    let pivot = folder.join("models/pivot");
-    let sources = Domain::ALL.map(|domain| folder.join("models").join(domain.name()));
+    let models = folder.join("models");
     clock.begin("training three sources at home, and the pivot on public text");
     let mut jobs: Vec<Job<'_, ()>> = Vec::new();
-    for (at, folder) in sources.iter().enumerate() {
-        let world = &world;
-        jobs.push(Box::new(move || train_source(world, at, folder)));
-    }
-    jobs.push(Box::new(|| train_pivot(&world, &pivot)));
+    let pivot = given.pivot().map_or_else(
+        || {
+            let folder = models.join("pivot");
+            let (world, target) = (&world, folder.clone());
+            jobs.push(Box::new(move || train_pivot(world, &target)));
+            folder
+        },
+        Path::to_owned,
+    );
+    let sources = Domain::ALL.map(|domain| {
+        given.source(domain).map_or_else(
+            || {
+                let folder = models.join(domain.name());
+                let (world, target) = (&world, folder.clone());
+                jobs.push(Box::new(move || {
+                    train_source(world, domain.index(), &target)
+                }));
+                folder
+            },
+            Path::to_owned,
+        )
+    });
     in_parallel(jobs)?;
     clock.end("sources and pivot");
     Ok(Prepared {

@@ -15,6 +15,7 @@ use consilium_protocol::reference::ReferenceSet;
 
 use crate::arms::{Trainer, union_of_private_text};
 use crate::clock::say;
+use crate::given::Given;
 use crate::measure::measure;
 use crate::models::train_pivot;
 use crate::parallel::{Job, in_parallel};
@@ -31,12 +32,18 @@ struct Trial {
 }
 
 /// Trains both arms of one seed for each count of steps at each rate below `folder`, and returns the table.
-pub(crate) fn tune(seed: u64, steps: &[u64], folder: &Path) -> Result<String> {
+pub(crate) fn tune(seed: u64, steps: &[u64], given: &Given, folder: &Path) -> Result<String> {
     say(&format!("seed {seed}: text and pivot"));
     let world = World::generate(seed, &Sizes::default());
     let files = world.write_files(&folder.join("text"))?;
-    let pivot = folder.join("pivot");
-    train_pivot(&world, &pivot)?;
+    let pivot = match given.pivot() {
+        Some(pivot) => pivot.to_owned(),
+        None => {
+            let pivot = folder.join("pivot");
+            train_pivot(&world, &pivot)?;
+            pivot
+        }
+    };
     let reference = ReferenceSet::parse(&std::fs::read(&files.public)?)?;
     let private = union_of_private_text(&world);
     let training = OpenRequest::default().training;

@@ -12,6 +12,7 @@ pub mod contribution;
 pub mod evaluation;
 pub mod event;
 pub mod frame;
+pub mod identity;
 pub mod ids;
 pub mod limits;
 pub mod manifest;
@@ -25,6 +26,7 @@ pub mod shard;
 pub mod time;
 pub mod transcript;
 
+pub use identity::{PeerIdentity, Role};
 pub use ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 pub use reject::RejectCode;
 pub use time::{Clock, UnixMillis};

@@ -7,9 +7,10 @@ pub mod validate;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use consilium_protocol::Role;
 use consilium_protocol::charter::Charter;
 use consilium_protocol::contribution::Roster;
-use consilium_protocol::quic::{Connection, Pace, Role, Server, Tasks};
+use consilium_protocol::quic::{Connection, Pace, Server, Tasks};
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RejectCode};
 
 use crate::rounds::{Bench, Driver};

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
@@ -17,8 +17,9 @@ use super::{Blobs, StoreError};
 /// Memory for pages of the index in bytes.
 const CACHE: u64 = 16 << 20;
 
-/// Time that sled's threads have to let go of a database that failed.
-const UNLOCKS_WITHIN: Duration = Duration::from_secs(5);
+/// Tries to open a database that failed, five seconds in all: sled's threads have to let go of it.
+const UNLOCK_TRIES: u32 = 1000;
+const UNLOCK_WAIT: Duration = Duration::from_millis(5);
 
 /// Place of one contribution.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -236,12 +237,16 @@ impl Open {
     }
 
     /// Opens a database that this process let go of: sled's own threads may hold its lock a little longer.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "sled does not tell when its threads have let go of the lock"
+    )]
     fn load_again(folder: &Path) -> sled::Result<Self> {
-        let patience = Instant::now() + UNLOCKS_WITHIN;
+        let mut tries = 1..UNLOCK_TRIES;
         loop {
             match Self::load(folder) {
-                Err(error) if is_locked(&error) && Instant::now() < patience => {
-                    thread::sleep(Duration::from_millis(5));
+                Err(error) if is_locked(&error) && tries.next().is_some() => {
+                    thread::sleep(UNLOCK_WAIT);
                 }
                 result => return result,
             }

@@ -32,6 +32,9 @@ const LIBRARY_NAMES: &str = "libcuda.so.1, libcuda.so";
 #[cfg(windows)]
 const LIBRARY_NAMES: &str = "nvcuda.dll";
 
+/// Most bytes of shared memory that a kernel declares itself.
+const STATIC_SHARED: u32 = 16 << 10;
+
 /// The first NVIDIA device of this machine.
 pub struct Device {
     context: Arc<CudaContext>,
@@ -309,7 +312,8 @@ impl Device {
         name: &str,
         shared: u32,
     ) -> Result<CudaFunction, CudaError> {
-        if shared > self.shared_limit.saturating_sub(16 << 10) {
+        let most = self.shared_limit.saturating_sub(STATIC_SHARED);
+        if shared > most {
             return Err(CudaError::Unsupported {
                 what: "a row of very many segments",
             });
@@ -324,9 +328,10 @@ impl Device {
             .load_function(name)
             .map_err(driver("finding a kernel"))?;
         if shared > 32 << 10 {
+            // A property of the kernel, not of the launch: jobs of other sizes may be under way.
             let limit = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
-                .set_attribute(limit, shared.cast_signed())
+                .set_attribute(limit, most.cast_signed())
                 .map_err(driver("asking for shared memory"))?;
         }
         Ok(function)

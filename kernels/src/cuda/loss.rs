@@ -33,6 +33,8 @@ struct Terms {
     rows: Vec<LossRow>,
     terms: Vec<raw::Term>,
     columns: Vec<u8>,
+    /// Most slots that a term has along one row's token.
+    most_listed: u32,
 }
 
 /// The loss of rows on the device, ready to run.
@@ -109,7 +111,9 @@ impl<'d> LossJob<'d> {
         let (logits, dtype) = places.logits;
         let sums = Sums::new(device, vocab, &trie, &plan, dtype, (logits, places.stride))?;
         let (segments, levels) = (sums.job.most_segments, sums.job.most_levels);
-        let shared = LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (2 * segments) + sums.shared();
+        let most_listed = terms.most_listed.next_multiple_of(4);
+        let masses = LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (3 * segments);
+        let shared = masses + 3 * most_listed + sums.shared();
         let name = if dtype == places.gradient.1 {
             format!("loss_{}", suffix(dtype))
         } else {
@@ -146,6 +150,8 @@ impl<'d> LossJob<'d> {
             ticket: ticket.address(),
             lag,
             scale: places.scale,
+            most_listed,
+            padding: 0,
         };
         Ok(Self {
             device,
@@ -329,6 +335,7 @@ impl Terms {
             tail: copy(&target.tail()[positions])?,
             segment: 0,
         };
+        self.most_listed = self.most_listed.max(term.codes - term.symbols);
         self.terms.push(term);
         Ok(())
     }

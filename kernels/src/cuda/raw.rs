@@ -20,6 +20,9 @@ pub(super) const WARPS: u32 = THREADS / 32;
 /// Elements that a warp takes at a time.
 pub(super) const TILE: u32 = 256;
 
+/// Bytes of a warp's tiles that are on their way.
+pub(super) const RING: u32 = 4096;
+
 /// Most elements between a boundary of 128 bytes and the start of a row.
 pub(super) const SKEW: u32 = 63;
 
@@ -118,6 +121,7 @@ plain! {
         edges: Address,
         segments: Address,
         layout: Address,
+        owners: Address,
         arrived: Address,
         bad: Address,
     }
@@ -197,6 +201,8 @@ plain! {
         ticket: Address,
         lag: u32,
         scale: f32,
+        most_listed: u32,
+        padding: u32,
     }
 
     /// Matrix product.
@@ -279,4 +285,4 @@ pub(super) const RULE_TIES: u32 = 2;
 pub(super) const RULE_SCE: u32 = 3;
 
 /// Bytes that the loss kernels keep per level in shared memory.
-pub(super) const LEVEL_STATE: u32 = 56;
+pub(super) const LEVEL_STATE: u32 = 96;

@@ -2,7 +2,7 @@
 
 use crate::backend::NotFinite;
 use crate::cuda::device::{Buffer, Device, count};
-use crate::cuda::raw::{Address, Mass, Row, Rows, SKEW, TILE, Unit, WARPS};
+use crate::cuda::raw::{Address, Mass, RING, Row, Rows, SKEW, TILE, Unit, WARPS};
 use crate::cuda::tries::{Path, ResidentTrie};
 use crate::element::Dtype;
 use crate::error::CudaError;
@@ -82,7 +82,7 @@ pub(super) struct Sums {
     _rows: Buffer<Row>,
     _edges: Buffer<Mass>,
     _masses: Buffer<Mass>,
-    _layout: Buffer<u32>,
+    _layout: (Buffer<u32>, Buffer<u32>),
 }
 
 impl Sums {
@@ -110,7 +110,10 @@ impl Sums {
             _rows: device.upload(&plan.rows)?,
             _edges: device.allocate(edges)?,
             _masses: device.allocate(plan.segments as usize)?,
-            _layout: device.allocate(plan.segments as usize + plan.len())?,
+            _layout: (
+                device.allocate(plan.segments as usize + plan.len())?,
+                device.allocate(plan.segments as usize)?,
+            ),
         };
         let job = Rows {
             nodes: trie.nodes.address(),
@@ -129,12 +132,13 @@ impl Sums {
             most_levels: plan.most_levels,
             edges: sums._edges.address(),
             segments: sums._masses.address(),
-            layout: sums._layout.address(),
+            layout: sums._layout.0.address(),
+            owners: sums._layout.1.address(),
             arrived: sums.arrived.address(),
             bad: sums.bad.address(),
         };
         let kernel = device.kernel(Unit::Score, "lay_out_rows", 0)?;
-        // SAFETY: the job of `lay_out_rows`: a block per row, room for the starts of all its segments and one more; what
+        // SAFETY: the job of `lay_out_rows`: a block per row, room for the starts of all its segments and one more, and for their owners; what
         // it reads lives as long as `sums` and the vocabulary's trie, which the maker of the job holds.
         unsafe { device.launch(&kernel, (job.count, 1), 0, &job) }?;
         Ok(Self { job, ..sums })
@@ -145,9 +149,9 @@ impl Sums {
         device.fill(&self.arrived, 0)
     }
 
-    /// Bytes of shared memory that summing a slice takes besides the masses.
+    /// Bytes of shared memory that reading a row takes: tiles on their way, starts in a tile, starts of the segments.
     pub(super) fn shared(&self) -> u32 {
-        4 * (WARPS * TILE + self.job.most_segments + 2)
+        WARPS * (RING + TILE) + 4 * (self.job.most_segments + 3)
     }
 
     /// Waits, and names the first logit that is not finite.

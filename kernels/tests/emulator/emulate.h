@@ -69,6 +69,15 @@ inline u32 __ballot_sync(u32, bool vote) {
 }
 inline bool __any_sync(u32, bool vote) { return __ballot_sync(0u, vote) != 0; }
 inline void __syncthreads() { emulator::wait_for_block(); }
+inline int __syncthreads_or(int vote) {
+    static thread_local int any;
+    emulator::wait_for_block();
+    if (threadIdx.x == 0) any = 0;
+    emulator::wait_for_block();
+    any |= vote;
+    emulator::wait_for_block();
+    return any;
+}
 inline void __syncwarp() { emulator::wait_for_warp(); }
 inline void __threadfence() {}
 inline u32 __popc(u32 x) { return (u32)__builtin_popcount(x); }
@@ -115,6 +124,8 @@ inline u16 f32_to_bf16(float value) {
     u32 bits = __float_as_uint(value);
     return (u16)(value != value ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline u32 f32_to_f16_pair(float low, float high) { return f32_to_f16(low) | (u32)f32_to_f16(high) << 16; }
+inline u32 f32_to_bf16_pair(float low, float high) { return f32_to_bf16(low) | (u32)f32_to_bf16(high) << 16; }
 
 inline void copy_async(void *to, const void *from, bool real) {
     emulator::check_aligned(to);

@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use consilium_certs::PeerIdentity;
 use consilium_protocol::Digest;
+use consilium_protocol::PeerIdentity;
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::event::Event;
@@ -96,11 +96,7 @@ async fn connected(agent: &mut Agent) -> Result<std::convert::Infallible, Ended>
     let welcome: Welcome = control.expect(Wait::Within(GREETING)).await?;
     agent.trust.welcome(&welcome)?;
     agent.reconnect.reset();
-    let recipient: PeerIdentity = connection
-        .peer()
-        .to_string()
-        .parse()
-        .map_err(AgentError::Identity)?;
+    let recipient = connection.peer().clone();
     tracing::info!(%recipient, log = agent.trust.log_size(), "connected");
     let (sender, statuses) = watch::channel(None);
     let mut session = Session {

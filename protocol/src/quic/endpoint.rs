@@ -15,10 +15,11 @@ use tokio::time::timeout;
 
 use super::error::{LinkError, LocalError, NetworkError, PeerError, alert};
 use super::frame::Stream;
-use super::identity::{IdentityError, PeerIdentity, Role};
+use super::identity::{self, IdentityError};
 use super::tasks::Tasks;
 use super::tls::{Credentials, CredentialsError};
 use super::verify::{CertificateFault, FaultSlot, check};
+use crate::identity::{PeerIdentity, Role};
 use crate::reject::RejectCode;
 
 /// Streams that a node may have open at once: control, and transfers. Room is announced again when two have ended, so
@@ -380,7 +381,7 @@ fn peer_of(connection: &quinn::Connection) -> Result<PeerIdentity, LinkError> {
         .as_deref()
         .and_then(|chain| chain.first())
         .ok_or(IdentityError::Certificate)
-        .and_then(|leaf| PeerIdentity::from_der(leaf))
+        .and_then(|leaf| identity::of_certificate(leaf))
         .map_err(CertificateFault::Identity);
     Ok(peer.map_err(PeerError::Certificate)?)
 }

@@ -21,7 +21,7 @@ pub use endpoint::{
 pub use error::{Alert, LinkError, LocalError, NetworkError, PeerError};
 pub use exchange::{download, partial_path, receive_upload, serve_download, upload};
 pub use frame::{DEADLINE, Request, Stream, Wait};
-pub use identity::{IdentityError, PeerIdentity, Role};
+pub use identity::IdentityError;
 pub use partial::{Complete, Partial};
 pub use tasks::{Shutdown, Tasks};
 pub use tls::{Credentials, CredentialsError, Pem};

@@ -17,9 +17,10 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use zeroize::Zeroizing;
 
-use super::identity::{IdentityError, PeerIdentity};
+use super::identity::{self, IdentityError};
 use super::verify::{ClientVerifier, FaultSlot, ServerVerifier};
 use crate::frame::ALPN;
+use crate::identity::PeerIdentity;
 
 /// Why our own certificate, key or authority cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -156,7 +157,7 @@ impl Credentials {
         let identity = chain
             .first()
             .ok_or(IdentityError::Certificate)
-            .and_then(|leaf| PeerIdentity::from_der(leaf))
+            .and_then(|leaf| identity::of_certificate(leaf))
             .map_err(|source| CredentialsError::Identity {
                 path: certificate.path.to_owned(),
                 source,

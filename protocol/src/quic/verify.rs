@@ -9,7 +9,8 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme};
 use x509_parser::time::ASN1Time;
 
-use super::identity::{IdentityError, PeerIdentity, Role};
+use super::identity::{self, IdentityError};
+use crate::identity::{PeerIdentity, Role};
 
 /// Why a peer's certificate does not pass.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -100,7 +101,7 @@ impl ServerCertVerifier for ServerVerifier {
             .inner
             .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
             .inspect_err(|error| self.fault.fill(fault(error)))?;
-        PeerIdentity::from_der(end_entity)
+        identity::of_certificate(end_entity)
             .map_err(CertificateFault::from)
             .and_then(|peer| check(&peer, Role::Aggregator, &self.ours))
             .map_err(|fault| {

@@ -23,6 +23,8 @@ pub(super) trait Lanes: Copy {
     /// `a * b + c`, rounded once or twice.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `value` where it is not below the floor, zero elsewhere.
+    fn from(self, value: Self::V, floor: Self::V) -> Self::V;
     /// A bit per lane, the first lowest: whether `a` is larger.
     fn above(self, a: Self::V, b: Self::V) -> u32;
     /// `2^x` for `x` up to 127; zero below -126, minus infinity included; infinite from 129 on.
@@ -114,6 +116,11 @@ pub(super) fn sum_exp<L: Lanes, T: Element>(
     !lanes.sum(poison).is_nan()
 }
 
+/// Smaller products become zero. Sums of numbers near the smallest normal one take a hundred times as
+/// long as others, and a gradient so small changes nothing: this one leaves room for the products that
+/// are made of it, while 2^-100 is far below the rounding of any coefficient.
+pub(super) const SMALLEST: f32 = 7.888_609e-31;
+
 #[inline(always)]
 pub(super) fn scale_exp<L: Lanes, T: Element>(lanes: L, row: &mut [T], pieces: &[Piece]) {
     let mut start = 0;
@@ -126,13 +133,15 @@ pub(super) fn scale_exp<L: Lanes, T: Element>(lanes: L, row: &mut [T], pieces: &
             continue;
         }
         let (shift, factor) = (lanes.splat(piece.shift), lanes.splat(piece.factor));
+        // Compared before the product, which would itself be slow.
+        let floor = lanes.splat(SMALLEST / piece.factor.abs());
+        let scaled = |values| lanes.mul(lanes.from(exp(lanes, values, shift), floor), factor);
         let (vectors, rest) = values.as_chunks_mut::<LANES>();
         for vector in vectors {
-            let scaled = lanes.mul(exp(lanes, lanes.load(vector), shift), factor);
-            lanes.store(vector, scaled);
+            lanes.store(vector, scaled(lanes.load(vector)));
         }
         if !rest.is_empty() {
-            let scaled = lanes.mul(exp(lanes, lanes.load_some(rest), shift), factor);
+            let scaled = scaled(lanes.load_some(rest));
             lanes.store_some(rest, scaled);
         }
     }

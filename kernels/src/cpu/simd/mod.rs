@@ -95,7 +95,7 @@ pub(crate) fn sum_exp<T: Element>(
 }
 
 /// `row = factor exp(row - shift)` in place, piece by piece from column 0; a factor of zero gives
-/// zeros.
+/// zeros, and products below 2^-100 are zero.
 pub(crate) fn scale_exp<T: Element>(level: Level, row: &mut [T], pieces: &[Piece]) {
     dispatch!(level, scale_exp(row, pieces));
 }
@@ -206,6 +206,26 @@ mod tests {
                             "{level:?} {length} {place}"
                         );
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_scaled_value_is_so_small_that_sums_of_it_are_slow() {
+        for level in Level::present() {
+            for factor in [1.0, -1e-3, 1e-20, -1e-35, 1e-40] {
+                let mut row: Vec<f32> = (0..2000).map(|step| 0.1 * -step as f32).collect();
+                let (end, shift) = (2000, 0.0);
+                scale_exp(level, &mut row, &[Piece { end, shift, factor }]);
+                for (step, value) in row.iter().enumerate() {
+                    let exact = f64::from(factor) * (-0.1 * step as f64).exp();
+                    let is_zero = *value == 0.0 && exact.abs() < 7.9e-31;
+                    let error = (f64::from(*value) / exact - 1.0).abs();
+                    assert!(
+                        is_zero || value.abs() > 7.8e-31 && error < 1e-4,
+                        "{level:?}, {factor:e}: {value:e} for {exact:e}"
+                    );
                 }
             }
         }

@@ -86,6 +86,15 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn from(self, value: V, floor: V) -> V {
+        map2(
+            value,
+            floor,
+            |value, floor| if value < floor { 0.0 } else { value },
+        )
+    }
+
+    #[inline(always)]
     fn above(self, a: V, b: V) -> u32 {
         (0..LANES).fold(0, |bits, lane| bits | u32::from(a[lane] > b[lane]) << lane)
     }

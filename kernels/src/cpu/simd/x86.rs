@@ -86,6 +86,7 @@ macro_rules! level {
                 mul(a: $vector, b: $vector) -> $vector;
                 mul_add(a: $vector, b: $vector, c: $vector) -> $vector;
                 max(a: $vector, b: $vector) -> $vector;
+                from(value: $vector, floor: $vector) -> $vector;
                 above(a: $vector, b: $vector) -> u32;
                 exp2(x: $vector) -> $vector;
                 sum(value: $vector) -> f32;
@@ -174,6 +175,7 @@ pub(super) mod avx512 {
             mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
             mul_add(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
             max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+            from(value: __m512, floor: __m512) -> __m512 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(value, floor), value);
             above(a: __m512, b: __m512) -> u32 = u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b));
             sum(value: __m512) -> f32 = _mm512_reduce_add_ps(value);
             largest(value: __m512) -> f32 = _mm512_reduce_max_ps(value);
@@ -306,6 +308,7 @@ pub(super) mod avx2 {
             mul(a: V, b: V) -> V = [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])];
             mul_add(a: V, b: V, c: V) -> V = [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])];
             max(a: V, b: V) -> V = [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])];
+            from(value: V, floor: V) -> V = [from_of(value[0], floor[0]), from_of(value[1], floor[1])];
             above(a: V, b: V) -> u32 = above_of(a[0], b[0]) | above_of(a[1], b[1]) << 8;
             exp2(x: V) -> V = [exp2_of(x[0]), exp2_of(x[1])];
             largest(value: V) -> f32 = lanes(_mm256_max_ps(value[0], value[1])).into_iter().fold(f32::MIN, f32::max);
@@ -321,6 +324,12 @@ pub(super) mod avx2 {
             );
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+
+        #[target_feature(enable = "avx2,fma,f16c")]
+        #[inline]
+        fn from_of(value: __m256, floor: __m256) -> __m256 {
+            _mm256_and_ps(value, _mm256_cmp_ps::<_CMP_NLT_UQ>(value, floor))
         }
 
         #[target_feature(enable = "avx2,fma,f16c")]

@@ -44,17 +44,6 @@ template <class T> struct Raw {
     Quad word[WORDS];
 };
 
-// Elements at..at+8 of an aligned base; words that start at or beyond `end` are not touched.
-template <class T> __device__ inline Raw<T> load_raw(const T *base, u32 at, u32 end) {
-    Raw<T> raw;
-#pragma unroll
-    for (u32 i = 0; i < Raw<T>::WORDS; ++i) {
-        u32 start = at + i * Raw<T>::PER_WORD;
-        raw.word[i] = start < end ? load16(base + start) : Quad{0, 0, 0, 0};
-    }
-    return raw;
-}
-
 __device__ inline void unpack(const Raw<float> &raw, float (&x)[8]) {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
@@ -85,9 +74,9 @@ __device__ inline void store_vector(float *to, const float (&x)[8]) {
     }
 }
 
-template <class T> __device__ inline u32 pack_pair(float low, float high) {
-    return (u32)narrow<T>(low).bits | (u32)narrow<T>(high).bits << 16;
-}
+template <class T> __device__ u32 pack_pair(float low, float high);
+template <> __device__ inline u32 pack_pair<Bf16>(float low, float high) { return f32_to_bf16_pair(low, high); }
+template <> __device__ inline u32 pack_pair<F16>(float low, float high) { return f32_to_f16_pair(low, high); }
 
 template <class T> __device__ inline void store_vector(T *to, const float (&x)[8]) {
     store16(to, Quad{pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]), pack_pair<T>(x[4], x[5]),

@@ -37,196 +37,195 @@ struct Loss {
     u32 *ticket;        // zero
     u32 lag;            // rows between a row's sums and its gradient
     float scale;        // of the gradient
+    u32 most_listed;    // slots of a row's levels
+    u32 padding;
 };
 
 struct LevelState {
     WideMass mass;
     double flat;       // weight / mass, zero where the node has no target
-    double path_pull;  // weight * target of the path's child / its mass, in units of e^-pull_shift
-    double inverse;    // 1 / sum of targets
-    double stop;       // target of the stop, normalised
-    float pull_shift;
+    double inverse;    // weight / sum of targets
+    double stop;       // target of the stop
+    double path_pull;  // of the path's child, in units of e^-pull_shift
+    double ghost_pull; // of the root's children that share the tail, in units of e^-ghost_shift
+    float pull_shift, ghost_shift;
+    float end;         // listed for the end of the record
+    float path_target; // of the path's child
+    u32 path;          // byte of the path's child, 256 without one
+    u32 from, to;      // segments of the nested range
+    u32 has_stop, is_leaf;
     u32 padding;
 };
 
+// Target of a child of the root that is not listed and not removed: it shares the tail.
+constexpr float GHOST = -1;
+
 struct LossShared {
+    Reading reading;
     LevelState *levels;
     Mass *mass;
-    float *values;
-    u32 *start;
     u32 *owner;
     float *coefficient;
+    float *target; // of a term, by segment
+    u8 *symbols;   // of a term, by level and slot
+    u8 *codes;
+    u8 *found;     // whether a symbol is a child of its node
 
-    __device__ LossShared(const Rows &job, u8 *memory) {
-        levels = (LevelState *)memory;
-        mass = (Mass *)(levels + job.most_levels);
-        values = (float *)(mass + job.most_segments + 1);
-        start = (u32 *)(values + WARPS * TILE);
-        owner = start + job.most_segments + 2;
-        coefficient = (float *)(owner + job.most_segments);
+    __device__ LossShared(const Loss &job, u8 *memory) {
+        const Rows &rows = job.rows;
+        levels = (LevelState *)reading.lay(memory, rows);
+        mass = (Mass *)(levels + rows.most_levels);
+        owner = (u32 *)(mass + rows.most_segments + 1);
+        coefficient = (float *)(owner + rows.most_segments);
+        target = coefficient + rows.most_segments;
+        symbols = (u8 *)(target + rows.most_segments);
+        codes = symbols + job.most_listed;
+        found = codes + job.most_listed;
     }
 };
 
-// Slot of a byte at `depth` positions after the row's first, or NONE.
-__device__ inline u32 slot_of(const Loss &job, const Term &term, u32 depth, u32 byte) {
-    const u8 *symbols = job.columns + term.symbols + (u64)depth * term.slots;
-    u32 low = 0, high = term.slots;
+// What the targets of a row depend on, besides its masses.
+struct RowTables {
+    float probability[256]; // of every code
+    u32 removed[8];         // bytes that extend the previous token, as bits
+    double losses[WARPS];
+};
+
+// Brings a term's columns for a row.
+__device__ void stage_term(const Loss &job, const Row &row, const Term &term, LossShared &shared, const RowTables &tables) {
+    if (term.kind == TERM_LABEL) return;
+    for (u32 i = threadIdx.x; i < row.levels * term.slots; i += THREADS) {
+        shared.symbols[i] = job.columns[term.symbols + i];
+        shared.codes[i] = job.columns[term.codes + i];
+        shared.found[i] = 0;
+    }
+    for (u32 depth = threadIdx.x; depth < row.levels; depth += THREADS)
+        shared.levels[depth].end = tables.probability[job.columns[term.end + depth]];
+}
+
+// Brings what the coefficients need that does not depend on the logits: all at once, so that the waits overlap.
+__device__ void stage_row(const Loss &job, const LossRow &loss_row, const Row &row, LossShared &shared, RowTables &tables) {
+    const Rows &rows = job.rows;
+    u32 lane = threadIdx.x % 32;
+    for (u32 i = threadIdx.x; i < row.segments; i += THREADS) shared.owner[i] = rows.owners[row.first_segment + i];
+    for (u32 depth = threadIdx.x; depth < row.levels; depth += THREADS) {
+        LevelState &state = shared.levels[depth];
+        Level level = rows.levels[row.first_level + depth];
+        bool is_deepest = depth + 1 == row.levels;
+        u32 below = is_deepest ? level.node : rows.levels[row.first_level + depth + 1].node;
+        Node node = level_node(rows, level, depth, state.has_stop);
+        state.path = is_deepest ? 256 : rows.nodes[below].byte;
+        state.is_leaf = node.children == 0;
+        state.from = level.left;
+        state.to = depth == 0    ? row.segments
+                   : is_deepest ? level.left + state.has_stop + node.children
+                                : level.right + node.children - level.path - 1;
+    }
+    if (threadIdx.x / 32 < WARPS - 1) return;
+    if (lane < 8) tables.removed[lane] = 0;
+    __syncwarp();
+    if (loss_row.previous == NONE) return;
+    Node previous = rows.nodes[loss_row.previous];
+    for (u32 i = lane; i < previous.children; i += 32) {
+        u32 byte = rows.nodes[previous.first_child + i].byte;
+        if (byte != loss_row.first) atomicOr(&tables.removed[byte / 32], 1u << byte % 32);
+    }
+}
+
+// Target of a child at a depth; a slot that names one is marked.
+__device__ float target_of(const LossRow &loss_row, const Row &row, const Term &term, u32 depth, u32 byte,
+                           LossShared &shared, const RowTables &tables) {
+    if (depth == 0 && tables.removed[byte / 32] >> byte % 32 & 1) return 0;
+    // Below the deepest node the next token's first byte is where this token stops.
+    if (depth + 1 == row.levels && byte == loss_row.next) return 0;
+    u32 first = depth * term.slots, low = first, high = first + term.slots;
     while (low < high) {
         u32 middle = (low + high) / 2;
-        if (symbols[middle] < byte) low = middle + 1;
+        if (shared.symbols[middle] < byte) low = middle + 1;
         else high = middle;
     }
-    return low < term.slots && symbols[low] == byte ? low : NONE;
+    if (low == first + term.slots || shared.symbols[low] != byte) return depth == 0 ? GHOST : 0;
+    shared.found[low] = 1;
+    return tables.probability[shared.codes[low]];
 }
 
-__device__ inline double target_of(const Loss &job, const Term &term, u32 depth, u32 byte) {
-    u32 slot = slot_of(job, term, depth, byte);
-    return slot == NONE ? 0 : (double)job.probability[job.columns[term.codes + (u64)depth * term.slots + slot]];
-}
+// What a warp knows of a node: sums over its children.
+struct Children {
+    double targets = 0;  // of listed children
+    double weighted = 0; // target * log mass
+    float ghost_shift = LOWEST;
+    double ghosts = 0; // mass, in units of e^ghost_shift
 
-__device__ inline u32 find_child(const Rows &job, const Node &node, u32 byte) {
-    u32 low = 0, high = node.children;
-    while (low < high) {
-        u32 middle = (low + high) / 2;
-        if (job.nodes[node.first_child + middle].byte < byte) low = middle + 1;
-        else high = middle;
-    }
-    return low < node.children && job.nodes[node.first_child + low].byte == byte ? low : NONE;
-}
-
-// The block's work on the root of a trie term: coefficients of its own segments, and what it asks of the path.
-__device__ double trie_root(const Loss &job, const LossRow &loss_row, const Row &row, const Term &term, LossShared &shared) {
-    __shared__ u8 removed[256];
-    __shared__ double scratch[WARPS];
-    const Rows &rows = job.rows;
-    Level level = rows.levels[row.first_level];
-    Node root = rows.nodes[level.node];
-    // What comes from memory is asked for before the first barrier, so that the waits overlap.
-    u32 child = threadIdx.x, byte = 0, slot = NONE;
-    bool is_child = child < root.children, is_ghost = false;
-    double listed = 0, end = job.probability[job.columns[term.end]], spread = job.probability[job.columns[term.tail]];
-    if (is_child) {
-        byte = rows.nodes[root.first_child + child].byte;
-        slot = slot_of(job, term, 0, byte);
-        if (slot != NONE) listed = job.probability[job.columns[term.codes + slot]];
-    }
-    removed[threadIdx.x] = 0;
-    __syncthreads();
-    if (loss_row.previous != NONE) {
-        Node previous = rows.nodes[loss_row.previous];
-        for (u32 i = threadIdx.x; i < previous.children; i += THREADS) {
-            u32 byte = rows.nodes[previous.first_child + i].byte;
-            if (byte != loss_row.first) removed[byte] = 1;
+    __device__ void add(float target, double sum, float shift) {
+        if (target > 0) {
+            targets += target;
+            weighted += target * log_mass(sum, shift);
         }
     }
-    __syncthreads();
+};
 
-    double target = 0;
-    float shift = LOWEST;
-    double sum = 0;
-    if (is_child) {
-        is_ghost = slot == NONE && !removed[byte];
-        if (!removed[byte]) target = listed;
-        if (child == level.path) {
-            shift = shared.levels[1].mass.shift;
-            sum = shared.levels[1].mass.sum;
-        } else {
-            Mass mass = shared.mass[child_segment(level, 0, child)];
-            shift = mass.x;
-            sum = mass.y;
-        }
-    }
-    float ghost_shift = block_max(is_ghost ? shift : LOWEST, scratch);
-    double ghost_sum = block_sum(is_ghost ? sum * expf(shift - ghost_shift) : 0, scratch);
-    double tail = ghost_sum > 0 ? spread : 0;
-    double targets = block_sum(target, scratch) + end + tail;
-    LevelState &state = shared.levels[0];
-    if (targets <= 0) {
-        if (threadIdx.x == 0) state.flat = state.path_pull = 0;
-        return 0;
-    }
-    double weight = term.weight, log_all = log_mass(state.mass.sum, state.mass.shift), loss = 0;
-    double flat = weight / state.mass.sum;
-    if (is_child) {
-        double pull = is_ghost ? weight * tail / targets / ghost_sum : weight * target / targets / sum;
-        float pull_shift = is_ghost ? ghost_shift : shift;
-        if (target > 0) loss += weight * target / targets * (log_all - log_mass(sum, shift));
-        if (child == level.path) {
-            state.path_pull = pull;
-            state.pull_shift = pull_shift;
-        } else {
-            shared.coefficient[child_segment(level, 0, child)] +=
-                (float)(flat * expf(shift - state.mass.shift) - pull * expf(shift - pull_shift));
-        }
-    }
-    if (threadIdx.x == 0) {
-        state.flat = flat;
-        Mass mass = shared.mass[row.segments - 1];
-        shared.coefficient[row.segments - 1] +=
-            (float)(flat * expf(mass.x - state.mass.shift) - weight * end / targets / mass.y);
-        if (end > 0) loss += weight * end / targets * (log_all - log_mass(mass.y, mass.x));
-        if (tail > 0) loss += weight * tail / targets * (log_all - log_mass(ghost_sum, ghost_shift));
-    }
-    return loss;
-}
-
-// A warp's work on a node below the root: its loss, and what its segments need to know.
-__device__ double trie_level(const Loss &job, const LossRow &loss_row, const Row &row, const Term &term, u32 depth,
-                             LossShared &shared) {
-    const Rows &rows = job.rows;
-    u32 lane = threadIdx.x % 32, stop;
-    Level level = rows.levels[row.first_level + depth];
-    Node node = level_node(rows, level, depth, stop);
-    bool is_deepest = depth + 1 == row.levels;
-    u32 next = is_deepest ? loss_row.next : 256;
-    const u8 *symbols = job.columns + term.symbols + (u64)depth * term.slots;
-    const u8 *codes = job.columns + term.codes + (u64)depth * term.slots;
+// The loss of a trie term at one node, by one warp, and what the node's segments need to know.
+__device__ double trie_level(const Loss &job, const Row &row, const Term &term, u32 depth, LossShared &shared,
+                             const RowTables &tables) {
+    u32 lane = threadIdx.x % 32;
     LevelState &state = shared.levels[depth];
-    double children = 0, rest = 0, weighted = 0;
-    for (u32 i = lane; i < term.slots; i += 32) {
-        if (i > 0 && symbols[i] == symbols[i - 1]) continue;
-        double target = job.probability[codes[i]];
-        u32 child = symbols[i] == next ? NONE : find_child(rows, node, symbols[i]);
-        if (child == NONE) {
-            rest += target;
-        } else if (target > 0) {
-            children += target;
-            Mass mass = shared.mass[child_segment(level, stop, child)];
-            const WideMass &below = shared.levels[child == level.path ? depth + 1 : depth].mass;
-            weighted += target * (child == level.path ? log_mass(below.sum, below.shift) : log_mass(mass.y, mass.x));
-        }
+    const WideMass &below = shared.levels[depth + 1 < row.levels ? depth + 1 : depth].mass;
+    bool has_path = state.path < 256, is_root = depth == 0;
+    Children children;
+    auto is_child = [&](u32 i) { return shared.owner[i] / 512 == depth && shared.owner[i] % 512 < OWNER_STOP; };
+    for (u32 i = state.from + lane; i < state.to; i += 32) {
+        if (!is_child(i)) continue;
+        Mass mass = shared.mass[i];
+        float target = shared.target[i];
+        children.add(target, mass.y, mass.x);
+        if (target < 0) children.ghost_shift = fmaxf(children.ghost_shift, mass.x);
     }
-    children = warp_sum(children);
-    rest = stop ? warp_sum(rest) + (double)job.probability[job.columns[term.end + depth]] : 0;
-    weighted = warp_sum(weighted);
-    double targets = children + rest;
-    bool active = targets > 0 && (!is_deepest || node.children > 0);
+    float path_target = has_path ? state.path_target : 0;
+    if (lane == 0) children.add(path_target, below.sum, below.shift);
+    if (is_root) {
+        float shift = warp_max(path_target < 0 ? fmaxf(children.ghost_shift, below.shift) : children.ghost_shift);
+        for (u32 i = lane; i < row.segments; i += 32)
+            if (is_child(i) && shared.target[i] < 0)
+                children.ghosts += (double)shared.mass[i].y * expf(shared.mass[i].x - shift);
+        if (lane == 0 && path_target < 0) children.ghosts += below.sum * expf(below.shift - shift);
+        children.ghosts = warp_sum(children.ghosts);
+        children.ghost_shift = shift;
+    }
+    double rest = 0;
+    for (u32 i = lane; i < term.slots && !is_root && state.has_stop; i += 32) {
+        u32 slot = depth * term.slots + i;
+        bool is_repeated = i > 0 && shared.symbols[slot] == shared.symbols[slot - 1];
+        if (!is_repeated && !shared.found[slot]) rest += tables.probability[shared.codes[slot]];
+    }
+    children.targets = warp_sum(children.targets);
+    children.weighted = warp_sum(children.weighted);
+    rest = is_root || state.has_stop ? warp_sum(rest) + state.end : 0;
+    double tail = is_root && children.ghosts > 0 ? tables.probability[job.columns[term.tail]] : 0;
+    double targets = children.targets + rest + tail;
     if (lane != 0) return 0;
-    if (!active) {
-        state.flat = state.path_pull = state.inverse = state.stop = 0;
-        return 0;
+    state.flat = state.inverse = state.stop = state.path_pull = state.ghost_pull = 0;
+    if (!(targets > 0) || (!is_root && state.is_leaf)) return 0;
+    state.flat = term.weight / state.mass.sum;
+    state.inverse = term.weight / targets;
+    state.stop = rest;
+    state.ghost_shift = children.ghost_shift;
+    if (tail > 0) {
+        state.ghost_pull = state.inverse * tail / children.ghosts;
+        children.weighted += tail * log_mass(children.ghosts, children.ghost_shift);
     }
-    double weight = term.weight;
-    state.flat = weight / state.mass.sum;
-    state.inverse = 1 / targets;
-    state.stop = rest / targets;
-    state.path_pull = 0;
-    if (!is_deepest) {
-        const WideMass &below = shared.levels[depth + 1].mass;
-        double target = target_of(job, term, depth, rows.nodes[node.first_child + level.path].byte);
-        state.path_pull = weight * target / targets / below.sum;
-        state.pull_shift = below.shift;
+    if (has_path) {
+        state.pull_shift = path_target < 0 ? children.ghost_shift : below.shift;
+        state.path_pull = path_target < 0 ? state.ghost_pull : state.inverse * path_target / below.sum;
     }
     if (rest > 0) {
-        Mass mass = shared.mass[level.left];
-        weighted += rest * log_mass(mass.y, mass.x);
+        Mass mass = shared.mass[is_root ? row.segments - 1 : state.from];
+        children.weighted += rest * log_mass(mass.y, mass.x);
     }
-    return weight * (log_mass(state.mass.sum, state.mass.shift) - weighted / targets);
+    return term.weight * (log_mass(state.mass.sum, state.mass.shift) - children.weighted / targets);
 }
 
-// Coefficient of a segment below the root: what every node above it asks.
-__device__ float trie_segment(const Loss &job, const LossRow &loss_row, const Row &row, const Term &term, u32 segment,
-                              const LossShared &shared) {
+// Coefficient of a segment: what its own node and every node above it ask.
+__device__ float trie_segment(u32 segment, const LossShared &shared) {
     u32 depth = shared.owner[segment] / 512, symbol = shared.owner[segment] % 512;
     Mass mass = shared.mass[segment];
     double coefficient = 0;
@@ -238,72 +237,93 @@ __device__ float trie_segment(const Loss &job, const LossRow &loss_row, const Ro
     }
     const LevelState &state = shared.levels[depth];
     if (state.flat == 0) return (float)coefficient;
-    double target = 0;
-    if (symbol == OWNER_STOP) target = state.stop;
-    else if (depth + 1 < row.levels || symbol != loss_row.next)
-        target = target_of(job, term, depth, symbol) * state.inverse;
-    coefficient += state.flat * expf(mass.x - state.mass.shift) - term.weight * target / mass.y;
+    coefficient += state.flat * expf(mass.x - state.mass.shift);
+    double target = symbol < OWNER_STOP ? (double)shared.target[segment] : state.stop;
+    coefficient -= target < 0 ? state.ghost_pull * expf(mass.x - state.ghost_shift) : state.inverse * target / mass.y;
     return (float)coefficient;
 }
 
-// Coefficients and loss of a row whose masses are in shared memory.
-__device__ void work_out(const Loss &job, u32 row_index, const Row &row, LossShared &shared) {
-    __shared__ double scratch[WARPS];
-    const Rows &rows = job.rows;
-    LossRow loss_row = job.loss_rows[row_index];
+// Adds a trie term's coefficients; the term is staged.
+__device__ double trie_term(const Loss &job, const LossRow &loss_row, const Row &row, const Term &term, LossShared &shared,
+                            const RowTables &tables) {
+    double loss = 0;
+    for (u32 i = threadIdx.x; i < row.segments; i += THREADS) {
+        u32 depth = shared.owner[i] / 512, symbol = shared.owner[i] % 512;
+        if (symbol < OWNER_STOP) shared.target[i] = target_of(loss_row, row, term, depth, symbol, shared, tables);
+    }
+    for (u32 depth = threadIdx.x; depth < row.levels; depth += THREADS) {
+        LevelState &state = shared.levels[depth];
+        if (state.path < 256) state.path_target = target_of(loss_row, row, term, depth, state.path, shared, tables);
+    }
+    __syncthreads();
+    for (u32 depth = threadIdx.x / 32; depth < row.levels; depth += WARPS)
+        loss += trie_level(job, row, term, depth, shared, tables);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < row.segments; i += THREADS) shared.coefficient[i] += trie_segment(i, shared);
+    return loss;
+}
+
+__device__ double label_term(const Row &row, const Term &term, LossShared &shared) {
+    const WideMass &all = shared.levels[0].mass;
+    double loss = 0;
+    for (u32 i = threadIdx.x; i < row.segments; i += THREADS) {
+        Mass mass = shared.mass[i];
+        double pull = i == term.segment ? 1.0 / mass.y : 0;
+        shared.coefficient[i] += (float)(term.weight * (expf(mass.x - all.shift) / all.sum - pull));
+        if (i == term.segment) loss += term.weight * (log_mass(all.sum, all.shift) - log_mass(mass.y, mass.x));
+    }
+    return loss;
+}
+
+// Coefficients and loss of a row whose masses are in shared memory and whose first term is staged.
+__device__ void work_out(const Loss &job, u32 row_index, const LossRow &loss_row, const Row &row, LossShared &shared,
+                         RowTables &tables) {
     for (u32 depth = threadIdx.x / 32; depth < row.levels; depth += WARPS) {
-        u32 from, to, stop;
-        level_range(rows, row, depth, from, to, stop);
-        WideMass mass = sum_segments(shared.mass, from, to);
-        if (threadIdx.x % 32 == 0) shared.levels[depth].mass = mass;
+        LevelState &state = shared.levels[depth];
+        WideMass mass = sum_segments(shared.mass, state.from, state.to);
+        if (threadIdx.x % 32 == 0) state.mass = mass;
     }
     for (u32 i = threadIdx.x; i < row.segments; i += THREADS) shared.coefficient[i] = 0;
     __syncthreads();
-    WideMass all = shared.levels[0].mass;
     double loss = 0;
     for (u32 t = 0; t < loss_row.terms; ++t) {
         Term term = job.terms[loss_row.first_term + t];
-        if (term.kind == TERM_LABEL) {
-            for (u32 i = threadIdx.x; i < row.segments; i += THREADS) {
-                Mass mass = shared.mass[i];
-                double pull = i == term.segment ? 1.0 / mass.y : 0;
-                shared.coefficient[i] += (float)(term.weight * (expf(mass.x - all.shift) / all.sum - pull));
-                if (i == term.segment)
-                    loss += term.weight * (log_mass(all.sum, all.shift) - log_mass(mass.y, mass.x));
-            }
-        } else {
-            loss += trie_root(job, loss_row, row, term, shared);
-            for (u32 depth = 1 + threadIdx.x / 32; depth < row.levels; depth += WARPS)
-                loss += trie_level(job, loss_row, row, term, depth, shared);
+        if (t > 0) {
             __syncthreads();
-            for (u32 i = threadIdx.x; i < row.segments; i += THREADS)
-                if (shared.owner[i] >= 512)
-                    shared.coefficient[i] += trie_segment(job, loss_row, row, term, i, shared);
+            stage_term(job, row, term, shared, tables);
+            __syncthreads();
         }
-        __syncthreads();
+        loss += term.kind == TERM_LABEL ? label_term(row, term, shared)
+                                        : trie_term(job, loss_row, row, term, shared, tables);
     }
-    loss = block_sum(loss, scratch);
+    loss = warp_sum(loss);
+    if (threadIdx.x % 32 == 0) tables.losses[threadIdx.x / 32] = loss;
+    // A thread's own coefficients.
     for (u32 i = threadIdx.x; i < row.segments; i += THREADS)
         job.coefficients[row.first_segment + i] = Mass{shared.mass[i].x, shared.coefficient[i] * job.scale};
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        job.losses[row_index] = loss;
         store_release(&job.ready[row_index], 1);
+        loss = 0;
+        for (u32 i = 0; i < WARPS; ++i) loss += tables.losses[i];
+        job.losses[row_index] = loss;
     }
 }
 
 // Writes one slice of a row's gradient.
 template <class In, class Out>
-__device__ void write_gradient(const Loss &job, u32 row_index, const Row &row, u32 slice, LossShared &shared) {
+__device__ void write_gradient(const Loss &job, u32 row_index, u32 slice, LossShared &shared) {
     const Rows &rows = job.rows;
-    u32 skew;
+    const u32 *start = shared.reading.start;
+    u32 skew, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const In *base = row_base<In>(rows, row_index, skew);
     Out *out = (Out *)job.gradient + row_index * job.gradient_stride - skew;
-    u32 span = span_elements(rows), lane = threadIdx.x % 32;
-    u32 from = (slice * WARPS + threadIdx.x / 32) * span, end = skew + rows.live, width = skew + rows.width;
-    u32 stop = min(from + span, width), readable = min(stop, end);
-    Batch<In> batch(base, from + lane * 8, readable);
+    u32 span = span_elements(rows), from = (slice * WARPS + warp) * span;
+    u32 end = skew + rows.live, width = skew + rows.width, stop = min(from + span, width);
+    Ring<In> ring(shared.reading.ring, base, from, min(stop, end));
+    Row row = rows.rows[row_index];
+    load_layout(rows, row_index, row, skew, shared.reading.start);
     if (threadIdx.x == 0)
         while (load_acquire(&job.ready[row_index]) == 0) pause();
     __syncthreads();
@@ -311,57 +331,52 @@ __device__ void write_gradient(const Loss &job, u32 row_index, const Row &row, u
         shared.mass[i] =
             i < row.segments ? load_shared_result(job.coefficients + row.first_segment + i) : Mass{0, 0};
     __syncthreads();
-    if (from >= width) return;
-    u32 current = open_segment(shared.start, row.segments, from + 1), until = shared.start[current + 1];
+    if (from >= width) return copy_wait<0>();
+    u32 current = open_segment(start, row.segments, from + 1), until = start[current + 1];
     Mass own = shared.mass[current];
-    for (u32 tile = from; tile < stop; tile += BATCH<In> * TILE) {
+    for (u32 first = from; first < stop; first += TILE) {
+        u32 tile = first / TILE, at = first + lane * 8;
+        float x[8];
+        ring.take(tile, x);
+        if (first + TILE <= until) {
 #pragma unroll
-        for (u32 b = 0; b < BATCH<In>; ++b) {
-            u32 first = tile + b * TILE, at = first + lane * 8;
-            if (first >= stop) break;
-            float x[8];
-            unpack(batch.tile[b], x);
-            batch.tile[b] = load_raw(base, at + BATCH<In> * TILE, readable);
-            if (first + TILE <= until && first >= skew) {
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) x[i] = own.y * exp_near_zero(x[i] - own.x);
-                store_vector(out + at, x);
-                continue;
-            }
-            u32 segment = open_segment(shared.start, row.segments, at + 1);
-            own = shared.mass[segment];
-            until = shared.start[segment + 1];
+            for (u32 i = 0; i < 8; ++i) x[i] = own.y * exp_near_zero(x[i] - own.x);
+        } else {
+            u32 before, all;
+            u64 starts = starts_in_tile(shared.reading.flags + warp * TILE, start, row.segments, current, first, before, all);
+            u32 segment = current + before;
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) {
-                if (until <= at + i) {
-                    own = shared.mass[++segment];
-                    until = shared.start[segment + 1];
-                }
-                // Behind the live columns, `own` is zero and the logit anything.
-                x[i] = segment < row.segments ? own.y * exp_near_zero(x[i] - own.x) : 0;
+                segment += (u32)(starts >> 8 * i) & 1;
+                Mass mass = shared.mass[segment];
+                // Behind the live columns the coefficient is zero and the logit anything.
+                x[i] = segment < row.segments ? mass.y * exp_near_zero(x[i] - mass.x) : 0;
             }
-            current = __shfl_sync(ALL, segment, 31);
-            current += shared.start[current + 1] <= first + TILE;
+            current += all;
+            current += start[current + 1] <= first + TILE;
             own = shared.mass[current];
-            until = shared.start[current + 1];
-            u32 written = inside(at, skew, width);
-            if (written == 0xff) {
-                store_vector(out + at, x);
-            } else {
+            until = start[current + 1];
+        }
+        ring.ask(tile + Ring<In>::STAGES);
+        u32 written = inside(at, skew, width);
+        if (written == 0xff) {
+            store_vector(out + at, x);
+        } else {
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i)
-                    if (written >> i & 1) out[at + i] = narrow<Out>(x[i]);
-            }
+            for (u32 i = 0; i < 8; ++i)
+                if (written >> i & 1) out[at + i] = narrow<Out>(x[i]);
         }
     }
+    copy_wait<0>();
 }
 
 template <class In, class Out> __device__ void loss_rows(const Loss &job) {
     DYNAMIC_SHARED(memory);
     __shared__ u32 drawn;
+    __shared__ RowTables tables;
     const Rows &rows = job.rows;
-    LossShared shared(rows, memory);
-    u32 block = job.lag * rows.slices, blocks = (rows.count + job.lag - 1) / job.lag;
+    LossShared shared(job, memory);
+    tables.probability[threadIdx.x] = job.probability[threadIdx.x];
     // The next ticket is drawn while this one is worked on. It waits for no one that waits for it: the lowest ticket
     // that is not done is being worked on.
     u32 upcoming = threadIdx.x == 0 ? atomicAdd(job.ticket, 1) : 0;
@@ -369,7 +384,7 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
         __syncthreads();
         if (threadIdx.x == 0) drawn = upcoming;
         __syncthreads();
-        u32 ticket = drawn;
+        u32 ticket = drawn, block = job.lag * rows.slices, blocks = (rows.count + job.lag - 1) / job.lag;
         if (ticket >= block * (1 + 2 * blocks)) return;
         if (threadIdx.x == 0) upcoming = atomicAdd(job.ticket, 1);
         // The first block's sums, then in turn the next block's sums and a block's gradients.
@@ -379,25 +394,25 @@ template <class In, class Out> __device__ void loss_rows(const Loss &job) {
             is_gradient = rest % 2 == 1;
             ticket = (is_gradient ? 0 : block) + rest / (2 * block) * block + rest % (2 * block) / 2;
         }
-        u32 row_index = ticket / rows.slices, slice = ticket % rows.slices, skew;
+        u32 row_index = ticket / rows.slices, slice = ticket % rows.slices;
         if (row_index >= rows.count) continue;
-        Row row = rows.rows[row_index];
-        row_base<In>(rows, row_index, skew);
-        load_layout(rows, row_index, row, skew, shared.start);
         if (is_gradient) {
-            write_gradient<In, Out>(job, row_index, row, slice, shared);
+            write_gradient<In, Out>(job, row_index, slice, shared);
             continue;
         }
-        sum_slice<In>(rows, row_index, row, slice, shared.start, shared.values);
+        Row row;
+        sum_slice<In>(rows, row_index, row, slice, shared.reading);
         if (!is_last(rows, row_index)) continue;
-        lay_out(rows, row, nullptr, shared.owner);
-        finish_masses<In>(rows, row_index, row, shared.start, shared.mass);
-        work_out(job, row_index, row, shared);
+        LossRow loss_row = job.loss_rows[row_index];
+        if (loss_row.terms > 0) stage_term(job, row, job.terms[loss_row.first_term], shared, tables);
+        stage_row(job, loss_row, row, shared, tables);
+        finish_masses<In>(rows, row_index, row, shared.reading.start, shared.mass);
+        work_out(job, row_index, loss_row, row, shared, tables);
     }
 }
 
 #define LOSS(name, In, Out)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) name(Loss job) { loss_rows<In, Out>(job); }
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) name(Loss job) { loss_rows<In, Out>(job); }
 
 LOSS(loss_f32, float, float)
 LOSS(loss_bf16, Bf16, Bf16)

@@ -62,6 +62,19 @@ __device__ inline u16 f32_to_bf16(float value) {
     return bits;
 }
 
+// Two results side by side, `low` in the lower half.
+__device__ inline u32 f32_to_f16_pair(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+__device__ inline u32 f32_to_bf16_pair(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Copies 16 bytes to shared memory behind the caller's back; zeros where `real` is false.

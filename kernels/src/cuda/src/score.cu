@@ -2,40 +2,36 @@
 #include "segments.cuh"
 
 struct SumShared {
+    Reading reading;
     Mass *mass;
-    float *values;
-    u32 *start;
 
     __device__ SumShared(const Rows &job, u8 *memory) {
-        mass = (Mass *)memory;
-        values = (float *)(mass + job.most_segments);
-        start = (u32 *)(values + WARPS * TILE);
+        u8 *rest = reading.lay(memory, job);
+        mass = (Mass *)rest;
     }
 };
 
 // One block per row.
 extern "C" __global__ void __launch_bounds__(THREADS) lay_out_rows(Rows job) {
     Row row = job.rows[blockIdx.x];
-    lay_out(job, row, row_layout(job, blockIdx.x, row), nullptr);
+    lay_out(job, row, row_layout(job, blockIdx.x, row), job.owners + row.first_segment);
 }
 
 // One block per slice of a row.
 template <class T> __device__ void sum_rows(const Rows &job) {
     DYNAMIC_SHARED(memory);
     SumShared shared(job, memory);
-    u32 row_index = blockIdx.x / job.slices, slice = blockIdx.x % job.slices, skew;
-    Row row = job.rows[row_index];
-    row_base<T>(job, row_index, skew);
-    load_layout(job, row_index, row, skew, shared.start);
-    sum_slice<T>(job, row_index, row, slice, shared.start, shared.values);
+    u32 row_index = blockIdx.x / job.slices, slice = blockIdx.x % job.slices;
+    Row row;
+    sum_slice<T>(job, row_index, row, slice, shared.reading);
     if (!is_last(job, row_index)) return;
-    finish_masses<T>(job, row_index, row, shared.start, shared.mass);
+    finish_masses<T>(job, row_index, row, shared.reading.start, shared.mass);
     for (u32 i = threadIdx.x; i < row.segments; i += THREADS) job.segments[row.first_segment + i] = shared.mass[i];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) sum_rows_f32(Rows job) { sum_rows<float>(job); }
-extern "C" __global__ void __launch_bounds__(THREADS, 4) sum_rows_bf16(Rows job) { sum_rows<Bf16>(job); }
-extern "C" __global__ void __launch_bounds__(THREADS, 4) sum_rows_f16(Rows job) { sum_rows<F16>(job); }
+extern "C" __global__ void __launch_bounds__(THREADS, 5) sum_rows_f32(Rows job) { sum_rows<float>(job); }
+extern "C" __global__ void __launch_bounds__(THREADS, 5) sum_rows_bf16(Rows job) { sum_rows<Bf16>(job); }
+extern "C" __global__ void __launch_bounds__(THREADS, 5) sum_rows_f16(Rows job) { sum_rows<F16>(job); }
 
 struct ScoreRow {
     u32 position; // first of its output positions

@@ -17,8 +17,6 @@ constexpr u32 TILE = 256;
 // Sums between these lost nothing against their shift.
 constexpr float SCARCE = 1e-20f;
 constexpr float ABUNDANT = 1e20f;
-// Segments that start in a tile from which on lanes take a segment each.
-constexpr u32 DENSE = 8;
 
 struct Node {
     u32 start, stop, end, first_child, children, byte;
@@ -58,6 +56,7 @@ struct Rows {
     Mass *edges;    // [count, slices * WARPS, 2]
     Mass *segments; // [sum of segments]
     u32 *layout;    // [sum of segments + count] first columns of a row's segments and the end of the last
+    u32 *owners;    // [sum of segments] level * 512 + class of every segment
     u32 *arrived;   // [count], zero
     u64 *bad;       // smallest index row * width + column of a logit that is not finite
 };
@@ -94,30 +93,30 @@ __device__ inline void level_range(const Rows &job, const Row &row, u32 depth, u
                                    : level.right + node.children - level.path - 1;
 }
 
-// First columns of the segments of a row, and the end of the last; with `owner` also level * 512 + class.
+// First columns of the segments of a row and the end of the last, and who owns them.
 __device__ inline void lay_out(const Rows &job, const Row &row, u32 *start, u32 *owner) {
     auto place = [&](u32 depth, u32 first, u32 step) {
         Level level = job.levels[row.first_level + depth];
         u32 stop;
         Node node = level_node(job, level, depth, stop);
         if (stop && first == 0) {
-            if (start) start[level.left] = node.start;
-            if (owner) owner[level.left] = depth * 512 + OWNER_STOP;
+            start[level.left] = node.start;
+            owner[level.left] = depth * 512 + OWNER_STOP;
         }
         for (u32 child = first; child < node.children; child += step) {
             if (child == level.path) continue;
             u32 segment = child_segment(level, stop, child);
-            if (start) start[segment] = job.starts[node.first_child + child];
-            if (owner) owner[segment] = depth * 512 + job.nodes[node.first_child + child].byte;
+            start[segment] = job.starts[node.first_child + child];
+            owner[segment] = depth * 512 + job.nodes[node.first_child + child].byte;
         }
     };
     // The root has up to 256 children, the others mostly few.
     place(0, threadIdx.x, THREADS);
     for (u32 depth = 1 + threadIdx.x / 32; depth < row.levels; depth += WARPS) place(depth, threadIdx.x % 32, 32);
     if (threadIdx.x == 0) {
-        if (start) start[row.segments - 1] = job.ends;
-        if (start) start[row.segments] = job.live;
-        if (owner) owner[row.segments - 1] = OWNER_END;
+        start[row.segments - 1] = job.ends;
+        start[row.segments] = job.live;
+        owner[row.segments - 1] = OWNER_END;
     }
 }
 
@@ -144,12 +143,90 @@ __device__ inline u32 open_segment(const u32 *start, u32 count, u32 at) {
     return low - 1;
 }
 
+// Tiles of one warp that are on their way to shared memory.
+template <class T> struct Ring {
+    static constexpr u32 BYTES = 4096;
+    static constexpr u32 STAGES = BYTES / (TILE * sizeof(T));
+    static constexpr u32 WORDS = Raw<T>::WORDS;
+    Quad *words; // of this warp: [STAGES, WORDS * 32]
+    const T *base;
+    u32 end; // words that start here or later are not read
+
+    __device__ Ring(u8 *memory, const T *base, u32 first, u32 end)
+        : words((Quad *)(memory + threadIdx.x / 32 * BYTES)), base(base), end(end) {
+        for (u32 i = 0; i < STAGES; ++i) ask(first / TILE + i);
+    }
+
+    // Place of a word in its stage. Lanes copy words side by side and read WORDS in a row: neither meets in a bank.
+    __device__ static u32 place(u32 word) { return WORDS == 1 ? word : word ^ (word >> 3 & 1); }
+
+    // Asks for a tile of the row, in the stage of the one that all lanes took last.
+    __device__ void ask(u32 tile) {
+        u32 lane = threadIdx.x % 32;
+        if (WORDS > 1) __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < WORDS; ++i) {
+            u32 word = i * 32 + lane, start = tile * TILE + word * Raw<T>::PER_WORD;
+            bool real = start < end;
+            copy_async(&words[tile % STAGES * WORDS * 32 + place(word)], base + (real ? start : 0), real);
+        }
+        copy_commit();
+    }
+
+    // Waits for a tile, the earliest that was asked for; the lane's elements of it.
+    __device__ void take(u32 tile, float (&x)[8]) {
+        copy_wait<STAGES - 1>();
+        if (WORDS > 1) __syncwarp();
+        Raw<T> raw;
+#pragma unroll
+        for (u32 i = 0; i < WORDS; ++i)
+            raw.word[i] = words[tile % STAGES * WORDS * 32 + place(threadIdx.x % 32 * WORDS + i)];
+        unpack(raw, x);
+    }
+};
+
+// Shared memory that reading a row takes.
+struct Reading {
+    u8 *ring;   // Ring::BYTES per warp
+    u8 *flags;  // TILE per warp
+    u32 *start; // of the row's segments, then the end of the last and NONE
+
+    // Returns what lies behind.
+    __device__ u8 *lay(u8 *memory, const Rows &job) {
+        ring = memory;
+        flags = ring + WARPS * Ring<float>::BYTES;
+        start = (u32 *)(flags + WARPS * TILE);
+        return (u8 *)(start + (job.most_segments + 3) / 2 * 2);
+    }
+};
+
+// Where segments start among the eight elements of a lane, a byte each that is 0 or 1; `before` is how many start in the
+// lanes before, `all` how many in the tile. `open` is the segment that is open at the tile's start.
+__device__ inline u64 starts_in_tile(u8 *flags, const u32 *start, u32 count, u32 open, u32 first, u32 &before, u32 &all) {
+    u32 lane = threadIdx.x % 32;
+    __syncwarp();
+    ((u64 *)flags)[lane] = 0;
+    __syncwarp();
+    for (u32 i = open + 1 + lane; i <= count && start[i] < first + TILE; i += 32) flags[start[i] - first] = 1;
+    __syncwarp();
+    u64 own = ((const u64 *)flags)[lane];
+    u32 sum = __popc((u32)own) + __popc((u32)(own >> 32)), mine = sum;
+#pragma unroll
+    for (u32 d = 1; d < 32; d *= 2) {
+        u32 other = __shfl_up_sync(ALL, sum, d);
+        sum += lane >= d ? other : 0;
+    }
+    before = sum - mine;
+    all = __shfl_sync(ALL, sum, 31);
+    return own;
+}
+
 // Sums of one warp over a span of consecutive elements.
 struct SpanSums {
     Mass *edges;      // of this span
     Mass *segments;   // of this row
     const u32 *start; // of this row
-    float *values;    // TILE of this warp
+    u8 *flags;        // TILE of this warp
     u32 count;        // segments of this row
     u32 current;      // open segment
     u32 next;         // where it ends
@@ -161,48 +238,64 @@ struct SpanSums {
         return ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
     }
 
-    __device__ void close(float mass) {
-        mass = warp_sum(mass);
-        if (threadIdx.x % 32 == 0) *(seen || is_first ? &segments[current] : &edges[0]) = Mass{shift, mass};
-        seen = true;
-    }
-
     // A tile in which segments start, the lane's elements `e` at `at`.
     __device__ void cut(float (&e)[8], u32 at, u32 tile_end) {
-        u32 lane = threadIdx.x % 32;
-        bool is_dense = start[min(current + DENSE, count)] < tile_end;
-        if (is_dense) {
+        if (start[min(current + 2, count + 1)] >= tile_end) cut_once(e, at);
+        else cut_often(e, tile_end);
+        seen = true;
+        next = start[current + 1];
+    }
+
+    __device__ void cut_once(float (&e)[8], u32 at) {
+        float before = 0;
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) values[lane * 8 + i] = e[i];
-            __syncwarp();
+        for (u32 i = 0; i < 8; ++i) {
+            bool is_before = at + i < next;
+            before += is_before ? e[i] : 0;
+            e[i] = is_before ? 0 : e[i];
         }
-        do {
-            float before = 0;
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) {
-                bool is_before = at + i < next;
-                before += is_before ? e[i] : 0;
-                e[i] = is_before ? 0 : e[i];
-            }
-            close(sum + before);
-            sum = 0;
-            next = start[++current + 1];
-        } while (next < tile_end && !is_dense);
-        if (is_dense) {
-            const float *tile = values - (tile_end - TILE);
-            u32 last = open_segment(start, count, tile_end);
-            for (u32 i = current + lane; i < last; i += 32) {
-                float mass = 0;
-                for (u32 j = start[i]; j < start[i + 1]; ++j) mass += tile[j];
-                segments[i] = Mass{shift, mass};
-            }
-            current = last;
-            next = start[current + 1];
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) e[i] = at + i < start[current] ? 0 : e[i];
-            __syncwarp();
-        }
+        float mass = warp_sum(sum + before);
+        if (threadIdx.x % 32 == 0) *(seen || is_first ? &segments[current] : &edges[0]) = Mass{shift, mass};
+        ++current;
         sum = total(e);
+    }
+
+    __device__ void cut_often(float (&e)[8], u32 tile_end) {
+        u32 lane = threadIdx.x % 32, before, all;
+        u64 starts = starts_in_tile(flags, start, count, current, tile_end - TILE, before, all);
+        u32 closing = current + before;
+        // Until the lane's first start, and since its last one; segments between are whole.
+        float lead = 0, running = 0, carried = warp_sum(sum);
+#pragma unroll
+        for (u32 i = 0, open = closing; i < 8; ++i) {
+            if (starts >> 8 * i & 1) {
+                if (open == closing) lead = running;
+                else segments[open] = Mass{shift, running};
+                ++open;
+                running = 0;
+            }
+            running += e[i];
+        }
+        sum = running;
+        bool cuts = starts != 0;
+        if (lane == 0) (cuts ? lead : running) += carried;
+        u32 reset = cuts;
+#pragma unroll
+        for (u32 d = 1; d < 32; d *= 2) {
+            float other = __shfl_up_sync(ALL, running, d);
+            u32 other_reset = __shfl_up_sync(ALL, reset, d);
+            if (lane < d) continue;
+            if (!reset) running += other;
+            reset |= other_reset;
+        }
+        float open = __shfl_up_sync(ALL, running, 1);
+        if (cuts) {
+            Mass mass{shift, (lane == 0 ? 0 : open) + lead};
+            *(before > 0 || seen || is_first ? &segments[closing] : &edges[0]) = mass;
+        }
+        u32 last = 31 - __clz(__ballot_sync(ALL, cuts));
+        if (lane < last) sum = 0;
+        current += all;
     }
 
     __device__ void end() {
@@ -219,67 +312,55 @@ __device__ inline u32 inside(u32 at, u32 from, u32 to) {
     return bits;
 }
 
-// Tiles that a warp asks for before it needs them: 64 bytes per lane.
-template <class T> constexpr u32 BATCH = 8 / sizeof(T);
-
-template <class T> struct Batch {
-    Raw<T> tile[BATCH<T>];
-
-    __device__ Batch(const T *base, u32 at, u32 end) {
+// Leaves only the lane's elements in from..to.
+__device__ inline void mask(float (&x)[8], u32 at, u32 from, u32 to) {
+    u32 real = inside(at, from, to);
 #pragma unroll
-        for (u32 i = 0; i < BATCH<T>; ++i) tile[i] = load_raw(base, at + i * TILE, end);
-    }
-};
+    for (u32 i = 0; i < 8; ++i) x[i] = real >> i & 1 ? x[i] : LOWEST;
+}
 
-// Reads one slice of a row and writes its pieces.
+// Reads one slice of a row and writes its pieces. The row's layout comes while the first tiles are on their way.
 template <class T>
-__device__ void sum_slice(const Rows &job, u32 row_index, const Row &row, u32 slice, const u32 *start, float *values) {
-    u32 skew;
+__device__ void sum_slice(const Rows &job, u32 row_index, Row &row, u32 slice, const Reading &memory) {
+    u32 skew, warp = threadIdx.x / 32;
     const T *base = row_base<T>(job, row_index, skew);
-    u32 span = span_elements(job), lane = threadIdx.x % 32, index = slice * WARPS + threadIdx.x / 32;
+    u32 span = span_elements(job), lane = threadIdx.x % 32, index = slice * WARPS + warp;
     u32 from = index * span, end = skew + job.live, stop = min(from + span, end);
-    if (from >= end) return;
-    Batch<T> batch(base, from + lane * 8, stop);
+    Ring<T> ring(memory.ring, base, from, stop);
+    row = job.rows[row_index];
+    load_layout(job, row_index, row, skew, memory.start);
+    if (from >= end) return copy_wait<0>();
     SpanSums sums;
     sums.edges = job.edges + ((u64)row_index * job.slices * WARPS + index) * 2;
     sums.segments = job.segments + row.first_segment;
-    sums.start = start;
-    sums.values = values + threadIdx.x / 32 * TILE;
+    sums.start = memory.start;
+    sums.flags = memory.flags + warp * TILE;
     sums.count = row.segments;
-    sums.current = open_segment(start, row.segments, from);
-    sums.next = start[sums.current + 1];
+    sums.current = open_segment(memory.start, row.segments, from);
+    sums.next = memory.start[sums.current + 1];
     sums.is_first = index == 0;
-    {
-        float x[8], top = LOWEST;
-        unpack(batch.tile[0], x);
-        u32 real = inside(from + lane * 8, skew, end);
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) top = fmaxf(top, real >> i & 1 ? x[i] : LOWEST);
-        sums.shift = warp_max(top);
-    }
     float poison = 0;
-    for (u32 tile = from; tile < stop; tile += BATCH<T> * TILE) {
+    for (u32 first = from; first < stop; first += TILE) {
+        u32 tile = first / TILE, at = first + lane * 8;
+        float x[8];
+        ring.take(tile, x);
+        if (first < skew || first + TILE > end) mask(x, at, skew, end);
+        if (first == from) {
+            float top = LOWEST;
 #pragma unroll
-        for (u32 b = 0; b < BATCH<T>; ++b) {
-            u32 first = tile + b * TILE, at = first + lane * 8;
-            if (first >= stop) break;
-            float x[8];
-            unpack(batch.tile[b], x);
-            batch.tile[b] = load_raw(base, at + BATCH<T> * TILE, stop);
-            if (first < skew || first + TILE > end) {
-                u32 real = inside(at, skew, end);
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) x[i] = real >> i & 1 ? x[i] : LOWEST;
-            }
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) {
-                poison += x[i] * 0.0f;
-                x[i] = exp_near_zero(x[i] - sums.shift);
-            }
-            if (first + TILE <= sums.next) sums.sum += SpanSums::total(x);
-            else sums.cut(x, at, first + TILE);
+            for (u32 i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
+            sums.shift = warp_max(top);
         }
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+            poison += x[i] * 0.0f;
+            x[i] = exp_near_zero(x[i] - sums.shift);
+        }
+        ring.ask(tile + Ring<T>::STAGES);
+        if (first + TILE <= sums.next) sums.sum += SpanSums::total(x);
+        else sums.cut(x, at, first + TILE);
     }
+    copy_wait<0>();
     sums.end();
     if (__any_sync(ALL, poison != poison)) {
         u64 bad = ~0ull;
@@ -327,6 +408,10 @@ __device__ inline Mass normalise(Mass mass) {
 // Whether this block is the last of a row's; its predecessors' pieces are then visible.
 __device__ inline bool is_last(const Rows &job, u32 row_index) {
     __shared__ bool last;
+    if (job.slices == 1) {
+        __syncthreads();
+        return true;
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(&job.arrived[row_index], 1) + 1 == job.slices;
@@ -339,12 +424,14 @@ __device__ inline bool is_last(const Rows &job, u32 row_index) {
 // Final masses of all segments of a row, in shared memory.
 template <class T>
 __device__ void finish_masses(const Rows &job, u32 row_index, const Row &row, const u32 *start, Mass *mass) {
-    auto is_sound = [](Mass mass) { return mass.y >= SCARCE && mass.y <= ABUNDANT; };
+    bool is_lacking = false;
     for (u32 i = threadIdx.x; i < row.segments; i += THREADS) {
         Mass own = merge(job, row_index, row, i, start[i], start[i + 1]);
-        mass[i] = is_sound(own) ? normalise(own) : Mass{0, 0};
+        bool is_sound = own.y >= SCARCE && own.y <= ABUNDANT;
+        mass[i] = is_sound ? normalise(own) : Mass{0, 0};
+        is_lacking |= !is_sound;
     }
-    __syncthreads();
+    if (!__syncthreads_or(is_lacking)) return;
     u32 lane = threadIdx.x % 32, skew;
     const T *base = row_base<T>(job, row_index, skew);
     for (u32 i = threadIdx.x / 32; i < row.segments; i += WARPS) {

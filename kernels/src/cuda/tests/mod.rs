@@ -1,4 +1,5 @@
-//! The device against the reference. Without one these say so and check nothing: `tests/emulator` brings one along.
+//! The device against the reference. Without one these say so and check nothing, or fail where `CONSILIUM_EXPECT_CUDA`
+//! is set: `tests/emulator` brings one along.
 #![expect(
     clippy::cast_possible_truncation,
     reason = "random numbers below small bounds"
@@ -28,6 +29,8 @@ fn present() -> Option<&'static Device> {
     match device() {
         Ok(device) => Some(device),
         Err(reason) => {
+            let expected = std::env::var_os("CONSILIUM_EXPECT_CUDA").is_some();
+            assert!(!expected, "CONSILIUM_EXPECT_CUDA is set, but {reason}");
             println!("NOT TESTED on CUDA: {reason}");
             None
         }

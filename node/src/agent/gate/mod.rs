@@ -12,12 +12,12 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use consilium_certs::{PeerIdentity, Role};
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::manifest::{Manifest, Mode};
 use consilium_protocol::message::Upload;
 use consilium_protocol::{Digest, RejectCode};
+use consilium_protocol::{PeerIdentity, Role};
 use ed25519_dalek::SigningKey;
 use serde::Deserialize;
 

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use consilium_certs::folder::log_key_name;
-use consilium_certs::{Authority, LeafProfile, Overwrite, Role};
+use consilium_certs::{Authority, LeafProfile, Overwrite};
+use consilium_protocol::Role;
 use consilium_protocol::artefact::folder_digest;
 use consilium_protocol::charter::{Charter, Member};
 use consilium_protocol::manifest::{Manifest, Mode};

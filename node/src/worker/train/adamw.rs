@@ -149,6 +149,19 @@ struct Factors {
     keep: f32,
 }
 
+/// Gradients and means below count as zero: where tokens do not occur, both decay into numbers whose
+/// arithmetic takes a hundred times as long, while the root of the mean square is beside an `eps` of 1e-8.
+const SMALLEST: f32 = 1e-17;
+
+/// The same for mean squares.
+const SMALLEST_SQUARE: f32 = 1e-35;
+
+/// `value`, or zero where it is closer to that than `floor`.
+#[inline(always)]
+fn from(value: f32, floor: f32) -> f32 {
+    if value.abs() < floor { 0.0 } else { value }
+}
+
 /// Norm over all gradients: sums of 16 values in f32, the rest in f64, always in the same order.
 fn gradient_norm(gradients: &Gradients) -> Result<f64, TrainError> {
     let mut sum = 0f64;
@@ -184,9 +197,9 @@ wide! {
     ) -> () {
         let values = weights.iter_mut().zip(gradient).zip(mean).zip(square);
         for (((weight, &gradient), mean), square) in values {
-            let g = gradient * factors.clip;
-            *mean = factors.beta1 * *mean + (1.0 - factors.beta1) * g;
-            *square = factors.beta2 * *square + (1.0 - factors.beta2) * g * g;
+            let g = from(gradient * factors.clip, SMALLEST);
+            *mean = factors.beta1 * from(*mean, SMALLEST) + (1.0 - factors.beta1) * g;
+            *square = factors.beta2 * from(*square, SMALLEST_SQUARE) + (1.0 - factors.beta2) * g * g;
             let root = square.sqrt() * factors.unbias + factors.eps;
             *weight = *weight * factors.keep - factors.rate * *mean / root;
         }

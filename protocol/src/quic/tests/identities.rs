@@ -15,10 +15,11 @@ use tokio::time::timeout;
 
 use super::{Authority, GRACE, LIMITS, Leaf, Pair, server};
 use crate::RejectCode;
+use crate::Role;
 use crate::frame::ALPN;
 use crate::quic::verify::FaultSlot;
 use crate::quic::{
-    Alert, CertificateFault, Client, Credentials, LinkError, MAX_BIDI_STREAMS, PeerError, Role,
+    Alert, CertificateFault, Client, Credentials, LinkError, MAX_BIDI_STREAMS, PeerError,
     ServerLimits, Tasks,
 };
 
@@ -69,9 +70,6 @@ async fn each_side_knows_the_other_by_its_certificate() {
         "consilium://demo/aggregator/operator"
     );
     assert_eq!(node.to_string(), "consilium://demo/node/st-anna");
-    assert_ne!(node.spki, aggregator.spki);
-    // 2999-01-01T00:00:00Z
-    assert_eq!(node.not_after.0, 32_472_144_000_000);
 }
 
 /// What the server finds, and what the client is told in the end.
