@@ -160,7 +160,7 @@ impl Watch for TrainingTerminal {
                 );
             }),
             Event::Resumed { step } => {
-                self.say(|| tracing::info!(step, "goes on from a checkpoint"))
+                self.say(|| tracing::info!(step, "goes on from a checkpoint"));
             }
             Event::Evaluated {
                 step,

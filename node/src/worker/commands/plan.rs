@@ -50,12 +50,14 @@ pub fn plan(
         .and_then(|budget| refusal(&config, &shape, budget, file.start.is_some()));
     let (counts, is_sample) = count(file, &config, shell)?;
     let steps = file.stages.iter().map(|stage| stage.steps).sum();
-    let rate = speed(&config, &shape, shell.clock)?;
+    let item_tokens = counts.tokens / counts.items.max(1);
+    let item_tokens = usize::try_from(item_tokens).unwrap_or(shape.row_tokens);
+    let rate = speed(&config, &shape, item_tokens, shell.clock)?;
     Ok(Planned {
         memory: Memory::of(&config, &shape),
         budget,
         refusal,
-        time: Time::of(&config, &shape, steps, rate),
+        time: Time::of(&config, &shape, item_tokens, steps, rate),
         counts,
         is_sample,
     })

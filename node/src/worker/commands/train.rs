@@ -239,8 +239,8 @@ fn save(file: &TrainFile, loaded: &LoadedModel) -> Result<(), WorkError> {
     if file.lora.is_none() {
         return loaded.save(&file.output);
     }
-    let base = file.start.as_deref().unwrap_or(Path::new(""));
-    let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
+    let base = file.start.clone().unwrap_or_default();
+    let base = std::path::absolute(&base).unwrap_or(base);
     Ok(save_adapter(
         &loaded.model,
         &file.output,

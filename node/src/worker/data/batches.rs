@@ -216,7 +216,7 @@ mod tests {
     fn only_learned_tokens_and_the_end_of_a_whole_record_are_predicted() {
         let mut batch = Batch::default();
         let dialogue = Item {
-            given: vec![1..3],
+            given: std::iter::once(1..3).collect(),
             ..Item::new(vec![1, 2], vec![3, 4, 5, 6])
         };
         batch.push(0, &dialogue, 99);

@@ -85,7 +85,7 @@ impl<'a> Encoder<'a> {
             given.text.len()
         };
         let learned: Vec<Range<usize>> = match self.loss {
-            Loss::All => vec![0..text.len()],
+            Loss::All => std::iter::once(0..text.len()).collect(),
             Loss::Completion => rendered
                 .assistant
                 .iter()

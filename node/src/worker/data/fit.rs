@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn every_learned_token_is_learned_once_and_no_given_one_becomes_a_target() {
         let item = Item {
-            given: vec![3..7],
+            given: std::iter::once(3..7).collect(),
             ..Item::new((0..5).collect(), (5..20).collect())
         };
         let learned = |items: &[Item]| -> Vec<u32> {

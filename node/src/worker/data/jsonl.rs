@@ -310,11 +310,13 @@ impl<'de> Meaning<'de> for Part {
     fn list<A: SeqAccess<'de>>(mut list: A) -> Result<Self, A::Error> {
         let mut joined = Self::text("");
         while let Some(Self { text, unusable }) = list.next_element()? {
-            let unusable = unusable.or(text
-                .is_none()
-                .then_some("a part of `content` is no text; images and tools cannot be learned"));
             joined.unusable = joined.unusable.or(unusable);
-            if let (Some(all), Some(text)) = (&mut joined.text, text) {
+            let Some(text) = text else {
+                joined.unusable =
+                    Some("a part of `content` is no text; images and tools cannot be learned");
+                continue;
+            };
+            if let Some(all) = &mut joined.text {
                 all.push_str(&text);
             }
         }

@@ -177,7 +177,7 @@ impl Source {
     pub fn path(&self, file: usize) -> &Path {
         self.files
             .get(file)
-            .map_or(Path::new("?"), PathBuf::as_path)
+            .map_or_else(|| Path::new("?"), PathBuf::as_path)
     }
 
     /// Reads all records in order, giving each to `take`, until that says stop (false).

@@ -14,7 +14,7 @@ use super::DataError;
 use super::item::Item;
 
 /// Bytes of an entry of the index: offset of the item, its words, its row tokens.
-const ENTRY: u64 = 16;
+const ENTRY: usize = 16;
 
 /// Words before the tokens of an item: lengths of context and target, number of given ranges, whether it is open.
 const HEADER: usize = 4;
@@ -117,17 +117,15 @@ impl TokenFile {
     }
 
     fn entry(&self, index: usize) -> io::Result<Entry> {
-        let mut bytes = [0_u8; ENTRY as usize];
-        self.index.read_exact_at(&mut bytes, index as u64 * ENTRY)?;
-        let [offset, sizes] = [0, 8].map(|at| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[at..at + 8]);
-            u64::from_le_bytes(word)
-        });
+        let mut bytes = [0_u8; ENTRY];
+        let at = index as u64 * ENTRY as u64;
+        self.index.read_exact_at(&mut bytes, at)?;
+        let (words, _) = bytes.as_chunks::<4>();
+        let [low, high, words, row_tokens] = [0, 1, 2, 3].map(|at| u32::from_le_bytes(words[at]));
         Ok(Entry {
-            offset,
-            words: (sizes & u64::from(u32::MAX)) as usize,
-            row_tokens: (sizes >> 32) as usize,
+            offset: u64::from(high) << 32 | u64::from(low),
+            words: words as usize,
+            row_tokens: row_tokens as usize,
         })
     }
 
@@ -246,12 +244,11 @@ impl TokenWriter {
     pub fn finish(self) -> Result<TokenFile, DataError> {
         let folder = self.folder;
         let failed = |source: io::Error| DataError::Store { folder, source };
-        let files = (self.tokens.into_inner())
-            .and_then(|tokens| Ok((tokens, self.index.into_inner().map_err(io::Error::from))))
-            .map_err(io::Error::from);
-        let (tokens, index) = match files {
-            Ok((tokens, Ok(index))) => (tokens, index),
-            Ok((_, Err(error))) | Err(error) => return Err(failed(error)),
+        let flushed =
+            [self.tokens, self.index].map(|file| file.into_inner().map_err(io::Error::from));
+        let (tokens, index) = match flushed {
+            [Ok(tokens), Ok(index)] => (tokens, index),
+            [Err(error), _] | [_, Err(error)] => return Err(failed(error)),
         };
         Ok(TokenFile {
             tokens,

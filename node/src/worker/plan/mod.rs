@@ -32,10 +32,16 @@ pub struct Time {
 }
 
 impl Time {
-    /// From the size of a run and what [`speed`] measured.
+    /// From the size of a run, the mean tokens of an item, and what [`speed`] measured.
     #[must_use]
-    pub fn of(config: &ModelConfig, shape: &Shape, steps: u64, operations_per_second: f64) -> Self {
-        let operations = operations(config, shape);
+    pub fn of(
+        config: &ModelConfig,
+        shape: &Shape,
+        item_tokens: usize,
+        steps: u64,
+        operations_per_second: f64,
+    ) -> Self {
+        let operations = operations(config, shape, item_tokens);
         let seconds_per_step = operations / operations_per_second.max(1.0);
         Self {
             steps,
@@ -56,7 +62,7 @@ impl Time {
 
 /// Operations of a step's matrix products, two for each weight and token: forward, the gradient of the input, and where the
 /// weights are trained theirs; the head's logits are made twice.
-fn operations(config: &ModelConfig, shape: &Shape) -> f64 {
+fn operations(config: &ModelConfig, shape: &Shape, item_tokens: usize) -> f64 {
     let tokens = shape.tokens() as f64;
     let sizes = memory::Sizes::of(config);
     let trains_layers = matches!(shape.trained, Trained::All);
@@ -66,7 +72,7 @@ fn operations(config: &ModelConfig, shape: &Shape) -> f64 {
     let head = sizes.table as f64 * if trains_head { 4.0 } else { 3.0 };
     let factors = 6.0 * memory::factors(config, shape.trained) as f64;
     // Scores and mixing of all pairs that see each other, half of the square; two products forward, five backward.
-    let pairs = shape.row_tokens as f64 / 2.0;
+    let pairs = item_tokens as f64 / 2.0;
     let attention = 7.0 * (config.layers * sizes.queries) as f64 * pairs;
     2.0 * tokens * shape.accumulate as f64 * (layers + head + attention)
         + factors * tokens * shape.accumulate as f64

@@ -11,7 +11,7 @@ use super::operations;
 use crate::worker::data::Item;
 use crate::worker::error::WorkError;
 use crate::worker::model::{self, LoraConfig, ModelConfig};
-use crate::worker::train::{TrainConfig, TrainError, Trainer};
+use crate::worker::train::{Decay, Schedule, TrainConfig, TrainError, Trainer};
 
 /// Weights of the probe's layers at most, unless one layer of a single head has more, and tokens of its batch.
 const WEIGHTS: usize = 8 << 20;
@@ -24,11 +24,17 @@ const VOCABULARY: std::ops::RangeInclusive<usize> = 16..=1 << 15;
 const MILLIS: u128 = 300;
 
 /// Operations of matrix products that a training step gets done a second, all else that it does included, on the threads of
-/// the current pool. Wider models are a little faster than their probe.
+/// the current pool. The probe's items have `item_tokens`, as those of the data have in the mean: attention is dear where
+/// they are long. Wider models are a little faster than their probe.
 ///
 /// # Errors
 /// The probe cannot be built or does not run: a fault of ours.
-pub fn speed(config: &ModelConfig, shape: &Shape, clock: &dyn Clock) -> Result<f64, WorkError> {
+pub fn speed(
+    config: &ModelConfig,
+    shape: &Shape,
+    item_tokens: usize,
+    clock: &dyn Clock,
+) -> Result<f64, WorkError> {
     let config = narrowed(config);
     let row_tokens = shape.row_tokens.clamp(2, TOKENS);
     let shape = Shape {
@@ -56,9 +62,15 @@ pub fn speed(config: &ModelConfig, shape: &Shape, clock: &dyn Clock) -> Result<f
     let run = TrainConfig {
         rows: shape.rows,
         length: shape.row_tokens,
-        ..TrainConfig::new(u64::MAX, 1e-6, 0)
+        schedule: Schedule {
+            decay: Decay::Constant,
+            warmup: 0.0,
+            ..Schedule::linear(1e-4, u64::MAX)
+        },
+        ..TrainConfig::new(u64::MAX, 1e-4, 0)
     };
-    let items = items(&shape, config.vocab_size);
+    let item_tokens = item_tokens.clamp(2, row_tokens);
+    let items = items(&shape, item_tokens, config.vocab_size);
     let mut trainer = Trainer::new(model, &vocab, items, 0, run)?;
     // The first step fills the buffers.
     trainer.step()?;
@@ -72,7 +84,7 @@ pub fn speed(config: &ModelConfig, shape: &Shape, clock: &dyn Clock) -> Result<f
             break millis;
         }
     };
-    Ok(operations(&config, &shape) * f64::from(steps) / (millis as f64 / 1000.0))
+    Ok(operations(&config, &shape, item_tokens) * f64::from(steps) / (millis as f64 / 1000.0))
 }
 
 /// Small enough to be made and run in a moment. The vocabulary shrinks with the layers, so that the head keeps its share.
@@ -111,12 +123,13 @@ fn vocabulary(tokens: usize) -> Result<Vocab, WorkError> {
     })
 }
 
-/// A full row each.
-fn items(shape: &Shape, vocabulary: usize) -> Arc<[Item]> {
+/// As many as fill the rows.
+fn items(shape: &Shape, item_tokens: usize, vocabulary: usize) -> Arc<[Item]> {
     let id = |at: usize| u32::try_from(1 + at * 7919 % vocabulary.saturating_sub(1).max(1));
-    (0..shape.rows)
-        .map(|row| {
-            let ids = (1..shape.row_tokens).map(|at| id(row * shape.row_tokens + at).unwrap_or(1));
+    let count = shape.rows * (shape.row_tokens / item_tokens).max(1);
+    (0..count)
+        .map(|item| {
+            let ids = (1..item_tokens).map(|at| id(item * item_tokens + at).unwrap_or(1));
             Item::new(Vec::new(), ids.collect())
         })
         .collect()

@@ -204,14 +204,12 @@ pub fn restore(path: &Path, model: &mut Model, optimiser: &mut AdamW) -> Result<
         return Err(TrainError::OtherModel);
     }
     for (bank, moments) in banks.iter().zip(&mut optimiser.moments) {
-        let [mut weights, mut means, mut squares] = [Ok(()), Ok(()), Ok(())];
-        bank.edit(|values| weights = opened.read("weight", bank.slots(), values))
+        let slots = bank.slots();
+        let mut read = Ok(());
+        bank.edit(|values| read = opened.read("weight", slots, values))
             .map_err(ModelError::from)?;
-        means = means.and(opened.read("mean", bank.slots(), &mut moments.mean));
-        squares = squares.and(opened.read("square", bank.slots(), &mut moments.square));
-        weights
-            .and(means)
-            .and(squares)
+        read.and_then(|()| opened.read("mean", slots, &mut moments.mean))
+            .and_then(|()| opened.read("square", slots, &mut moments.square))
             .map_err(|source| ModelError::Read {
                 path: path.into(),
                 source,
