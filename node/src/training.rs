@@ -13,6 +13,7 @@ use crate::args::TrainArgs;
 use crate::cli::on_threads;
 use crate::config::Config;
 use crate::error::NodeError;
+use crate::hub::ModelPlace;
 use crate::reply::Reply;
 use crate::worker::WorkError;
 use crate::worker::commands::{self, LoraFile, StageFile, TrainFile, Trained};
@@ -278,7 +279,8 @@ pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
         _ => {}
     }
     if let Some(start) = &args.start {
-        (file.start, file.new) = (Some(start.clone()), None);
+        let folder = ModelPlace::from(start.as_path()).resolve()?;
+        (file.start, file.new) = (Some(folder), None);
     }
     file.output = args.output.clone().unwrap_or(file.output);
     file.run = args.run.clone().or(file.run);

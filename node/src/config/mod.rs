@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
-use consilium_protocol::{ConsortiumId, InstitutionId, limits};
+use consilium_protocol::{ConsortiumId, InstitutionId};
 
 use raw::{RawConfig, RawExternal, server_key};
 
@@ -222,36 +222,6 @@ impl Config {
             let expected = "the host name or address in the aggregator's certificate";
             return Err(wrong("server_name", &format!("{server_name:?}"), expected));
         }
-        let policy = raw.policy;
-        if policy.modes.is_empty() {
-            let expected = "at least one mode, for example [\"unified\"]";
-            return Err(wrong("policy.modes", &"empty", expected));
-        }
-        if !(1..=limits::SYMBOLS).contains(&policy.max_symbols) {
-            let expected = format!("1 to {}", limits::SYMBOLS);
-            return Err(wrong("policy.max_symbols", &policy.max_symbols, &expected));
-        }
-        let max_rounds = policy.max_rounds.unwrap_or(Policy::MAX_ROUNDS);
-        let max_bytes = policy.max_bytes.unwrap_or(Policy::MAX_BYTES);
-        for (key, value) in [
-            ("policy.max_rounds", max_rounds),
-            ("policy.max_bytes", max_bytes),
-        ] {
-            if value == 0 {
-                return Err(wrong(
-                    key,
-                    &value,
-                    "1 or more; to send nothing, stop the node",
-                ));
-            }
-        }
-        let threads = match raw.worker.threads {
-            Some(threads) if !(1..=1024).contains(&threads) => {
-                let expected = "1 to 1024; leave it out for all cores";
-                return Err(wrong("worker.threads", &threads, expected));
-            }
-            threads => threads.and_then(NonZeroUsize::new),
-        };
         let built = |error: WrongValue, key| ConfigError::Value {
             path: path.to_owned(),
             key,
@@ -265,23 +235,11 @@ impl Config {
             let key = server_key(error.key);
             built(error, key)
         })?;
-        let external = raw.train.external.map(RawExternal::check);
-        let external = external.transpose().map_err(|error| {
+        let ours = |error: WrongValue| {
             let key = error.key;
             built(error, key)
-        })?;
-        let base = match raw.worker.base.as_deref() {
-            None => Format::default(),
-            Some(name) => Format::named(name).ok_or_else(|| {
-                let expected = "\"f32\", \"bf16\", \"int8\" or \"nf4\"";
-                wrong("worker.base", &format!("{name:?}"), expected)
-            })?,
         };
-        let memory = Memory {
-            base,
-            checkpoint_activations: raw.worker.checkpoint_activations,
-            offload: raw.worker.offload,
-        };
+        let external = raw.train.external.map(RawExternal::check);
         if source_server.is_some() && raw.source_chat_template {
             let expected =
                 "false beside [source_server]: records through a server are of the plain text";
@@ -304,14 +262,9 @@ impl Config {
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
             capacity: raw.capacity.unwrap_or(1),
-            policy: Policy {
-                modes: policy.modes,
-                max_symbols: policy.max_symbols,
-                max_rounds,
-                max_bytes,
-            },
-            worker: WorkerConfig { threads, memory },
-            external,
+            policy: raw.policy.check().map_err(ours)?,
+            worker: raw.worker.check().map_err(ours)?,
+            external: external.transpose().map_err(ours)?,
         })
     }
 }

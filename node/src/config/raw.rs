@@ -1,13 +1,15 @@
 //! The tables as they are written, and the checks of those that are built elsewhere.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
-use consilium_protocol::{ConsortiumId, InstitutionId};
+use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 use serde::Deserialize;
 
-use super::ExternalCommand;
+use super::{ExternalCommand, Memory, Policy, WorkerConfig};
 use crate::scorer::RawServer;
 use crate::scorer::settings::WrongValue;
 
@@ -98,6 +100,73 @@ pub(super) struct RawWorker {
     pub(super) checkpoint_activations: bool,
     #[serde(default)]
     pub(super) offload: bool,
+}
+
+impl RawPolicy {
+    /// Checks the values.
+    pub(super) fn check(self) -> Result<Policy, WrongValue> {
+        let wrong = |key, value: String, expected: &str| WrongValue {
+            key,
+            value,
+            expected: expected.to_owned(),
+        };
+        if self.modes.is_empty() {
+            let expected = "at least one mode, for example [\"unified\"]";
+            return Err(wrong("policy.modes", "empty".to_owned(), expected));
+        }
+        if !(1..=limits::SYMBOLS).contains(&self.max_symbols) {
+            let expected = format!("1 to {}", limits::SYMBOLS);
+            let value = self.max_symbols.to_string();
+            return Err(wrong("policy.max_symbols", value, &expected));
+        }
+        let positive = |key, value: Option<u64>, usual| match value {
+            Some(0) => Err(wrong(
+                key,
+                "0".to_owned(),
+                "1 or more; to send nothing, stop the node",
+            )),
+            value => Ok(value.unwrap_or(usual)),
+        };
+        Ok(Policy {
+            max_symbols: self.max_symbols,
+            max_rounds: positive("policy.max_rounds", self.max_rounds, Policy::MAX_ROUNDS)?,
+            max_bytes: positive("policy.max_bytes", self.max_bytes, Policy::MAX_BYTES)?,
+            modes: self.modes,
+        })
+    }
+}
+
+impl RawWorker {
+    /// Checks the values.
+    pub(super) fn check(self) -> Result<WorkerConfig, WrongValue> {
+        let wrong = |key, value: String, expected: &str| WrongValue {
+            key,
+            value,
+            expected: expected.to_owned(),
+        };
+        let threads = match self.threads {
+            Some(threads) if !(1..=1024).contains(&threads) => {
+                let expected = "1 to 1024; leave it out for all cores";
+                return Err(wrong("worker.threads", threads.to_string(), expected));
+            }
+            threads => threads.and_then(NonZeroUsize::new),
+        };
+        let base = match self.base.as_deref() {
+            None => Format::default(),
+            Some(name) => Format::named(name).ok_or_else(|| {
+                let expected = "\"f32\", \"bf16\", \"int8\" or \"nf4\"";
+                wrong("worker.base", format!("{name:?}"), expected)
+            })?,
+        };
+        Ok(WorkerConfig {
+            threads,
+            memory: Memory {
+                base,
+                checkpoint_activations: self.checkpoint_activations,
+                offload: self.offload,
+            },
+        })
+    }
 }
 
 /// A key of `[source_server]` with its table.

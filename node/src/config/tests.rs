@@ -36,6 +36,7 @@ fn what_init_writes_is_accepted_and_paths_start_at_the_file() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn every_error_names_file_key_and_fix() {
     let cases = [
         (

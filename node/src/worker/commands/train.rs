@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use consilium_protocol::Digest;
+use consilium_protocol::time::SystemClock;
+use consilium_protocol::{Clock as _, Digest};
 use serde_json::json;
 
 use super::plan::refuse_what_does_not_fit;
@@ -15,7 +16,8 @@ use crate::worker::data::{
 use crate::worker::error::WorkError;
 use crate::worker::model::{LoraConfig, ModelConfig, save_adapter};
 use crate::worker::source::LoadedModel;
-use crate::worker::tokenizer::{Tokenizer, train_bpe};
+use crate::worker::tokenizer::chat::ChatError;
+use crate::worker::tokenizer::{ChatTemplate, Tokenizer, train_bpe};
 use crate::worker::train::checkpoint::{Best, RunPlace};
 use crate::worker::train::run::{Event, RunFolder, Shell, StagePlan};
 use crate::worker::train::{TrainConfig, TrainError, Trainer};
@@ -226,12 +228,16 @@ impl Run<'_> {
     }
 }
 
-/// The form of conversations of a model.
+/// The form of conversations of a model: its chat template, or the plain one where it has none.
 ///
 /// # Errors
 /// The model's own template is unusable.
-pub(super) fn chat_format(_model: Option<&Path>) -> Result<Box<dyn ChatFormat>, WorkError> {
-    Ok(Box::new(PlainChat))
+pub(super) fn chat_format(model: Option<&Path>) -> Result<Box<dyn ChatFormat>, WorkError> {
+    let template = model.map(|folder| ChatTemplate::load(folder, SystemClock.now()));
+    match template {
+        None | Some(Err(ChatError::NoTemplate { .. })) => Ok(Box::new(PlainChat)),
+        Some(template) => Ok(Box::new(template?)),
+    }
 }
 
 /// Writes what was trained: a model folder, or a PEFT folder.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::hub::ModelPlace;
 use crate::worker::data::{LongItems, Loss};
 use crate::worker::error::WorkError;
 use crate::worker::train::{AdamWConfig, Decay, Schedule};
@@ -27,7 +28,7 @@ pub struct TrainFile {
     pub output: PathBuf,
     /// Folder of checkpoints and of TensorBoard's events; `runs/` and the output's name, beside the output, by default.
     pub run: Option<PathBuf>,
-    /// Folder of the model to start from.
+    /// The model to start from: a folder, or its name in the local Hugging Face cache.
     pub start: Option<PathBuf>,
     /// A model of random weights to start from.
     pub new: Option<NewModel>,
@@ -230,11 +231,13 @@ impl TrainFile {
         let folder = path.parent().unwrap_or_else(|| Path::new("."));
         let mut paths = vec![&mut file.output];
         paths.extend(&mut file.run);
-        paths.extend(&mut file.start);
         paths.extend(file.new.iter_mut().filter_map(|new| new.tokenizer.as_mut()));
         paths.extend(file.stages.iter_mut().flat_map(|stage| &mut stage.text));
         for path in paths {
             *path = folder.join(&path);
+        }
+        if let Some(start) = &mut file.start {
+            *start = ModelPlace::new(folder, start).resolve()?;
         }
         Ok(file)
     }

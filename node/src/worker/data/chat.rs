@@ -1,18 +1,9 @@
 //! Conversations as text: the model's own chat template, or a plain form where it has none.
 
 use std::fmt;
-use std::ops::Range;
 
-use super::shape::Message;
-
-/// A conversation as text.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Rendered {
-    /// The text.
-    pub text: String,
-    /// Bytes of it that the assistant says, ascending and apart.
-    pub assistant: Vec<Range<usize>>,
-}
+use crate::worker::tokenizer::ChatTemplate;
+use crate::worker::tokenizer::chat::{ChatError, Message, Rendered};
 
 /// Turns messages into the text that a model was, or will be, trained on.
 pub trait ChatFormat: fmt::Debug + Send + Sync {
@@ -25,6 +16,25 @@ pub trait ChatFormat: fmt::Debug + Send + Sync {
 
     /// Whether the text holds the names of special tokens, which are to become those tokens.
     fn has_special_tokens(&self) -> bool;
+}
+
+impl ChatFormat for ChatTemplate {
+    fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, String> {
+        let rendered = Self::render(self, messages, add_generation_prompt);
+        rendered.map_err(|error| match error {
+            ChatError::Unmarked { .. } => error.to_string(),
+            // What a template says may be made of the messages.
+            _ => "the model's chat template refuses this conversation, or fails on it".to_owned(),
+        })
+    }
+
+    fn has_special_tokens(&self) -> bool {
+        true
+    }
 }
 
 /// The form for models without a template: the role and a colon on a line of their own, the content, a blank line.

@@ -5,9 +5,10 @@ use std::ops::Range;
 use consilium_kernels::Vocab;
 
 use super::chat::{ASSISTANT, ChatFormat};
-use super::shape::{Message, Row};
+use super::shape::Row;
 use super::{Item, Loss};
 use crate::worker::tokenizer::Tokenizer;
+use crate::worker::tokenizer::chat::Message;
 
 /// What turns records into items.
 #[derive(Debug)]
@@ -114,6 +115,13 @@ impl<'a> Encoder<'a> {
                 tokens.extend(ids);
             }
             at = range.end;
+        }
+        // The template writes the token that starts records, and so does whoever packs them.
+        if tokens.first() == Some(&self.tokenizer.start_of_record())
+            && self.chat.has_special_tokens()
+        {
+            tokens.remove(0);
+            mask.remove(0);
         }
         // What follows the last learned part is not needed, except to know whether the record ends there.
         let rest = text.get(at..).unwrap_or_default();

@@ -18,13 +18,13 @@ use std::path::PathBuf;
 use super::tokenizer::{Tokenizer, TokenizerError};
 
 pub use batches::{Batch, Batches, Cursor, PackedItem};
-pub use chat::{ChatFormat, PlainChat, Rendered};
+pub use chat::{ChatFormat, PlainChat};
 pub use encode::Encoder;
 pub use fit::{LongItems, Loss};
 pub use item::Item;
 pub use prepare::{Counts, Dataset, Preparation, count, prepare};
 pub use read::{BadRows, Place, Placed, Source};
-pub use shape::{Message, Row, Shape};
+pub use shape::{Row, Shape};
 pub use store::{Items, TokenFile, TokenWriter};
 
 /// Why data was refused. Names places and never holds the text.

@@ -12,6 +12,8 @@
 
 use std::fmt;
 
+use crate::worker::tokenizer::chat::Message;
+
 /// Fields that mean something.
 pub(super) const FIELDS: [&str; 6] = [
     "text",
@@ -24,15 +26,6 @@ pub(super) const FIELDS: [&str; 6] = [
 
 /// Longest name of a role, in bytes.
 const ROLE: usize = 32;
-
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, or what the model's chat template knows.
-    pub role: String,
-    /// What was said.
-    pub content: String,
-}
 
 /// One record as its file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,6 +2,8 @@ use std::path::Path;
 
 use super::*;
 use crate::worker::testing::{LINES, model, tokenizer};
+use crate::worker::tokenizer::ChatTemplate;
+use crate::worker::tokenizer::chat::Message;
 
 /// Private text that must never be repeated.
 const MARKER: &str = "Xanthippe";
@@ -327,6 +329,26 @@ fn only_the_assistants_turns_and_completions_are_learned() {
     assert!(learned(&all.item(&chat(&[], &talk)).unwrap()).starts_with("user:\nref kavo\n\n"));
     let error = completion.item(&chat(&[], &talk[..1])).unwrap_err();
     assert!(error.contains("no turn of the assistant"), "{error}");
+
+    let template = |source: &str| {
+        let now = consilium_protocol::UnixMillis(0);
+        ChatTemplate::new("x".into(), source.into(), [].into(), now).unwrap()
+    };
+    let own = template(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
+         {% if add_generation_prompt %}[assistant] {% endif %}",
+    );
+    let own = Encoder::new(&source.tokenizer, &source.vocab, &own, Loss::Completion);
+    let item = own.item(&chat(&[], &talk)).unwrap();
+    assert_eq!(text(&item.context), "[user] ref kavo\n[assistant] ");
+    assert_eq!(learned(&item), "use dolin.\ngive 40ml.\n");
+    let quoting = template("{{ raise_exception(messages[0].content) }}");
+    let quoting = Encoder::new(&source.tokenizer, &source.vocab, &quoting, Loss::All);
+    let error = quoting.item(&chat(&[], &talk)).unwrap_err();
+    assert!(
+        error.contains("chat template") && !error.contains("kavo"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -222,7 +222,7 @@ fn named(model: &Model) -> NamedTensors {
     for bank in model
         .base_banks()
         .into_iter()
-        .chain(model.lora.iter().flat_map(|lora| lora.banks()))
+        .chain(model.lora.iter().flat_map(super::lora::Lora::banks))
     {
         bank.read(|values| {
             for slot in bank.slots() {
