@@ -98,7 +98,7 @@ fn along_targets(
     asking: Asking,
     stop: Stop<'_>,
 ) -> Result<Vec<Asked>, ScorerError> {
-    let end = source.tokenizer.end_of_record();
+    let (start, end) = (source.start(), source.end());
     // One place is for the token at the end.
     let limit = usize::try_from(asking.max_tokens).unwrap_or(usize::MAX) - 1;
     let tokens = items
@@ -108,7 +108,7 @@ fn along_targets(
     let prompts: Vec<Prompt> = tokens
         .iter()
         .map(|item| Prompt {
-            ids: [&[end], &*item.context, &*item.target, &[end]].concat(),
+            ids: [&[start], &*item.context, &*item.target, &[end]].concat(),
             from: 1 + item.context.len(),
         })
         .collect();
@@ -137,14 +137,14 @@ fn after_stops(
     top: u32,
     stop: Stop<'_>,
 ) -> Result<Vec<ListedRow>, ScorerError> {
-    let end = source.tokenizer.end_of_record();
+    let (start, end) = (source.start(), source.end());
     let mut prompts = Vec::new();
     for item in asked {
         for branch in &item.branches {
             let before = item.tokens.target.get(..branch.position as usize);
             let token = source.vocab.id_of_rank()[branch.rank as usize];
             let before = before.unwrap_or_default();
-            let ids = [&[end], &*item.tokens.context, before, &[token, end]].concat();
+            let ids = [&[start], &*item.tokens.context, before, &[token, end]].concat();
             let from = ids.len() - 1;
             prompts.push(Prompt { ids, from });
         }
