@@ -43,12 +43,9 @@ impl Rows {
     fn listed(&self, vocab: &Vocab, row: u64, top: usize, observed: u32) -> ListedRow {
         let logits = self.logits(row);
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits
-            .iter()
-            .map(|&logit| f64::from(logit - largest).exp())
-            .sum();
-        let shift = largest + sum.ln() as f32;
-        let mut order: Vec<u32> = (0..self.width as u32).collect();
+        let sum: f32 = logits.iter().map(|&logit| (logit - largest).exp()).sum();
+        let shift = largest + sum.ln();
+        let mut order: Vec<u32> = (0..u32::try_from(self.width).unwrap()).collect();
         order.sort_by(|&a, &b| {
             logits[b as usize]
                 .total_cmp(&logits[a as usize])
@@ -275,8 +272,8 @@ fn what_is_not_listed_is_in_the_tail() {
     let tokens = [b"a".to_vec(), b"ab".to_vec(), b"c".to_vec()];
     let vocab = vocab(&tokens);
     // Ids: a 0, ab 1, c 2, end 3, ignored 4, end 5.
-    let row = |pairs: &[(u32, f64)]| {
-        let pairs: Vec<(u32, f32)> = pairs.iter().map(|&(id, p)| (id, p.ln() as f32)).collect();
+    let row = |pairs: &[(u32, f32)]| {
+        let pairs: Vec<(u32, f32)> = pairs.iter().map(|&(id, p)| (id, p.ln())).collect();
         ListedRow::new(&vocab, &pairs, 2).unwrap()
     };
     let rows = [

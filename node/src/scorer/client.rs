@@ -203,9 +203,10 @@ fn is_refusal(error: &io::Error) -> bool {
 }
 
 fn is_tls(error: &io::Error) -> bool {
-    error
-        .get_ref()
-        .is_some_and(|cause| cause.is::<rustls::Error>())
+    let Some(cause) = error.get_ref() else {
+        return false;
+    };
+    cause.is::<rustls::Error>()
 }
 
 /// The flag or setting that a refusal asks for, with a separator in front.

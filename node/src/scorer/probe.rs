@@ -37,11 +37,12 @@ pub(super) fn probe(
     top: u32,
     stop: Stop<'_>,
 ) -> Result<Probed, ScorerError> {
-    let end = source.tokenizer.end_of_record();
     let text = source.item("", TEXT, usize::MAX)?.target;
-    let start = source.tokenizer.start_of_record();
-    let short: Vec<u32> = std::iter::once(start).chain(text).take(3).collect();
-    let long: Vec<u32> = short.iter().copied().chain([end, end]).collect();
+    let short: Vec<u32> = std::iter::once(source.start())
+        .chain(text)
+        .take(3)
+        .collect();
+    let long: Vec<u32> = short.iter().copied().chain([source.end(); 2]).collect();
     let ask = |ids: &[u32]| {
         let prompt = Prompt {
             ids: ids.to_vec(),

@@ -98,8 +98,7 @@ fn along_targets(
     asking: Asking,
     stop: Stop<'_>,
 ) -> Result<Vec<Asked>, ScorerError> {
-    let start = source.tokenizer.start_of_record();
-    let end = source.tokenizer.end_of_record();
+    let (start, end) = (source.start(), source.end());
     // One place is for the token at the end.
     let limit = usize::try_from(asking.max_tokens).unwrap_or(usize::MAX) - 1;
     let tokens = items
@@ -138,8 +137,7 @@ fn after_stops(
     top: u32,
     stop: Stop<'_>,
 ) -> Result<Vec<ListedRow>, ScorerError> {
-    let start = source.tokenizer.start_of_record();
-    let end = source.tokenizer.end_of_record();
+    let (start, end) = (source.start(), source.end());
     let mut prompts = Vec::new();
     for item in asked {
         for branch in &item.branches {

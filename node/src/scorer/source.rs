@@ -42,6 +42,16 @@ impl Source {
         })
     }
 
+    /// The token that starts records.
+    pub(super) fn start(&self) -> u32 {
+        self.tokenizer.start_of_record()
+    }
+
+    /// The token that ends them.
+    pub(super) fn end(&self) -> u32 {
+        self.tokenizer.end_of_record()
+    }
+
     /// Tokens of an item within `limit`; see [`fit`].
     ///
     /// # Errors

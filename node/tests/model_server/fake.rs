@@ -233,7 +233,7 @@ impl Fake {
             Err(message) => refuse(stream, "400 Bad Request", "", &message),
             Ok(body) => {
                 let body = body.to_string();
-                let half = &body[..body.floor_char_boundary(body.len() / 2)];
+                let (half, _) = body.split_at(body.floor_char_boundary(body.len() / 2));
                 match self.fault {
                     Fault::CutsBody => send(stream, "200 OK", "", half, body.len()),
                     Fault::CutsJson => send(stream, "200 OK", "", half, half.len()),
@@ -258,11 +258,11 @@ impl Fake {
                 Fault::Changes => 1.0 + number as f32,
                 _ => 1.0,
             };
-            let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+            let sum: f32 = row.iter().map(|v| v.exp()).sum();
             let mut listed: Vec<(u32, f32)> = row
                 .iter()
                 .zip(vocab.id_of_rank())
-                .map(|(&v, &id)| (id, (v - sum.ln() as f32) / scale))
+                .map(|(&v, &id)| (id, (v - sum.ln()) / scale))
                 .collect();
             listed.sort_by(|a, b| b.1.total_cmp(&a.1));
             let own = listed[top.min(listed.len())..]

@@ -7,6 +7,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use consilium_kernels::loss::{ItemLoss, Term};
 use consilium_kernels::{TokenKind, Vocab};
 
+use super::lora::Lora;
 use super::ops::rope::RopeTable;
 use super::*;
 use crate::worker::train::TrainError;
@@ -222,7 +223,7 @@ fn named(model: &Model) -> NamedTensors {
     for bank in model
         .base_banks()
         .into_iter()
-        .chain(model.lora.iter().flat_map(super::lora::Lora::banks))
+        .chain(model.lora.iter().flat_map(Lora::banks))
     {
         bank.read(|values| {
             for slot in bank.slots() {
