@@ -327,6 +327,8 @@ mod tests {
 
     #[test]
     fn every_wrong_value_names_its_key_and_what_may_stand_there() {
+        /// A change, the key it spoils, and what the message says of it.
+        type Case<'a> = (&'a dyn Fn(&mut RawServer), &'a str, &'a str);
         let key = Some(PathBuf::from("key"));
         let with = |change: &dyn Fn(&mut RawServer)| {
             let mut raw = raw();
@@ -334,7 +336,7 @@ mod tests {
             raw.check()
         };
         assert_eq!(with(&|_| {}).unwrap().top, 64);
-        let cases: [(&dyn Fn(&mut RawServer), &str, &str); 12] = [
+        let cases: [Case<'_>; 12] = [
             (
                 &|raw| raw.url = "gpu:8000".into(),
                 "url",
