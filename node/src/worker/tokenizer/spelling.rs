@@ -40,7 +40,8 @@ pub(super) fn as_written(json: &mut Value) {
             None => Vec::new(),
         }
     }
-    if let Some(parts) = json["normalizer"]["normalizers"].as_array_mut() {
+    let sequence = json.pointer_mut("/normalizer/normalizers");
+    if let Some(parts) = sequence.and_then(Value::as_array_mut) {
         parts.retain(|part| part["type"] != "NFC");
     }
     if json["normalizer"]["type"] == "NFC" {

@@ -233,6 +233,8 @@ impl ModelConfig {
             "tie_word_embeddings": self.tied,
             "attention_bias": self.output_bias,
             "torch_dtype": "float32",
+            // Phi's default lies outside of a small vocabulary.
+            "pad_token_id": null,
         });
         self.rope.write(&mut object);
         self.family
