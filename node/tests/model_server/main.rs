@@ -256,9 +256,9 @@ fn with_twenty_tokens_listed_no_symbol_gets_more_than_the_weights_give_it() {
                         "{kind} {position} {symbol}: {got} {want}"
                     );
                     if got <= want.saturating_add(1) {
-                        same += 1
+                        same += 1;
                     } else {
-                        lower += 1
+                        lower += 1;
                     }
                 }
             }
