@@ -85,22 +85,36 @@ fn compare(name: &str, job: &mut Job, mut python: Option<&mut Python>, theirs: &
         let ours = child::timed(|| job.step());
         pairs.push((ours, python.as_mut().and_then(|twin| twin.step(theirs))));
     }
-    let median = |pick: &dyn Fn(&(Times, Option<Times>)) -> Option<f64>| {
-        let mut values: Vec<f64> = pairs.iter().filter_map(pick).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
-    };
     let tokens = job.tokens() as f64;
     let text = |value: Option<f64>, digits: usize| {
         value.map_or_else(|| "-".into(), |value| format!("{value:.digits$}"))
     };
     println!(
         "{name:<10} {theirs:<8} {:>9} {:>9} {:>7} {:>14}",
-        text(median(&|pair| Some(tokens / pair.0.clock)), 0),
-        text(median(&|pair| Some(tokens / pair.1?.clock)), 0),
-        text(median(&|pair| Some(pair.1?.clock / pair.0.clock)), 2),
-        text(median(&|pair| Some(pair.1?.cpu / pair.0.cpu)), 2),
+        text(median(&pairs, |ours, _| Some(tokens / ours.clock)), 0),
+        text(median(&pairs, |_, theirs| Some(tokens / theirs?.clock)), 0),
+        text(
+            median(&pairs, |ours, theirs| Some(theirs?.clock / ours.clock)),
+            2
+        ),
+        text(
+            median(&pairs, |ours, theirs| Some(theirs?.cpu / ours.cpu)),
+            2
+        ),
     );
+}
+
+/// Middle value of what `pick` makes of our times and theirs; none where there are none.
+fn median(
+    pairs: &[(Times, Option<Times>)],
+    pick: impl Fn(Times, Option<Times>) -> Option<f64>,
+) -> Option<f64> {
+    let picked = pairs
+        .iter()
+        .filter_map(|&(ours, theirs)| pick(ours, theirs));
+    let mut values: Vec<f64> = picked.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
 }
 
 fn memory() {

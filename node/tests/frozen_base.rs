@@ -123,7 +123,7 @@ fn adapters_learn_on_a_small_base_what_they_learn_on_a_large_one() {
     let file = Arc::new(OffloadFile::create(folder.path()).unwrap());
     let offloaded = BaseStorage {
         offload: Some(file),
-        ..plain.clone()
+        ..BaseStorage::default()
     };
     for (storage, again) in [(&plain, true), (&offloaded, false), (&offloaded, true)] {
         let (got, model) = adapt(folder.path(), &vocab, storage, again);
