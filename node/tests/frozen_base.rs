@@ -20,7 +20,7 @@ const TEXT: &str = concat!(
 );
 
 /// Steps of an adapter.
-const STEPS: u64 = 24;
+const STEPS: u64 = 40;
 
 const LORA: LoraConfig = LoraConfig {
     rank: 8,
@@ -52,7 +52,7 @@ fn items(second: bool) -> Arc<[Item]> {
 
 fn train(model: Model, vocab: &Vocab, second: bool, steps: u64, rate: f64) -> (Vec<f64>, Model) {
     let config = TrainConfig {
-        rows: 4,
+        rows: 6,
         length: 64,
         ..TrainConfig::new(steps, rate, 3)
     };
@@ -92,7 +92,7 @@ fn adapters_learn_on_a_small_base_what_they_learn_on_a_large_one() {
     let config = ModelConfig::llama(257, 64, 2, 4, 172);
     let mut base = random(config, vocab.id_of_rank().to_vec(), 1).unwrap();
     base.train_all().unwrap();
-    let (_, base) = train(base, &vocab, false, 60, 1e-2);
+    let (_, base) = train(base, &vocab, false, 80, 1e-2);
     let folder = tempfile::tempdir().unwrap();
     save_folder(&base, folder.path()).unwrap();
 
@@ -100,7 +100,7 @@ fn adapters_learn_on_a_small_base_what_they_learn_on_a_large_one() {
     let (want, model) = adapt(folder.path(), &vocab, &plain, false);
     let (bytes, adapter) = (model.base_bytes() as f64, model.adapter().unwrap());
     let learned = want[0] - want[want.len() - 1];
-    assert!(learned > 0.05, "nothing is learned: {want:?}");
+    assert!(learned > 0.1, "nothing is learned: {want:?}");
 
     for (format, tolerance, share) in [
         (Format::Bf16, 0.005, 0.51),
