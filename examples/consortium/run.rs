@@ -28,10 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 /// Steps of the arms' one trainer, of the same batch as a node's: half as many again, one after the other, as a node takes
 /// over all inner rounds (8 x 30), and half of what the three nodes take together.
 const ARM_STEPS: u64 = 360;
-/// Peak rate of the arm on public labels, the best of `--tune 240` on seed 1: union bits .649, .628 and .635 at 3e-3, 6e-3
-/// and 1e-2. At 2e-2 neither arm gave a result in several times the others' processor time, and both were stopped.
+/// Peak rate of the arm on public labels, the best of `--tune 360 --seeds 1,2`: union bits .628, .611, .616 and 1.715 at 3e-3,
+/// 6e-3, 1e-2 and 2e-2 on seed 1, and .628, .615 and .619 at the first three on seed 2.
 const SFT_RATE: f64 = 6e-3;
-/// Peak rate of the arm on all private text, by the same command: .542, .526 and .531.
+/// Peak rate of the arm on all private text, by the same command: .503, .492, .516 and 1.668; .506, .496, .519 and 1.905.
 const CENTRALISED_RATE: f64 = 6e-3;
 
 /// Candidates may be this much worse than a site's own model on that site's own text, in thousandths: one small pivot
