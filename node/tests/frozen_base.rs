@@ -13,11 +13,8 @@ use consilium_node::worker::model::{
 };
 use consilium_node::worker::train::{TrainConfig, Trainer};
 
-/// Real text, as bytes.
-const TEXT: &str = concat!(
-    include_str!("../../README.md"),
-    include_str!("../../ARCHITECTURE.md")
-);
+/// Real text that does not change, as bytes.
+const TEXT: &str = include_str!("../../LICENSE");
 
 /// Steps of an adapter.
 const STEPS: u64 = 40;
@@ -35,12 +32,15 @@ fn vocab() -> Vocab {
     Vocab::new(std::iter::once(TokenKind::EndOfRecord).chain(tokens)).unwrap()
 }
 
-/// The text in pieces of 60 bytes: the first half, or the second.
+/// The text in pieces of 60 bytes: the first half, or the second in capitals, which the first hardly has.
 fn items(second: bool) -> Arc<[Item]> {
-    let bytes = TEXT.as_bytes();
-    let (a, b) = bytes.split_at(bytes.len() / 2);
-    let pieces = if second { b } else { a }.chunks_exact(60);
-    pieces
+    let (a, b) = TEXT.as_bytes().split_at(TEXT.len() / 2);
+    let text = if second {
+        b.to_ascii_uppercase()
+    } else {
+        a.to_vec()
+    };
+    text.chunks_exact(60)
         .map(|piece| Item {
             context: Vec::new(),
             target: piece.iter().map(|&byte| u32::from(byte) + 1).collect(),
@@ -97,11 +97,13 @@ fn adapters_learn_on_a_small_base_what_they_learn_on_a_large_one() {
     let plain = BaseStorage::default();
     let (want, model) = adapt(folder.path(), &vocab, &plain, false);
     let (bytes, adapter) = (model.base_bytes() as f64, model.adapter().unwrap());
-    let learned = want[0] - want[want.len() - 1];
-    assert!(learned > 0.1, "nothing is learned: {want:?}");
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    let learned = mean(&want[..8]) - mean(&want[want.len() - 8..]);
+    println!("f32: loss falls by {learned:.3}");
+    assert!(learned > 0.3, "nothing is learned: {want:?}");
 
     for (format, tolerance, share) in [
-        (Format::Bf16, 0.005, 0.51),
+        (Format::Bf16, 0.01, 0.51),
         (Format::Int8, 0.01, 0.35),
         (Format::Nf4, 0.03, 0.25),
     ] {
