@@ -70,6 +70,9 @@ fn speed() {
     }
 }
 
+/// A step of ours, and the twin's if there is one.
+type Pair = (Times, Option<Times>);
+
 fn compare(name: &str, job: &mut Job, mut python: Option<&mut Python>, theirs: &str) {
     job.step();
     job.step();
@@ -85,7 +88,7 @@ fn compare(name: &str, job: &mut Job, mut python: Option<&mut Python>, theirs: &
         let ours = child::timed(|| job.step());
         pairs.push((ours, python.as_mut().and_then(|twin| twin.step(theirs))));
     }
-    let median = |pick: &dyn Fn(&(Times, Option<Times>)) -> Option<f64>| {
+    let median = |pick: &dyn Fn(&Pair) -> Option<f64>| {
         let mut values: Vec<f64> = pairs.iter().filter_map(pick).collect();
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied()

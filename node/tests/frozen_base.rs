@@ -41,9 +41,11 @@ fn items(second: bool) -> Arc<[Item]> {
         a.to_vec()
     };
     text.chunks_exact(60)
-        .map(|piece| Item {
-            context: Vec::new(),
-            target: piece.iter().map(|&byte| u32::from(byte) + 1).collect(),
+        .map(|piece| {
+            Item::new(
+                Vec::new(),
+                piece.iter().map(|&byte| u32::from(byte) + 1).collect(),
+            )
         })
         .collect()
 }
