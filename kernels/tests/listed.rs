@@ -84,7 +84,7 @@ fn masses(records: &Records, position: usize) -> (Vec<Option<f64>>, f64, f64) {
         .iter()
         .zip(&view.codes()[slots])
     {
-        bytes[usize::from(symbol)].get_or_insert(code::decode(code));
+        bytes[usize::from(symbol)].get_or_insert_with(|| code::decode(code));
     }
     let of = |codes: &[u8]| code::decode(codes[position]);
     (bytes, of(view.end()), of(view.tail()))
@@ -130,7 +130,7 @@ impl Case {
         1_000 + u64::from(branch.position) * 64 + u64::from(branch.taken)
     }
 
-    fn from_list(&self, top: usize, shape: &RecordShape) -> (Records, Vec<Branch>, f32, f64) {
+    fn listed_records(&self, top: usize, shape: &RecordShape) -> (Records, Vec<Branch>, f32, f64) {
         let rows = self.listed(top);
         let branches = listed::branches(&self.vocab, &self.tokens, &rows, THRESHOLD).unwrap();
         let end = self.vocab.end_ranks().start;
@@ -157,7 +157,7 @@ impl Case {
     }
 
     /// Records of the whole softmax with these branches and those that it finds itself.
-    fn from_softmax(&self, more: &[Branch], shape: &RecordShape) -> (Records, Vec<Branch>, f64) {
+    fn exact_records(&self, more: &[Branch], shape: &RecordShape) -> (Records, Vec<Branch>, f64) {
         let reference = Backend::Reference;
         let logits: Vec<f32> = (0..=self.tokens.len())
             .flat_map(|row| self.rows.logits(row as u64))
@@ -211,8 +211,8 @@ proptest! {
     ) {
         let case = Case::new(&tokens, &target, seed, scale);
         let shape = RecordShape { k, fill_permille: 995 };
-        let (got, branches, _, bits) = case.from_list(case.vocab.len(), &shape);
-        let (want, found, true_bits) = case.from_softmax(&[], &shape);
+        let (got, branches, _, bits) = case.listed_records(case.vocab.len(), &shape);
+        let (want, found, true_bits) = case.exact_records(&[], &shape);
         // A stop whose share is the threshold to the last bit may fall on either side.
         prop_assume!(branches == found);
         prop_assert!((bits - true_bits).abs() < 1e-3 * true_bits.max(1.0), "{} {}", bits, true_bits);
@@ -246,8 +246,8 @@ proptest! {
     ) {
         let case = Case::new(&tokens, &target, seed, scale);
         let shape = RecordShape { k: 8, fill_permille: 1000 };
-        let (got, branches, missed, bits) = case.from_list(top, &shape);
-        let (want, _, true_bits) = case.from_softmax(&branches, &shape);
+        let (got, branches, missed, bits) = case.listed_records(top, &shape);
+        let (want, _, true_bits) = case.exact_records(&branches, &shape);
         prop_assert!((0.0..=1.0).contains(&missed));
         prop_assert!(bits >= true_bits - 1e-3 * true_bits.max(1.0));
         prop_assert!(got.view().check_mass().is_ok());
