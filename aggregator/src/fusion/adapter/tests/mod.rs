@@ -1,8 +1,9 @@
 //! The merge against dense arithmetic in `f64`, and everything it promises about order, threads and bad input.
 
-use std::collections::HashMap;
+mod bad_input;
+mod initial;
+
 use std::fs::File;
-use std::path::Path;
 
 use consilium_protocol::manifest::Training;
 use consilium_protocol::{Digest, InstitutionId};
@@ -12,10 +13,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::check::check_adapter;
-use super::initial::initial_adapter;
 use super::merge::{MergeInput, MergeOutput, Truncation, merge};
-use crate::fusion::error::{FusionError, Origin, TensorProblem};
+use crate::fusion::error::FusionError;
 
 const RANK: usize = 4;
 const Q: &str = "base_model.model.model.layers.0.self_attn.q_proj";
@@ -179,20 +178,6 @@ fn merged(
         momentum: read("momentum"),
         truncation,
     })
-}
-
-fn checked(training: &Training, start: &[u8], who: &str, bytes: &[u8]) -> Result<(), FusionError> {
-    let folder = tempfile::tempdir().unwrap();
-    let [before, adapter] = ["start", "adapter"].map(|name| folder.path().join(name));
-    std::fs::write(&before, start).unwrap();
-    std::fs::write(&adapter, bytes).unwrap();
-    check_adapter(training, &before, &id(who), &adapter).map(|_| ())
-}
-
-fn initial(pivot: &Path, training: &Training, seed: u64) -> Result<Vec<u8>, FusionError> {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    initial_adapter(pivot, training, seed, file.as_file())?;
-    Ok(std::fs::read(file.path()).unwrap())
 }
 
 /// Dense reference of one outer step on one matrix.
@@ -424,193 +409,4 @@ fn order_of_arrival_and_threads_do_not_change_a_bit() {
             assert_eq!(got.truncation, expected.truncation);
         }
     }
-}
-
-/// The file with one tensor replaced, or left out.
-fn altered(bytes: &[u8], name: &str, new: Option<&(Vec<usize>, Vec<f32>)>) -> Vec<u8> {
-    let parsed = SafeTensors::deserialize(bytes).unwrap();
-    let outputs: Vec<_> = parsed
-        .tensors()
-        .into_iter()
-        .filter_map(|(n, view)| {
-            let (shape, data) = match new {
-                Some((shape, values)) if n == name => (
-                    shape.clone(),
-                    values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                ),
-                None if n == name => return None,
-                _ => (view.shape().to_vec(), view.data().to_vec()),
-            };
-            Some(Tensor {
-                name: n,
-                shape,
-                data,
-            })
-        })
-        .collect();
-    serialize(&outputs)
-}
-
-#[test]
-fn a_bad_tensor_is_refused_by_name_and_institution() {
-    let t = training(700, 700);
-    let (start, good) = (adapter(1, 0.2), adapter(2, 0.3));
-    let a = format!("{Q}.lora_A.weight");
-    let stranger = format!("{Q}.lora_C.weight");
-    let mut nan = vec![0.5; RANK * 20];
-    nan[7] = f32::NAN;
-    let extra = {
-        let mut values = altered(&good, HEAD, None);
-        let parsed = SafeTensors::deserialize(&values).unwrap();
-        let mut outputs: Vec<_> = parsed
-            .tensors()
-            .into_iter()
-            .map(|(name, view)| Tensor {
-                name,
-                shape: view.shape().to_vec(),
-                data: view.data().to_vec(),
-            })
-            .collect();
-        let head = tensor(&good, HEAD);
-        outputs.push(Tensor::matrix(HEAD.to_owned(), &head));
-        outputs.push(Tensor::matrix(stranger.clone(), &head));
-        values = serialize(&outputs);
-        values
-    };
-    let cases = [
-        (
-            altered(&good, &a, Some(&(vec![RANK, 20], nan))),
-            &a,
-            TensorProblem::NotFinite(7),
-        ),
-        (
-            altered(&good, &a, Some(&(vec![20, RANK], vec![0.5; RANK * 20]))),
-            &a,
-            TensorProblem::Shape {
-                got: vec![20, RANK],
-                expected: vec![RANK, 20],
-            },
-        ),
-        (
-            altered(&good, HEAD, None),
-            &HEAD.to_owned(),
-            TensorProblem::Missing,
-        ),
-        (extra, &stranger, TensorProblem::Unexpected),
-        (
-            altered(&good, HEAD, Some(&(vec![30, 20], vec![f32::INFINITY; 600]))),
-            &HEAD.to_owned(),
-            TensorProblem::NotFinite(0),
-        ),
-    ];
-    for (bytes, expected_tensor, expected) in cases {
-        let named = [
-            ("bank", good.as_slice(), 1),
-            ("clinic", bytes.as_slice(), 1),
-        ];
-        let merge = merged(&t, &start, None, &named).unwrap_err();
-        let check = checked(&t, &start, "clinic", &bytes).unwrap_err();
-        for error in [merge, check] {
-            let FusionError::Tensor {
-                origin,
-                tensor,
-                problem,
-            } = error
-            else {
-                panic!("{error}");
-            };
-            assert_eq!(
-                (origin, &tensor, problem),
-                (
-                    Origin::Institution(id("clinic")),
-                    expected_tensor,
-                    expected.clone()
-                )
-            );
-        }
-    }
-    assert!(checked(&t, &start, "clinic", &good).is_ok());
-    let twice = [("bank", good.as_slice(), 1), ("bank", good.as_slice(), 1)];
-    assert!(matches!(
-        merged(&t, &start, None, &twice),
-        Err(FusionError::Twice(_))
-    ));
-    let idle = [("bank", good.as_slice(), 0)];
-    assert!(matches!(
-        merged(&t, &start, None, &idle),
-        Err(FusionError::Nothing)
-    ));
-    let cut = [("bank", &good[..good.len() - 1], 1)];
-    assert!(matches!(
-        merged(&t, &start, None, &cut),
-        Err(FusionError::Format { .. })
-    ));
-}
-
-fn write_pivot(folder: &Path) {
-    let two: Vec<u8> = 2.0_f32.to_le_bytes()[2..].repeat(12);
-    let one: Vec<u8> = 1.0_f32.to_le_bytes().repeat(12);
-    let view = |dtype, data| TensorView::new(dtype, vec![4, 3], data).unwrap();
-    let tensors = [
-        (
-            "model.layers.0.self_attn.q_proj.weight",
-            view(Dtype::F32, &one),
-        ),
-        ("model.layers.1.mlp.up_proj.weight", view(Dtype::BF16, &two)),
-        ("model.embed_tokens.weight", view(Dtype::F32, &one)),
-        ("lm_head.weight", view(Dtype::BF16, &two)),
-    ];
-    let bytes = safetensors::serialize(tensors, None::<HashMap<_, _>>).unwrap();
-    std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
-}
-
-#[test]
-fn the_initial_adapter_is_seeded_by_name_and_copies_saved_modules() {
-    let folder = tempfile::tempdir().unwrap();
-    write_pivot(folder.path());
-    let t = training(700, 700);
-    let bytes = initial(folder.path(), &t, 1).unwrap();
-    assert_eq!(bytes, initial(folder.path(), &t, 1).unwrap());
-    assert_ne!(bytes, initial(folder.path(), &t, 2).unwrap());
-    let parsed = SafeTensors::deserialize(&bytes).unwrap();
-    let mut names = parsed.names();
-    names.sort_unstable();
-    let up = "base_model.model.model.layers.1.mlp.up_proj";
-    assert_eq!(
-        names,
-        [
-            HEAD,
-            &format!("{Q}.lora_A.weight"),
-            &format!("{Q}.lora_B.weight"),
-            &format!("{up}.lora_A.weight"),
-            &format!("{up}.lora_B.weight"),
-        ]
-    );
-    assert!(
-        floats(parsed.tensor(HEAD).unwrap().data())
-            .iter()
-            .all(|&v| v.to_bits() == 2.0_f32.to_bits())
-    );
-    // SHA-256 of the values that ChaCha8, written anew in Python, gives for seed 1 and this name.
-    let a = parsed.tensor(&format!("{Q}.lora_A.weight")).unwrap();
-    assert_eq!(
-        Digest::of(a.data()).to_string(),
-        "e0bedbdf87b61a6a67808469af824be56d46fd7e92e53c7a7783a8bff8990f6e"
-    );
-    let unknown = Training {
-        target_modules: vec!["w1".to_owned()],
-        ..t.clone()
-    };
-    assert!(matches!(
-        initial(folder.path(), &unknown, 1),
-        Err(FusionError::Target(name)) if name == "w1"
-    ));
-    let tied = Training {
-        modules_to_save: vec!["score".to_owned()],
-        ..t
-    };
-    assert!(matches!(
-        initial(folder.path(), &tied, 1),
-        Err(FusionError::Saved(name)) if name == "score"
-    ));
 }
