@@ -58,6 +58,12 @@ fn a_killed_aggregator_resumes_the_round_and_nodes_find_it_again() {
     let round = consortium
         .wait_for("the round is released", &mut processes, is_released)
         .unwrap();
+    // The server that was started anew says so, before silence would end the old connections.
+    for node in &nodes {
+        let log = std::fs::read_to_string(node.log()).unwrap();
+        assert!(log.contains("the peer has restarted"), "{log}");
+        assert!(!log.contains("the connection went silent"), "{log}");
+    }
     for member in round["members"].as_array().unwrap() {
         assert_eq!(member["shards"], 3, "{member}");
         assert!(member["adapters"].as_u64().unwrap() <= 6, "{member}");

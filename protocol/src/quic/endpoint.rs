@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    ConnectionError, EndpointConfig, IdleTimeout, TokioRuntime, TransportConfig,
-    ValidationTokenConfig, VarInt,
+    ConnectionError, IdleTimeout, TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
 };
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::sync::mpsc;
@@ -204,7 +203,7 @@ impl Server {
         let config = server_config(&credentials, &FaultSlot::default())?;
         let socket = UdpSocket::bind(address).map_err(bind)?;
         let endpoint = quinn::Endpoint::new(
-            EndpointConfig::default(),
+            credentials.reset().endpoint(),
             Some(config.clone()),
             socket,
             Arc::new(TokioRuntime),

@@ -10,6 +10,7 @@ mod exchange;
 mod frame;
 mod identity;
 mod partial;
+mod reset;
 mod tasks;
 mod tls;
 mod transfer;

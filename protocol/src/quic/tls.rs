@@ -18,6 +18,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use zeroize::Zeroizing;
 
 use super::identity::{self, IdentityError};
+use super::reset::ResetSecret;
 use super::verify::{ClientVerifier, FaultSlot, ServerVerifier};
 use crate::frame::ALPN;
 use crate::identity::PeerIdentity;
@@ -95,6 +96,7 @@ pub struct Credentials {
     certified: Arc<SingleCertAndKey>,
     servers: Arc<WebPkiServerVerifier>,
     clients: Arc<dyn ClientCertVerifier>,
+    reset: ResetSecret,
 }
 
 impl fmt::Debug for Credentials {
@@ -164,6 +166,7 @@ impl Credentials {
             })?;
         let private = PrivateKeyDer::from_pem_slice(key.text)
             .map_err(|error| malformed(key.path, "a private key", describe(&error)))?;
+        let reset = ResetSecret::of_key(private.secret_der());
         let certified =
             CertifiedKey::from_der(chain, private, &provider).map_err(|error| match error {
                 rustls::Error::InconsistentKeys(_) => CredentialsError::KeyMismatch {
@@ -189,6 +192,7 @@ impl Credentials {
             certified: Arc::new(SingleCertAndKey::from(certified)),
             servers,
             clients,
+            reset,
         })
     }
 
@@ -196,6 +200,11 @@ impl Credentials {
     #[must_use]
     pub const fn identity(&self) -> &PeerIdentity {
         &self.identity
+    }
+
+    /// What resets of our connections are made of.
+    pub(super) const fn reset(&self) -> &ResetSecret {
+        &self.reset
     }
 
     /// Configuration for one handshake with the aggregator of our consortium.
