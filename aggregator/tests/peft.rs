@@ -8,7 +8,7 @@ use consilium_aggregator::fusion::{
     FusionError, MergeInput, MergeOutput, check_adapter, initial_adapter, merge,
 };
 use consilium_protocol::InstitutionId;
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{Defence, Distillation, MergeRule, Training};
 use safetensors::SafeTensors;
 use tempfile::NamedTempFile;
 
@@ -46,6 +46,9 @@ fn training(modules_to_save: &[&str]) -> Training {
             .collect(),
         outer_rate_permille: 1000,
         outer_momentum_permille: 0,
+        distillation: Distillation::Trie,
+        merge: MergeRule::Product,
+        defence: Defence::None,
     }
 }
 

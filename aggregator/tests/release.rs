@@ -11,7 +11,9 @@ use consilium_aggregator::release::{
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::charter::Charter;
 use consilium_protocol::evaluation::{Evaluation, Score};
-use consilium_protocol::manifest::{Deadlines, FusionRule, Manifest, Mode, SymbolSpace, Training};
+use consilium_protocol::manifest::{
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+};
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
 use serde_json::Value;
 
@@ -48,6 +50,9 @@ fn manifest() -> Manifest {
             modules_to_save: vec!["embed_tokens".to_owned(), "lm_head".to_owned()],
             outer_rate_permille: 700,
             outer_momentum_permille: 700,
+            distillation: Distillation::Trie,
+            merge: MergeRule::Product,
+            defence: Defence::None,
         },
         members: vec![id("bank"), id("clinic")],
         quorum: 2,

@@ -17,7 +17,7 @@ use consilium_node::worker::model::ModelConfig;
 use consilium_node::worker::tokenizer::train_bpe;
 use consilium_node::worker::{Folders, LoadedModel, Worker};
 use consilium_protocol::evaluation::Evaluation;
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{Defence, Distillation, MergeRule, Training};
 use consilium_protocol::message::Part;
 use consilium_protocol::shard::Shard;
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
@@ -108,6 +108,9 @@ fn training(local_steps: u32) -> Training {
         modules_to_save: ["embed_tokens", "lm_head"].map(str::to_owned).to_vec(),
         outer_rate_permille: 700,
         outer_momentum_permille: 700,
+        distillation: Distillation::Trie,
+        merge: MergeRule::Product,
+        defence: Defence::None,
     }
 }
 

@@ -13,7 +13,9 @@ use consilium_protocol::contribution::{Statement, Unverified};
 use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::event::{Entry, Event, Phase, Reason, TargetIndex};
 use consilium_protocol::frame::{FrameHeader, HEADER};
-use consilium_protocol::manifest::{Deadlines, FusionRule, Manifest, Mode, SymbolSpace, Training};
+use consilium_protocol::manifest::{
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+};
 use consilium_protocol::message::{
     Content, Download, Hello, Logged, Message, Part, Ready, Receipt, Reject, Status, Task, Upload,
     Welcome,
@@ -63,6 +65,9 @@ fn manifest() -> Manifest {
             modules_to_save: vec!["lm_head".to_owned()],
             outer_rate_permille: 700,
             outer_momentum_permille: 650,
+            distillation: Distillation::Trie,
+            merge: MergeRule::Product,
+            defence: Defence::None,
         },
         members: vec![id("bank"), id("clinic")],
         quorum: 2,

@@ -330,7 +330,9 @@ fn view<'a>(
 #[cfg(test)]
 mod tests {
     use consilium_kernels::code;
-    use consilium_protocol::manifest::{Deadlines, Mode, Training};
+    use consilium_protocol::manifest::{
+        Deadlines, Defence, Distillation, MergeRule, Mode, Training,
+    };
     use consilium_protocol::{ConsortiumId, Digest, RoundId};
 
     use super::*;
@@ -371,6 +373,9 @@ mod tests {
                 modules_to_save: Vec::new(),
                 outer_rate_permille: 700,
                 outer_momentum_permille: 700,
+                distillation: Distillation::Trie,
+                merge: MergeRule::Product,
+                defence: Defence::None,
             },
             members: vec![id("a"), id("b"), id("c")],
             quorum: 1,

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use consilium_protocol::manifest::{Deadlines, FusionRule, Manifest, Mode, SymbolSpace, Training};
+use consilium_protocol::manifest::{
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+};
 use consilium_protocol::{Digest, RoundId};
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +68,9 @@ impl Default for OpenRequest {
                 modules_to_save: modules(&["embed_tokens", "lm_head"]),
                 outer_rate_permille: 700,
                 outer_momentum_permille: 700,
+                distillation: Distillation::Trie,
+                merge: MergeRule::Product,
+                defence: Defence::None,
             },
             quorum: None,
             deadlines: Deadlines {

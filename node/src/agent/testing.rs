@@ -1,7 +1,9 @@
 //! A small round for the tests of this half: manifest, shard, adapter, evaluation.
 
 use consilium_protocol::evaluation::{Evaluation, Score};
-use consilium_protocol::manifest::{Deadlines, FusionRule, Manifest, Mode, SymbolSpace, Training};
+use consilium_protocol::manifest::{
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
@@ -26,6 +28,9 @@ pub(crate) fn training() -> Training {
         modules_to_save: vec!["lm_head".to_owned()],
         outer_rate_permille: 700,
         outer_momentum_permille: 700,
+        distillation: Distillation::Trie,
+        merge: MergeRule::Product,
+        defence: Defence::None,
     }
 }
 

@@ -7,7 +7,9 @@ mod sequences;
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::event::{Event, Phase, Reason};
-use consilium_protocol::manifest::{Deadlines, FusionRule, Manifest, Mode, SymbolSpace, Training};
+use consilium_protocol::manifest::{
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+};
 use consilium_protocol::round::{
     Admission, Effect, Round, RoundError, RoundPhase, RoundTask, Work,
 };
@@ -57,6 +59,9 @@ fn manifest() -> Manifest {
             modules_to_save: Vec::new(),
             outer_rate_permille: 700,
             outer_momentum_permille: 900,
+            distillation: Distillation::Trie,
+            merge: MergeRule::Product,
+            defence: Defence::None,
         },
         members: ids(&NAMES),
         quorum: 2,

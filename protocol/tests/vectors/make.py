@@ -30,7 +30,8 @@ TRAINING = {
     "inner_rounds": 8, "local_steps": 30, "rows": 12, "row_tokens": 96, "learning_rate_micros": 10000,
     "warmup_permille": 50, "final_permille": 20, "cross_entropy_permille": 100, "rank": 32, "alpha": 64,
     "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"],
-    "outer_rate_permille": 700, "outer_momentum_permille": 650,
+    "outer_rate_permille": 700, "outer_momentum_permille": 650, "distillation": {"loss": "trie"},
+    "merge": {"rule": "product"}, "defence": {"rule": "none"},
 }
 MANIFEST = {
     "consortium": "north", "round": 3, "mode": "unified", "charter": digest("charter"), "pivot": digest("pivot"),

@@ -5,7 +5,7 @@ mod initial;
 
 use std::fs::File;
 
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{Defence, Distillation, MergeRule, Training};
 use consilium_protocol::{Digest, InstitutionId};
 use faer::Mat;
 use rand_chacha::ChaCha8Rng;
@@ -39,6 +39,9 @@ fn training(rate: u32, momentum: u32) -> Training {
         modules_to_save: vec!["lm_head".to_owned()],
         outer_rate_permille: rate,
         outer_momentum_permille: momentum,
+        distillation: Distillation::Trie,
+        merge: MergeRule::Product,
+        defence: Defence::None,
     }
 }
 

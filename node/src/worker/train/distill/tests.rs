@@ -1,5 +1,5 @@
 use consilium_kernels::RecordShape;
-use consilium_protocol::manifest::SymbolSpace;
+use consilium_protocol::manifest::{Defence, Distillation, MergeRule, SymbolSpace};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
 
@@ -289,6 +289,9 @@ fn what_this_version_cannot_train_is_refused_by_name() {
         modules_to_save: save.iter().map(|&m| m.to_owned()).collect(),
         outer_rate_permille: 700,
         outer_momentum_permille: 700,
+        distillation: Distillation::Trie,
+        merge: MergeRule::Product,
+        defence: Defence::None,
     };
     let settings = Settings::of(&training(&TARGETS, &SAVED), 9).unwrap();
     assert_eq!(settings.schedule.steps, 240);

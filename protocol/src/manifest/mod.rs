@@ -3,6 +3,8 @@
 //! The file is a C2SP signed note. Its first line is [`FIRST_LINE`], the second is canonical JSON (RFC 8785: keys in
 //! order, integers only), and the aggregator signs it with the key that the charter names.
 
+mod rules;
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +13,8 @@ use crate::charter::Charter;
 use crate::contribution::Binding;
 use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
+
+pub use rules::{Defence, Distillation, FusionRule, MergeRule};
 
 /// First line of a manifest.
 pub const FIRST_LINE: &str = "consilium/manifest/1";
@@ -36,21 +40,6 @@ pub enum SymbolSpace {
         /// Tokens in the vocabulary.
         size: u32,
     },
-}
-
-/// How records become targets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "rule", rename_all = "snake_case", deny_unknown_fields)]
-pub enum FusionRule {
-    /// Mixture with weights proportional to exp(-sharpness x bits per byte) of each item.
-    Softmax {
-        /// 20 by default.
-        sharpness: u32,
-    },
-    /// The source with the fewest bits per byte takes the item (FuseLLM, InfiFusion).
-    MinCe,
-    /// Plain average: a baseline, not a recommendation.
-    Uniform,
 }
 
 /// Longest wait for each phase, in seconds.
@@ -97,6 +86,12 @@ pub struct Training {
     pub outer_rate_permille: u32,
     /// Outer Nesterov momentum, in thousandths.
     pub outer_momentum_permille: u32,
+    /// What the adapter learns from beside labels.
+    pub distillation: Distillation,
+    /// How adapters become one.
+    pub merge: MergeRule,
+    /// What protects the merge.
+    pub defence: Defence,
 }
 
 /// One round's parameters.
@@ -315,12 +310,10 @@ impl Manifest {
         if !self.members.is_sorted_by(|a, b| a < b) {
             return Err("members are not ascending".to_owned());
         }
-        if let FusionRule::Softmax { sharpness } = self.fusion
-            && !(1..=1000).contains(&sharpness)
-        {
-            return Err(format!("sharpness is {sharpness}, expected 1 to 1000"));
-        }
-        Ok(())
+        self.fusion.check()?;
+        t.distillation.check()?;
+        t.merge.check()?;
+        t.defence.check()
     }
 }
 
