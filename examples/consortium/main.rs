@@ -10,12 +10,7 @@
 //! The program starts itself as `consilium-aggregator` and `consilium-node`: real processes, real certificates, real QUIC
 //! on loopback. What it prints is measured on test sets that no training saw.
 
-mod arms;
-mod clock;
 mod given;
-mod measure;
-mod models;
-mod parallel;
 mod run;
 mod transcript;
 mod tune;
@@ -26,6 +21,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use consilium_examples::lab::clock;
 use consilium_examples::report::Report;
 
 use crate::given::{Given, NamedFolder};

@@ -3,5 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod lab;
 pub mod report;
 pub mod world;
