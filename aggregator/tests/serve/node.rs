@@ -138,6 +138,12 @@ impl Node {
                         .await
                         .unwrap();
                 }
+                Task::Train { inner, start } => {
+                    let adapter = self.trained(start).await;
+                    self.hand_over(Kind::Adapter, *inner, &adapter)
+                        .await
+                        .unwrap();
+                }
                 Task::Evaluate { candidate } => {
                     self.fetch(self.adapter_of(candidate)).await;
                     self.hand_over(Kind::Evaluation, 0, &evaluation(self.measures))
