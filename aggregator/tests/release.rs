@@ -61,6 +61,7 @@ fn manifest() -> Manifest {
             distil_seconds: 1,
             evaluate_seconds: 1,
         },
+        max_weight: None,
         seed: 1,
         previous_release: None,
     }

@@ -14,7 +14,7 @@ use consilium_examples::lab::trainer::{Trainer, items_of, permuted_targets, targ
 use consilium_examples::report::{Arm, ArmResult, SeedReport};
 use consilium_examples::world::{Domain, Files, Sizes, World};
 use consilium_node::worker::LoadedModel;
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{Mode, Training};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
@@ -139,6 +139,7 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
                 source,
                 holdout,
                 capacity: 1,
+                train_data: None,
             })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -149,6 +150,7 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         pivot: prepared.pivot.clone(),
         reference: prepared.files.public.clone(),
         sites: sites.clone(),
+        modes: vec![Mode::Unified],
         threads: 1,
     };
     let cluster = Cluster::prepare(

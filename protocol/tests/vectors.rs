@@ -76,6 +76,7 @@ fn manifest() -> Manifest {
             distil_seconds: 61,
             evaluate_seconds: 62,
         },
+        max_weight: None,
         seed: u64::MAX,
         previous_release: None,
     }
@@ -169,9 +170,30 @@ fn a_manifest_is_signed_as_its_vector() {
         previous_release: Some(digest("release")),
         ..manifest()
     };
-    let bytes = include_str!("vectors/manifest.txt");
-    let with_tokens = include_str!("vectors/manifest-tokens.txt");
-    for (manifest, vector) in [(manifest(), bytes), (tokens, with_tokens)] {
+    let learning = |mode, distillation| Manifest {
+        mode,
+        training: Training {
+            distillation,
+            ..manifest().training
+        },
+        ..manifest()
+    };
+    let graph = Distillation::Infigfusion {
+        symbols: 10,
+        temperature_permille: 1000,
+        graph_permille: 500,
+    };
+    let pairwise = learning(Mode::Pairwise, graph);
+    let adapters = Manifest {
+        max_weight: Some(4),
+        ..learning(Mode::Adapters, Distillation::Labels)
+    };
+    for (manifest, vector) in [
+        (manifest(), include_str!("vectors/manifest.txt")),
+        (tokens, include_str!("vectors/manifest-tokens.txt")),
+        (pairwise, include_str!("vectors/manifest-pairwise.txt")),
+        (adapters, include_str!("vectors/manifest-adapters.txt")),
+    ] {
         assert_eq!(manifest.to_text().unwrap(), vector, "a manifest {HINT}");
         assert_eq!(Manifest::parse(vector).unwrap(), manifest);
     }
@@ -190,7 +212,7 @@ fn a_charter_is_signed_as_its_vector() {
     let charter = Charter {
         consortium: north(),
         log_key: "north-log+00000000+AAAA".to_owned(),
-        modes: vec![Mode::Unified],
+        modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
         quorum: 2,
         max_symbols: 16,
         gate_bound_permille: 250,
@@ -317,6 +339,8 @@ fn every_kind_of_frame_is_sent_as_its_vector() {
     frames.next("status evaluate", &status(Task::Evaluate { candidate }));
     let outcome = logged(9, "proof 4");
     frames.next("status finished", &status(Task::Finished { outcome }));
+    let start = logged(8, "proof 2");
+    frames.next("status train", &status(Task::Train { inner: 5, start }));
     let upload = Upload {
         statement: Unverified::new(statement, signature),
         length: 1234,

@@ -384,6 +384,7 @@ mod tests {
                 distil_seconds: 1,
                 evaluate_seconds: 1,
             },
+            max_weight: None,
             seed: 1,
             previous_release: None,
         }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{Mode, Training};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -104,8 +104,7 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
          \x20   metrics:\n    - type: bits_per_byte\n      name: bits per byte, mean over the sites\n      value: {mean:.6}\n\
          ---\n\n\
          # {name}\n\n\
-         LoRA adapter that {members} made together in round {round} of the consortium {consortium}. Each trained on its own\n\
-         data at home; what left the sites were next-byte log-probabilities on public text, and adapters trained on them.\n\n\
+         LoRA adapter that {members} made together in round {round} of the consortium {consortium}, mode {mode}. {left}\n\n\
          ## How good it is\n\n\
          Bits per byte on each site's private holdout, measured by the site itself; lower is better.\n\n\
          | site | this release | pivot | own model | best of both | change | accuracy |\n\
@@ -121,6 +120,8 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
         },
         round = manifest.round,
         consortium = manifest.consortium,
+        mode = manifest.mode.name(),
+        left = what_left(manifest.mode),
     );
     for site in &verdict.sites {
         let evaluation = &site.evaluation;
@@ -157,14 +158,31 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
          `model_signing verify key . --signature model.sig --public_key release.pub`, with the key that the consortium published.\n\
          `{proof}` proves that the release is in the consortium's log. `report.json` lists every contribution by digest.\n\n\
          ## Limits\n\n\
-         Log-probabilities and adapters are not private by themselves. A formal guarantee holds only for sites that trained their\n\
-         own model with differential privacy. The numbers above are the sites' own measurements; nobody else saw the holdouts.\n",
+         Log-probabilities and adapters are not private by themselves. A formal guarantee holds only for sites that trained on\n\
+         their data with differential privacy. The numbers above are the sites' own measurements; nobody else saw the holdouts.\n",
         bound = f64::from(verdict.bound_permille) / 10.0,
         mean = verdict.compared_mean,
         before = verdict.baseline_mean,
         proof = super::publish::PROOF,
     );
     text
+}
+
+/// What left the sites in a round of this mode.
+const fn what_left(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Unified => {
+            "Each site trained its own\nmodel on its own data at home; what left were next-byte log-probabilities on public text, and adapters \
+             trained on them."
+        }
+        Mode::Pairwise => {
+            "Each site trained its own\nmodel on its own data at home and distilled it into the pivot there, on public text; what left were \
+             adapters."
+        }
+        Mode::Adapters => {
+            "Each site trained\nadapters of the pivot on its own private data at home; what left were these adapters."
+        }
+    }
 }
 
 /// A YAML string: JSON's are.

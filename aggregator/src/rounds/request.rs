@@ -31,6 +31,8 @@ pub struct OpenRequest {
     pub quorum: Option<u32>,
     /// Longest wait for each phase.
     pub deadlines: Deadlines,
+    /// In mode `adapters`, the most that a member's declared capacity counts; all alike if absent.
+    pub max_weight: Option<u32>,
     /// Seed of parts and initial factors.
     pub seed: u64,
 }
@@ -78,6 +80,7 @@ impl Default for OpenRequest {
                 distil_seconds: 86_400,
                 evaluate_seconds: 86_400,
             },
+            max_weight: None,
             seed: 1,
         }
     }
@@ -102,6 +105,13 @@ impl OpenRequest {
         // A rule's own parameters differ from rule to rule.
         if path == "fusion.rule" && value != "softmax" {
             *document.pointer_mut("/fusion").ok_or("no rule")? = serde_json::json!({"rule": value});
+        }
+        // On private text there is nothing to distil.
+        if path == "mode" && value == Mode::Adapters.name() {
+            let labels = serde_json::json!({"loss": "labels"});
+            *document
+                .pointer_mut("/training/distillation")
+                .ok_or("no loss")? = labels;
         }
         serde_json::from_value(document).map_err(|error| format!("{assignment}: {error}"))
     }
@@ -208,6 +218,7 @@ pub fn manifest(request: OpenRequest, given: Given) -> Manifest {
             members
         },
         deadlines: request.deadlines,
+        max_weight: request.max_weight,
         seed: request.seed,
         previous_release: given.previous_release,
     }
@@ -244,7 +255,17 @@ mod tests {
         assert_eq!(changed.fusion, FusionRule::MinCe);
         let changed = OpenRequest::default().set("fusion.sharpness=5").unwrap();
         assert_eq!(changed.fusion, FusionRule::Softmax { sharpness: 5 });
+        let adapters = OpenRequest::default().set("mode=adapters").unwrap();
+        assert_eq!(adapters.training.distillation, Distillation::Labels);
+        let graph = r#"training.distillation={"loss":"infifusion","symbols":10,"temperature_permille":900}"#;
+        let changed = OpenRequest::default().set(graph).unwrap();
+        let expected = Distillation::Infifusion {
+            symbols: 10,
+            temperature_permille: 900,
+        };
+        assert_eq!(changed.training.distillation, expected);
         for bad in [
+            "mode=gossip",
             "training.rang=16",
             "training.rank=many",
             "fusion.rule=best",

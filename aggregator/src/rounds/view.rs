@@ -56,6 +56,10 @@ impl State {
                 targets: logged(active.fused?)?,
                 part,
             },
+            RoundTask::Train { inner, .. } => Task::Train {
+                inner,
+                start: logged(*active.merged.last().unwrap_or(&active.opened))?,
+            },
             RoundTask::Evaluate { .. } => Task::Evaluate {
                 candidate: logged(*active.merged.last()?)?,
             },

@@ -64,7 +64,7 @@ impl Consortium {
         let mut charter = Charter {
             consortium: name.clone(),
             log_key: log.to_string(),
-            modes: vec![Mode::Unified],
+            modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
             quorum,
             max_symbols: 16,
             gate_bound_permille: 100,
@@ -195,7 +195,7 @@ impl Consortium {
     }
 
     /// What the server said, for a failing test.
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.path("server.log")).unwrap_or_default()
     }
 }

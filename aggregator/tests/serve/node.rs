@@ -138,6 +138,12 @@ impl Node {
                         .await
                         .unwrap();
                 }
+                Task::Train { inner, start } => {
+                    let adapter = self.trained(start).await;
+                    self.hand_over(Kind::Adapter, *inner, &adapter)
+                        .await
+                        .unwrap();
+                }
                 Task::Evaluate { candidate } => {
                     self.fetch(self.adapter_of(candidate)).await;
                     self.hand_over(Kind::Evaluation, 0, &evaluation(self.measures))
@@ -361,18 +367,28 @@ pub(crate) fn evaluation(candidate: f64) -> Vec<u8> {
 
 /// The same safetensors file with other values; `change` gets the value and its place in the tensor.
 pub(crate) fn map_values(bytes: &[u8], change: impl Fn(f32, usize) -> f32) -> Vec<u8> {
+    map_tensors(bytes, |name, shape, values| {
+        let values = values.iter().enumerate();
+        let values = values.map(|(place, value)| change(*value, place));
+        (name.to_owned(), shape.to_vec(), values.collect())
+    })
+}
+
+/// The same file with every tensor replaced: name, shape, values.
+pub(crate) fn map_tensors(
+    bytes: &[u8],
+    change: impl Fn(&str, &[usize], &[f32]) -> (String, Vec<usize>, Vec<f32>),
+) -> Vec<u8> {
     let tensors = SafeTensors::deserialize(bytes).unwrap();
     let changed: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
         .tensors()
         .into_iter()
         .map(|(name, view)| {
             let (values, _) = view.data().as_chunks::<4>();
-            let values = values
-                .iter()
-                .enumerate()
-                .flat_map(|(place, value)| change(f32::from_le_bytes(*value), place).to_le_bytes())
-                .collect();
-            (name, view.shape().to_vec(), values)
+            let values: Vec<f32> = values.iter().map(|v| f32::from_le_bytes(*v)).collect();
+            let (name, shape, values) = change(&name, view.shape(), &values);
+            let data = values.iter().flat_map(|value| value.to_le_bytes());
+            (name, shape, data.collect())
         })
         .collect();
     let views = changed.iter().map(|(name, shape, data)| {

@@ -57,6 +57,7 @@ pub(crate) fn manifest() -> Manifest {
             distil_seconds: 60,
             evaluate_seconds: 60,
         },
+        max_weight: None,
         seed: 1,
         previous_release: None,
     }

@@ -93,8 +93,11 @@ pub struct Config {
     pub reference: Option<PathBuf>,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
-    /// Relative training speed that the node declares; 0 takes part with records only. 1 by default.
+    /// Relative training speed that the node declares; 0 takes part with records only. 1 by default. In a round of mode
+    /// `adapters` that counts it, also how much this site's adapter weighs: items of private text, say.
     pub capacity: u32,
+    /// Files or folders of private text that rounds of mode `adapters` train on; empty takes part in none.
+    pub train_data: Vec<PathBuf>,
     /// What may leave the site.
     pub policy: Policy,
     /// The worker.
@@ -239,6 +242,8 @@ impl Config {
             let key = error.key;
             built(error, key)
         };
+        let train_data = raw.train.data.iter().map(|path| at("train.data", path));
+        let train_data = train_data.collect::<Result<Vec<_>, _>>()?;
         let external = raw.train.external.map(RawExternal::check);
         if source_server.is_some() && raw.source_chat_template {
             let expected =
@@ -262,6 +267,7 @@ impl Config {
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
             capacity: raw.capacity.unwrap_or(1),
+            train_data,
             policy: raw.policy.check().map_err(ours)?,
             worker: raw.worker.check().map_err(ours)?,
             external: external.transpose().map_err(ours)?,

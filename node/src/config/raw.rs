@@ -41,6 +41,8 @@ pub(super) struct RawConfig {
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RawTrain {
+    #[serde(default)]
+    pub(super) data: Vec<PathBuf>,
     pub(super) external: Option<RawExternal>,
 }
 
@@ -111,7 +113,7 @@ impl RawPolicy {
             expected: expected.to_owned(),
         };
         if self.modes.is_empty() {
-            let expected = "at least one mode, for example [\"unified\"]";
+            let expected = "at least one of \"unified\", \"pairwise\" and \"adapters\"";
             return Err(wrong("policy.modes", "empty".to_owned(), expected));
         }
         if !(1..=limits::SYMBOLS).contains(&self.max_symbols) {

@@ -23,8 +23,30 @@ pub const FIRST_LINE: &str = "consilium/manifest/1";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Records on the reference set, then pivot adapters (InfiFusion, unified).
+    /// Records on the reference set, then pivot adapters (InfiFusion, unified; arXiv 2501.02795).
     Unified,
+    /// Pivot adapters only: each node distils its own source into the pivot at home (InfiFusion, pairwise).
+    Pairwise,
+    /// Pivot adapters only, trained on private text (federated LoRA).
+    Adapters,
+}
+
+impl Mode {
+    /// The name in documents and settings.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unified => "unified",
+            Self::Pairwise => "pairwise",
+            Self::Adapters => "adapters",
+        }
+    }
+
+    /// Whether records leave the sites and are fused before anybody trains.
+    #[must_use]
+    pub const fn shares_records(self) -> bool {
+        matches!(self, Self::Unified)
+    }
 }
 
 /// The alphabet of the records.
@@ -130,6 +152,10 @@ pub struct Manifest {
     pub quorum: u32,
     /// Longest wait for each phase.
     pub deadlines: Deadlines,
+    /// In mode [`Mode::Adapters`], the most that a member's declared capacity counts in the merge; absent, all adapters
+    /// count alike, as in the other modes without records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_weight: Option<u32>,
     /// Seed of parts and initial factors.
     pub seed: u64,
     /// The release this round starts from, if any.
@@ -178,7 +204,7 @@ impl Manifest {
                 self.consortium, charter.consortium
             )
         } else if !charter.modes.contains(&self.mode) {
-            format!("mode {:?} is not in the charter", self.mode)
+            format!("mode {} is not in the charter", self.mode.name())
         } else if self.symbols > charter.max_symbols {
             format!(
                 "symbols is {}, the charter allows {}",
@@ -310,8 +336,23 @@ impl Manifest {
         if !self.members.is_sorted_by(|a, b| a < b) {
             return Err("members are not ascending".to_owned());
         }
+        match self.max_weight {
+            Some(_) if self.mode != Mode::Adapters => {
+                let mode = self.mode.name();
+                return Err(format!(
+                    "max_weight is for mode adapters; leave it out in mode {mode}"
+                ));
+            }
+            Some(most) if !(1..=limits::WEIGHT).contains(&most) => {
+                return Err(format!(
+                    "max_weight is {most}, expected 1 to {}",
+                    limits::WEIGHT
+                ));
+            }
+            Some(_) | None => {}
+        }
         self.fusion.check()?;
-        t.distillation.check()?;
+        t.distillation.check(self.mode)?;
         t.merge.check()?;
         t.defence.check()
     }

@@ -40,6 +40,8 @@ pub struct Round {
     parts: BTreeMap<InstitutionId, Part>,
     /// Members of the latest `Closed`.
     closed: Vec<InstitutionId>,
+    /// What their adapters count, where it was an inner round. A capacity that changes later changes nothing.
+    weights: BTreeMap<InstitutionId, u32>,
 }
 
 impl Round {
@@ -60,6 +62,7 @@ impl Round {
             expected: BTreeSet::new(),
             parts: BTreeMap::new(),
             closed: Vec::new(),
+            weights: BTreeMap::new(),
         }
     }
 
@@ -77,7 +80,14 @@ impl Round {
                     });
                 }
                 self.adapter = Some(*start);
-                Ok(self.begin(RoundPhase::Contribute, at))
+                Ok(self.begin(
+                    if self.shares_records() {
+                        RoundPhase::Contribute
+                    } else {
+                        RoundPhase::Distil { inner: 0 }
+                    },
+                    at,
+                ))
             }
             (_, RoundPhase::Opening) => Err(self.unexpected(event)),
             (_, phase) if phase.is_finished() => Err(self.unexpected(event)),
@@ -181,9 +191,8 @@ impl Round {
                     .closed
                     .iter()
                     .filter_map(|who| {
-                        let part = self.parts.get(who)?;
-                        let weight = u32::try_from(part.to - part.from).unwrap_or(u32::MAX);
-                        Some((who.clone(), self.slot(who, Kind::Adapter, inner)?, weight))
+                        let adapter = self.slot(who, Kind::Adapter, inner)?;
+                        Some((who.clone(), adapter, *self.weights.get(who)?))
                     })
                     .collect(),
             }),
@@ -223,14 +232,7 @@ impl Round {
                 (!shards.is_empty()).then_some(RoundTask::Score { shards })
             }
             Some(Phase::Distil { inner }) if self.slot(who, Kind::Adapter, inner).is_none() => {
-                self.adapter.zip(self.targets).zip(self.parts.get(who)).map(
-                    |((start, targets), part)| RoundTask::Distil {
-                        inner,
-                        start,
-                        targets,
-                        part: *part,
-                    },
-                )
+                self.training_task(who, inner)
             }
             Some(Phase::Evaluate) if self.slot(who, Kind::Evaluation, 0).is_none() => self
                 .adapter
@@ -299,6 +301,10 @@ impl Round {
         self.since = at;
         self.parts.clear();
         match phase {
+            // Nobody has shown itself before: everybody is waited for, as for records.
+            RoundPhase::Distil { inner: 0 } if !self.shares_records() => {
+                self.expected = self.manifest.members.iter().cloned().collect();
+            }
             RoundPhase::Distil { inner } => {
                 let able: Vec<(InstitutionId, u32)> = self
                     .capacities
@@ -316,8 +322,14 @@ impl Round {
         wake.into_iter().chain([Effect::Publish]).collect()
     }
 
-    /// Members whose part would be empty are not expected: they would merge with weight 0.
+    /// Members whose part would be empty are not expected: they would merge with weight 0. Where no records are shared
+    /// there are no parts, and those of capacity 0 are not expected.
     fn share(&mut self, inner: u32, able: &[(InstitutionId, u32)]) {
+        if !self.shares_records() {
+            let trains = able.iter().filter(|(_, capacity)| *capacity > 0);
+            self.expected = trains.map(|(who, _)| who.clone()).collect();
+            return;
+        }
         let seed = part_seed(&self.digest, inner);
         self.parts = parts(seed, self.manifest.items, able)
             .into_iter()
@@ -332,12 +344,46 @@ impl Round {
         }
         self.capacities.insert(who.clone(), capacity);
         self.dropped.remove(who);
-        if let RoundPhase::Distil { inner } = self.phase
-            && self.expected.is_empty()
-        {
-            self.share(inner, &[(who.clone(), capacity)]);
+        match self.phase {
+            RoundPhase::Distil { inner: 0 } if !self.shares_records() => {
+                if capacity > 0 {
+                    self.expected.insert(who.clone());
+                } else if self.slot(who, Kind::Adapter, 0).is_none() {
+                    self.expected.remove(who);
+                }
+            }
+            RoundPhase::Distil { inner } if self.expected.is_empty() => {
+                self.share(inner, &[(who.clone(), capacity)]);
+            }
+            _ => {}
         }
         Ok(vec![Effect::Publish])
+    }
+
+    /// What a member that is expected trains on.
+    fn training_task(&self, who: &InstitutionId, inner: u32) -> Option<RoundTask> {
+        let start = self.adapter?;
+        if self.shares_records() {
+            return Some(RoundTask::Distil {
+                inner,
+                start,
+                targets: self.targets?,
+                part: *self.parts.get(who)?,
+            });
+        }
+        let is_expected = self.expected.contains(who);
+        is_expected.then_some(RoundTask::Train { inner, start })
+    }
+
+    /// What a member's adapter counts in the merge, at least 1.
+    fn weight(&self, who: &InstitutionId) -> Option<u32> {
+        if self.shares_records() {
+            let part = self.parts.get(who)?;
+            return Some(u32::try_from(part.to - part.from).unwrap_or(u32::MAX));
+        }
+        let declared = self.capacities.get(who).copied().unwrap_or(1);
+        let most = self.manifest.max_weight.unwrap_or(1);
+        Some(declared.min(most).max(1))
     }
 
     fn accept(
@@ -379,7 +425,8 @@ impl Round {
             return Err(RejectCode::NotMember);
         }
         let slots = match kind {
-            Kind::Records => self.manifest.shards(),
+            Kind::Records if self.shares_records() => self.manifest.shards(),
+            Kind::Records => 0,
             Kind::Adapter => self.manifest.training.inner_rounds,
             Kind::Evaluation => 1,
         };
@@ -427,6 +474,10 @@ impl Round {
         }
         if !self.is_complete(&complete) {
             self.check_late(phase, at)?;
+        }
+        if let Phase::Distil { .. } = phase {
+            let weight = |who: &InstitutionId| Some((who.clone(), self.weight(who)?));
+            self.weights = members.iter().filter_map(weight).collect();
         }
         self.phase = match phase {
             Phase::Contribute => RoundPhase::Fusing,
@@ -515,6 +566,10 @@ impl Round {
     fn slot(&self, who: &InstitutionId, kind: Kind, sequence: u32) -> Option<Digest> {
         let slots = self.slots.get(&(kind, who.clone()))?;
         slots.get(&sequence).copied()
+    }
+
+    const fn shares_records(&self) -> bool {
+        self.manifest.mode.shares_records()
     }
 
     fn is_member(&self, who: &InstitutionId) -> bool {

@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod modes;
 mod sequences;
 
 use consilium_protocol::artefact::Kind;
@@ -70,8 +71,30 @@ fn manifest() -> Manifest {
             distil_seconds: 50,
             evaluate_seconds: 20,
         },
+        max_weight: None,
         seed: 1,
         previous_release: None,
+    };
+    manifest.to_text().unwrap();
+    manifest
+}
+
+/// The same round in another mode; adapters may count three times as much as another.
+fn manifest_of(mode: Mode) -> Manifest {
+    let is_private = mode == Mode::Adapters;
+    let distillation = if is_private {
+        Distillation::Labels
+    } else {
+        Distillation::Trie
+    };
+    let manifest = Manifest {
+        mode,
+        max_weight: is_private.then_some(3),
+        training: Training {
+            distillation,
+            ..manifest().training
+        },
+        ..manifest()
     };
     manifest.to_text().unwrap();
     manifest
@@ -145,8 +168,12 @@ struct Shell {
 
 impl Shell {
     fn new() -> Self {
+        Self::of(manifest())
+    }
+
+    fn of(manifest: Manifest) -> Self {
         let mut shell = Self {
-            round: Round::open(manifest(), digest("manifest")),
+            round: Round::open(manifest, digest("manifest")),
             log: Vec::new(),
             now: UnixMillis(1_000),
         };

@@ -21,6 +21,7 @@ use super::source::LoadedModel;
 use crate::hub::ModelPlace;
 
 pub use plan::{Planned, plan};
+pub(crate) use train::chat_format;
 pub use train::{Trained, train};
 pub use train_file::{LoraFile, NewModel, StageFile, TrainFile};
 

@@ -232,7 +232,7 @@ impl Run<'_> {
 ///
 /// # Errors
 /// The model's own template is unusable.
-pub(super) fn chat_format(model: Option<&Path>) -> Result<Box<dyn ChatFormat>, WorkError> {
+pub(crate) fn chat_format(model: Option<&Path>) -> Result<Box<dyn ChatFormat>, WorkError> {
     let template = model.map(|folder| ChatTemplate::load(folder, SystemClock.now()));
     match template {
         None | Some(Err(ChatError::NoTemplate { .. })) => Ok(Box::new(PlainChat)),

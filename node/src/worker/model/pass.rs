@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
+use consilium_kernels::head::Head;
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
@@ -33,17 +34,25 @@ impl Pass<'_> {
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
+        self.backward_with(vocab, items, |_, _, _, _| Ok(0.0))
+    }
+
+    /// As [`backward`](Self::backward), and adds what `more` makes of the head and the rows' hidden states: its loss, and
+    /// its gradient added to that of the hidden states and, where it is trained, of the head.
+    pub(crate) fn backward_with<E: From<ModelError> + From<LossError>>(
+        self,
+        vocab: &Vocab,
+        items: &[ItemLoss<'_>],
+        more: impl FnOnce(&Head<'_>, &[f32], &mut [f32], Option<&mut [f32]>) -> Result<f64, LossError>,
+    ) -> Result<(f64, Gradients), E> {
         let model = self.model;
         let table = model.head_values()?;
         let mut dnormed = model.scratch.take(self.normed.values.len());
         let mut dhead = model.trains_head().then(|| vec![0f32; table.len()]);
         let loss = model.with_head(&table, vocab, |head| {
-            head.loss(
-                &self.normed.values,
-                items,
-                &mut dnormed,
-                dhead.as_deref_mut(),
-            )
+            let hidden = &self.normed.values;
+            let loss = head.loss(hidden, items, &mut dnormed, dhead.as_deref_mut())?;
+            Ok::<f64, LossError>(loss + more(head, hidden, &mut dnormed, dhead.as_deref_mut())?)
         })??;
         let gradients = self.gradients(loss, &table, dnormed, dhead)?;
         Ok((loss, gradients))

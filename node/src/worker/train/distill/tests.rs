@@ -8,7 +8,7 @@ use crate::worker::model::LoraConfig;
 use crate::worker::score::score_shard;
 use crate::worker::testing::{model, reference};
 
-const PART: [u64; 6] = [5, 1, 0, 7, 2, 4];
+pub(super) const PART: [u64; 6] = [5, 1, 0, 7, 2, 4];
 
 fn settings(local_steps: u64) -> Settings {
     Settings {
@@ -28,7 +28,7 @@ fn settings(local_steps: u64) -> Settings {
     }
 }
 
-fn distiller(local_steps: u64) -> Distiller {
+pub(super) fn distiller(local_steps: u64) -> Distiller {
     Distiller::new(model(1), settings(local_steps)).unwrap()
 }
 
@@ -110,6 +110,59 @@ fn the_loss_falls_and_every_tensor_of_the_adapter_moves() {
             assert_ne!(tensor, &after[name], "{name} did not move");
         }
     }
+}
+
+#[test]
+fn items_that_are_not_owned_are_learned_from_labels_alone() {
+    let reference = reference();
+    let (items, targets) = (reference.items(), targets(&reference));
+    let distiller = distiller(3);
+    let plan = distiller.plan(items, &PART, 0).unwrap();
+    let batch = &plan.batches().unwrap().next_batch().unwrap();
+    let step = Step {
+        plan: &plan,
+        items,
+        batch,
+    };
+    let loss = |objective: Objective<'_>| distiller.gradients(&step, objective).unwrap().0;
+    let owned_by = |owned: &BTreeSet<u64>| {
+        loss(Objective::OwnedTrie {
+            targets: &targets,
+            owned,
+            cross_entropy: 0.1,
+        })
+    };
+    let all = BTreeSet::from(PART);
+    let trie = loss(Objective::Trie {
+        targets: &targets,
+        cross_entropy: 0.1,
+    });
+    let plain = loss(Objective::CrossEntropy);
+    assert!((owned_by(&all) - trie).abs() < 1e-9);
+    assert!((owned_by(&BTreeSet::new()) - plain).abs() < 1e-9);
+    let one = BTreeSet::from([plan.indices[batch.items[0].item]]);
+    let mixed = owned_by(&one);
+    assert!((mixed - trie).abs() > 1e-3 && (mixed - plain).abs() > 1e-3);
+}
+
+#[test]
+fn text_is_learned_and_its_order_follows_from_the_inner_round() {
+    let texts: Vec<Item> = {
+        let student = model(1);
+        let items = crate::worker::testing::LINES.iter();
+        items
+            .map(|line| student.whole_item("", line).unwrap())
+            .collect()
+    };
+    let items = Items::from(Arc::<[Item]>::from(texts));
+    let mut one = distiller(12);
+    let first = one.run_text(items.clone(), 0, &mut ()).unwrap();
+    let again = distiller(12).run_text(items.clone(), 0, &mut ()).unwrap();
+    assert_eq!(first.to_bits(), again.to_bits());
+    let other = distiller(12).run_text(items.clone(), 1, &mut ()).unwrap();
+    assert_ne!(first.to_bits(), other.to_bits());
+    let second = one.run_text(items, 1, &mut ()).unwrap();
+    assert!(second < 0.9 * first, "{first} to {second}");
 }
 
 #[test]
