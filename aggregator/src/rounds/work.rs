@@ -15,7 +15,7 @@ use consilium_protocol::shard::Shard;
 use consilium_protocol::{Digest, InstitutionId};
 
 use crate::config::ReleaseConfig;
-use crate::fusion::{self, MergeInput, MergeOutput, ShardRouting};
+use crate::fusion::{self, Content, MergeInput, MergeOutput, ShardRouting};
 use crate::release::{self, Artefact, ReleaseInput, ReleaseKey, Verdict};
 use crate::store::Blobs;
 
@@ -136,15 +136,16 @@ impl Bench {
         let adapters: Vec<_> = adapters
             .iter()
             .zip(&paths)
-            .map(|((who, _, weight), path)| (who.clone(), path.as_path(), *weight))
+            .map(|((who, _, weight), path)| (who.clone(), Content::File(path), *weight))
             .collect();
         let draft = || self.blobs.draft().map_err(failed("storing an artefact"));
         let (adapter, velocity) = (draft()?, draft()?);
-        let truncation = fusion::merge(
+        let report = fusion::merge(
             MergeInput {
                 training: &manifest.training,
-                start: &start,
-                momentum: momentum.as_deref(),
+                seed: manifest.seed.wrapping_add(u64::from(inner) << 32),
+                start: Content::File(&start),
+                momentum: momentum.as_deref().map(Content::File),
                 adapters: &adapters,
             },
             MergeOutput {
@@ -162,7 +163,7 @@ impl Bench {
             inner,
             adapter: keep(adapter)?,
             momentum: keep(velocity)?,
-            truncation_ppm: truncation.ppm(),
+            truncation_ppm: report.truncation.ppm(),
         })
     }
 
