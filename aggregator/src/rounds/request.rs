@@ -244,6 +244,19 @@ mod tests {
         assert_eq!(changed.fusion, FusionRule::MinCe);
         let changed = OpenRequest::default().set("fusion.sharpness=5").unwrap();
         assert_eq!(changed.fusion, FusionRule::Softmax { sharpness: 5 });
+        let changed = OpenRequest::default()
+            .set(r#"training.merge={"rule":"ties","density_permille":200,"scale_permille":1000}"#)
+            .unwrap()
+            .set(r#"training.defence={"rule":"standard"}"#)
+            .unwrap();
+        let ties = MergeRule::Ties {
+            density_permille: 200,
+            scale_permille: 1000,
+        };
+        assert_eq!(changed.training.merge, ties);
+        assert_eq!(changed.training.defence, Defence::Standard);
+        let changed = OpenRequest::default().set("training.merge.rule=stack");
+        assert_eq!(changed.unwrap().training.merge, MergeRule::Stack);
         for bad in [
             "training.rang=16",
             "training.rank=many",

@@ -248,6 +248,14 @@ impl Defence {
         if let Self::MultiKrum { byzantine, keep } = *self {
             within(name, "keep", keep, 1, quorum - byzantine - 2)?;
         }
+        if matches!(
+            (self, training.merge),
+            (Self::GeometricMedian { .. }, MergeRule::Sce { .. })
+        ) {
+            return Err(format!(
+                "defence {name} gives weights, merge rule sce has its own: choose clip_norm or multi_krum, or another rule"
+            ));
+        }
         if matches!(self, Self::TrimmedMean { .. }) && training.merge != MergeRule::Product {
             return Err(format!(
                 "defence {name} averages the entries of the product itself: merge is {}, expected product",
@@ -265,5 +273,140 @@ fn within(rule: &str, field: &str, value: u32, least: u32, most: u32) -> Result<
         Err(format!(
             "{field} of {rule} is {value}, expected {least} to {most}"
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::Distillation;
+
+    fn training(merge: MergeRule) -> Training {
+        Training {
+            inner_rounds: 8,
+            local_steps: 1,
+            rows: 1,
+            row_tokens: 8,
+            learning_rate_micros: 1,
+            warmup_permille: 0,
+            final_permille: 0,
+            cross_entropy_permille: 0,
+            rank: 4,
+            alpha: 8,
+            target_modules: Vec::new(),
+            modules_to_save: Vec::new(),
+            outer_rate_permille: 700,
+            outer_momentum_permille: 700,
+            distillation: Distillation::Trie,
+            merge,
+            defence: Defence::None,
+        }
+    }
+
+    #[test]
+    fn rules_that_change_the_rank_say_what_to_set() {
+        for merge in [MergeRule::Stack, MergeRule::Residual] {
+            let mut t = training(merge);
+            for (field, only) in [
+                ("inner_rounds", 1),
+                ("outer_rate_permille", 1000),
+                ("outer_momentum_permille", 0),
+            ] {
+                let problem = merge.check(&t).unwrap_err();
+                let wanted = format!("merge rule {}", merge.name());
+                assert!(
+                    problem.starts_with(field) && problem.contains(&wanted),
+                    "{problem}"
+                );
+                match field {
+                    "inner_rounds" => t.inner_rounds = only,
+                    "outer_rate_permille" => t.outer_rate_permille = only,
+                    _ => t.outer_momentum_permille = only,
+                }
+            }
+            assert_eq!(merge.check(&t), Ok(()));
+        }
+    }
+
+    #[test]
+    fn parameters_have_ranges() {
+        for (text, field) in [
+            (
+                r#"{"rule":"task_arithmetic","scale_permille":0}"#,
+                "scale_permille",
+            ),
+            (
+                r#"{"rule":"ties","density_permille":0,"scale_permille":1000}"#,
+                "density_permille",
+            ),
+            (
+                r#"{"rule":"dare","density_permille":1001,"scale_permille":1000}"#,
+                "density_permille",
+            ),
+            (r#"{"rule":"sce","select_permille":0}"#, "select_permille"),
+        ] {
+            let merge: MergeRule = serde_json::from_str(text).unwrap();
+            let problem = merge.check(&training(merge)).unwrap_err();
+            assert!(
+                problem.starts_with(&format!("{field} of {}", merge.name())),
+                "{problem}"
+            );
+        }
+        assert!(serde_json::from_str::<MergeRule>(r#"{"rule":"ties"}"#).is_err());
+    }
+
+    #[test]
+    fn a_quorum_of_three_takes_only_what_is_meaningful_for_three() {
+        let t = training(MergeRule::Product);
+        let krum = Defence::MultiKrum {
+            byzantine: 1,
+            keep: 2,
+        };
+        let trimmed = Defence::TrimmedMean { byzantine: 1 };
+        let centred = Defence::CentredClipping {
+            radius_permille: 1000,
+            iterations: 3,
+        };
+        let median = Defence::GeometricMedian { iterations: 8 };
+        for defence in [krum, trimmed, centred] {
+            let problem = defence.check(&t, 3).unwrap_err();
+            assert!(problem.contains(defence.name()), "{problem}");
+            assert!(
+                problem.contains("clip_norm, geometric_median and standard"),
+                "{problem}"
+            );
+            assert_eq!(defence.check(&t, 5), Ok(()));
+        }
+        for defence in [Defence::None, Defence::Standard, Defence::ClipNorm, median] {
+            assert_eq!(defence.check(&t, 3), Ok(()));
+        }
+        for defence in [Defence::ClipNorm, median] {
+            assert!(defence.check(&t, 2).is_err());
+        }
+        let greedy = Defence::MultiKrum {
+            byzantine: 1,
+            keep: 3,
+        };
+        assert!(
+            greedy
+                .check(&t, 5)
+                .unwrap_err()
+                .starts_with("keep of multi_krum")
+        );
+        let of_ties = training(MergeRule::Sce {
+            select_permille: 100,
+        });
+        assert!(
+            trimmed
+                .check(&of_ties, 5)
+                .unwrap_err()
+                .contains("merge is sce")
+        );
+        assert!(
+            median
+                .check(&of_ties, 5)
+                .unwrap_err()
+                .contains("merge rule sce")
+        );
     }
 }
