@@ -8,7 +8,7 @@ mod adapter;
 mod error;
 mod records;
 
-pub use adapter::check::{AdapterLayout, check_adapter};
+pub use adapter::check::{AdapterLayout, adapter_rank, check_adapter};
 pub use adapter::defence::{Exclusion, Gram, Vote, Votes, defend};
 pub use adapter::initial::initial_adapter;
 pub use adapter::merge::{MergeInput, MergeOutput, Merged, merge, merge_in_memory};

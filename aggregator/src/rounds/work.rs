@@ -154,6 +154,11 @@ impl Bench {
             },
         )
         .map_err(failed("merging adapters"))?;
+        // Norms, cosines and shares are not logged: they say more of a member than the round has to tell everybody.
+        match serde_json::to_string(&report) {
+            Ok(report) => tracing::info!(inner, report, "adapters are merged"),
+            Err(error) => tracing::warn!(inner, %error, "the report of a merge cannot be written"),
+        }
         let keep = |draft| {
             self.blobs
                 .keep(draft)
@@ -194,6 +199,9 @@ impl Bench {
             })
             .collect();
         let adapter = self.verified(candidate)?;
+        let rank = fusion::adapter_rank(&adapter).map_err(failed("reading the candidate"))?;
+        let own = usize::try_from(round.manifest().training.rank).unwrap_or(usize::MAX);
+        let rank = rank.unwrap_or(own);
         let published = release::publish(ReleaseInput {
             releases: &self.releases,
             manifest: round.manifest(),
@@ -204,6 +212,7 @@ impl Bench {
             verdict: &verdict,
             adapter: &adapter,
             adapter_digest: candidate,
+            rank,
             base_model: &self.release.base_model,
             license: &self.release.license,
             key: &self.release_key,

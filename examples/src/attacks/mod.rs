@@ -2,3 +2,6 @@
 
 pub mod adapters;
 pub mod table;
+
+#[cfg(test)]
+mod tests;

@@ -127,6 +127,17 @@ pub fn check_adapter(
     Ok(layout)
 }
 
+/// Rank of the first matrix of a merged adapter, which is that of all; `None` where it has no matrix.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn adapter_rank(adapter: &Path) -> Result<Option<usize>, FusionError> {
+    let tensors = Tensors::open_adapter(Origin::Start, adapter)?;
+    let mut factors = tensors.names().filter(|name| name.ends_with(A));
+    let shape = factors.next().and_then(|name| tensors.shape(name));
+    Ok(shape.and_then(|shape| shape.first().copied()))
+}
+
 /// Refuses a tensor that is not the start's, bit by bit but for the sign of zero.
 pub(super) fn same(start: &Tensors, tensors: &Tensors, name: &str) -> Result<(), FusionError> {
     for piece in pieces(tensors.shape(name).unwrap_or(&[])) {

@@ -174,7 +174,7 @@ pub fn defend(defence: Defence, rule: MergeRule, gram: &Gram, shares: &[f64]) ->
         } => state.centred_clipping(f64::from(radius_permille) / 1000.0, iterations),
         Defence::GeometricMedian { iterations } => state.geometric_median(iterations),
         Defence::MultiKrum { byzantine, keep } => {
-            state.multi_krum(faulty(byzantine), keep as usize)
+            state.multi_krum(faulty(byzantine), keep as usize);
         }
         Defence::TrimmedMean { byzantine } => {
             state.clip();

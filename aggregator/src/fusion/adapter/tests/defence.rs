@@ -82,7 +82,7 @@ fn centred_clipping_is_the_published_step() {
         .iter()
         .map(|v| v.iter().map(|x| x * x).sum::<f64>().sqrt())
         .collect();
-    let mut sorted = norms.clone();
+    let mut sorted = norms;
     sorted.sort_by(f64::total_cmp);
     let radius = 0.5 * sorted[2];
     let mut v = [0.0; 3];

@@ -55,7 +55,7 @@ fn frozen(start: &[u8], seed: u64) -> Vec<u8> {
     serialize(&tensors)
 }
 
-fn named<'a>(parts: &'a [(Vec<u8>, u32)]) -> Vec<(&'static str, &'a [u8], u32)> {
+fn named(parts: &[(Vec<u8>, u32)]) -> Vec<(&'static str, &[u8], u32)> {
     let names = ["a", "b", "c", "d", "e", "f"].into_iter();
     names
         .zip(parts)
@@ -326,7 +326,7 @@ fn rules_on_entries_are_close_to_the_best_low_rank_form_of_the_dense_result() {
                 defence: Defence::TrimmedMean { byzantine: 1 },
                 ..plain(MergeRule::Product)
             },
-            Box::new(|updates| trimmed(updates)),
+            Box::new(trimmed),
         ),
     ];
     for (t, rule) in cases {

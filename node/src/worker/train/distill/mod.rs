@@ -43,6 +43,8 @@ pub struct Settings {
     pub seed: u64,
     /// Whether cross-entropy takes bytes that are declared to be no label for labels.
     pub label_unlabeled: bool,
+    /// Whether A stays as it was at the start of an inner round (FFA-LoRA, arXiv 2403.12313).
+    pub freeze_a: bool,
 }
 
 /// What is minimised.
@@ -115,6 +117,7 @@ impl Settings {
             optimiser: AdamWConfig::default(),
             seed,
             label_unlabeled: false,
+            freeze_a: training.merge.freezes_a(),
         })
     }
 }
@@ -270,11 +273,19 @@ impl Distiller {
     ) -> Result<f64, WorkError> {
         let before = u64::from(plan.inner) * plan.steps;
         let mut batches = plan.batches()?;
+        let frozen = self
+            .settings
+            .freeze_a
+            .then(|| self.student.model.copy_of_a());
+        let frozen = frozen.transpose()?;
         let mut sum = 0.0;
         for step in 0..plan.steps {
             let rate = self.settings.schedule.at(before + step);
             let batch = &batches.next_batch().map_err(TrainError::from)?;
             let loss = self.step(&Step { plan, items, batch }, objective, rate)?;
+            if let Some(a) = &frozen {
+                self.student.model.restore_a(a)?;
+            }
             sum += loss;
             monitor.advance(step + 1, plan.steps, Some(loss))?;
         }
