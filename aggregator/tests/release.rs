@@ -116,6 +116,7 @@ fn publish_into(
         verdict,
         adapter: &file,
         adapter_digest: Digest::of(adapter),
+        rank: 32,
         base_model: "north/pivot \"small\"",
         license: "apache-2.0",
         key: &key,

@@ -8,8 +8,12 @@ mod adapter;
 mod error;
 mod records;
 
-pub use adapter::check::{AdapterLayout, check_adapter};
+pub use adapter::check::{AdapterLayout, adapter_rank, check_adapter};
+pub use adapter::defence::{Exclusion, Gram, Vote, Votes, defend};
 pub use adapter::initial::initial_adapter;
-pub use adapter::merge::{MatrixTruncation, MergeInput, MergeOutput, Truncation, merge};
+pub use adapter::merge::{MergeInput, MergeOutput, Merged, merge, merge_in_memory};
+pub use adapter::output::{MemoryFile, Sink};
+pub use adapter::report::{MatrixTruncation, MemberReport, MergeReport, Truncation};
+pub use adapter::tensors::Content;
 pub use error::{FusionError, Origin, TensorProblem};
 pub use records::{FusedShard, ShardRouting, check_shard, fuse_shard};

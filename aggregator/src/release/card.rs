@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::gate::{Baseline, Verdict};
 use super::publish::{Artefact, ReleaseInput};
 
-/// `adapter_config.json` as PEFT writes it for LoRA.
-pub(super) fn adapter_config(training: &Training, base_model: &str) -> Value {
+/// `adapter_config.json` as PEFT writes it for LoRA. The scale alpha / r is the manifest's for any rank.
+pub(super) fn adapter_config(training: &Training, rank: usize, base_model: &str) -> Value {
     let saved = (!training.modules_to_save.is_empty()).then_some(&training.modules_to_save);
     json!({
         "peft_type": "LORA",
@@ -18,8 +18,8 @@ pub(super) fn adapter_config(training: &Training, base_model: &str) -> Value {
         "base_model_name_or_path": base_model,
         "revision": null,
         "inference_mode": true,
-        "r": training.rank,
-        "lora_alpha": training.alpha,
+        "r": rank,
+        "lora_alpha": alpha(training, rank),
         "lora_dropout": 0.0,
         "target_modules": training.target_modules,
         "modules_to_save": saved,
@@ -34,6 +34,17 @@ pub(super) fn adapter_config(training: &Training, base_model: &str) -> Value {
         "layers_pattern": null,
         "auto_mapping": null,
     })
+}
+
+/// An integer wherever it can be, as PEFT has it.
+fn alpha(training: &Training, rank: usize) -> Value {
+    let (rank, own) = (rank as u64, u64::from(training.rank.max(1)));
+    let scaled = u64::from(training.alpha) * rank;
+    if scaled.is_multiple_of(own) {
+        json!(scaled / own)
+    } else {
+        json!(scaled as f64 / own as f64)
+    }
 }
 
 /// `report.json`: what went in and every number behind the decision. Free of clocks, so that a replay of the log writes the

@@ -58,6 +58,8 @@ pub struct ReleaseInput<'a> {
     pub adapter: &'a Path,
     /// Its digest.
     pub adapter_digest: Digest,
+    /// Rank of its matrices: the manifest's, or more where the merge rule stacks factors.
+    pub rank: usize,
     /// Where users find the pivot: a hub name or a path.
     pub base_model: &'a str,
     /// SPDX identifier of the licence.
@@ -92,7 +94,7 @@ pub fn publish(input: ReleaseInput<'_>) -> Result<Release, ReleaseError> {
     let name = format!("round-{}", input.manifest.round);
     let config = pretty(
         CONFIG,
-        &adapter_config(&input.manifest.training, input.base_model),
+        &adapter_config(&input.manifest.training, input.rank, input.base_model),
     )?;
     let report = pretty(REPORT, &Report::of(&input))?;
     let card = card(&input);

@@ -108,7 +108,8 @@ impl State {
 
 /// Whether an adapter of one can be trained on as one of the other, and means the same.
 fn has_same_tensors(a: &Training, b: &Training) -> bool {
-    (a.rank, a.alpha) == (b.rank, b.alpha)
+    a.merge.keeps_rank()
+        && (a.rank, a.alpha) == (b.rank, b.alpha)
         && a.target_modules == b.target_modules
         && a.modules_to_save == b.modules_to_save
 }

@@ -264,6 +264,19 @@ mod tests {
             temperature_permille: 900,
         };
         assert_eq!(changed.training.distillation, expected);
+        let changed = OpenRequest::default()
+            .set(r#"training.merge={"rule":"ties","density_permille":200,"scale_permille":1000}"#)
+            .unwrap()
+            .set(r#"training.defence={"rule":"standard"}"#)
+            .unwrap();
+        let ties = MergeRule::Ties {
+            density_permille: 200,
+            scale_permille: 1000,
+        };
+        assert_eq!(changed.training.merge, ties);
+        assert_eq!(changed.training.defence, Defence::Standard);
+        let changed = OpenRequest::default().set("training.merge.rule=stack");
+        assert_eq!(changed.unwrap().training.merge, MergeRule::Stack);
         for bad in [
             "mode=gossip",
             "training.rang=16",

@@ -15,7 +15,7 @@ use consilium_protocol::shard::Shard;
 use consilium_protocol::{Digest, InstitutionId};
 
 use crate::config::ReleaseConfig;
-use crate::fusion::{self, MergeInput, MergeOutput, ShardRouting};
+use crate::fusion::{self, Content, MergeInput, MergeOutput, ShardRouting};
 use crate::release::{self, Artefact, ReleaseInput, ReleaseKey, Verdict};
 use crate::store::Blobs;
 
@@ -136,15 +136,16 @@ impl Bench {
         let adapters: Vec<_> = adapters
             .iter()
             .zip(&paths)
-            .map(|((who, _, weight), path)| (who.clone(), path.as_path(), *weight))
+            .map(|((who, _, weight), path)| (who.clone(), Content::File(path), *weight))
             .collect();
         let draft = || self.blobs.draft().map_err(failed("storing an artefact"));
         let (adapter, velocity) = (draft()?, draft()?);
-        let truncation = fusion::merge(
+        let report = fusion::merge(
             MergeInput {
                 training: &manifest.training,
-                start: &start,
-                momentum: momentum.as_deref(),
+                seed: manifest.seed.wrapping_add(u64::from(inner) << 32),
+                start: Content::File(&start),
+                momentum: momentum.as_deref().map(Content::File),
                 adapters: &adapters,
             },
             MergeOutput {
@@ -153,6 +154,11 @@ impl Bench {
             },
         )
         .map_err(failed("merging adapters"))?;
+        // Norms, cosines and shares are not logged: they say more of a member than the round has to tell everybody.
+        match serde_json::to_string(&report) {
+            Ok(report) => tracing::info!(inner, report, "adapters are merged"),
+            Err(error) => tracing::warn!(inner, %error, "the report of a merge cannot be written"),
+        }
         let keep = |draft| {
             self.blobs
                 .keep(draft)
@@ -162,7 +168,7 @@ impl Bench {
             inner,
             adapter: keep(adapter)?,
             momentum: keep(velocity)?,
-            truncation_ppm: truncation.ppm(),
+            truncation_ppm: report.truncation.ppm(),
         })
     }
 
@@ -193,6 +199,9 @@ impl Bench {
             })
             .collect();
         let adapter = self.verified(candidate)?;
+        let rank = fusion::adapter_rank(&adapter).map_err(failed("reading the candidate"))?;
+        let own = usize::try_from(round.manifest().training.rank).unwrap_or(usize::MAX);
+        let rank = rank.unwrap_or(own);
         let published = release::publish(ReleaseInput {
             releases: &self.releases,
             manifest: round.manifest(),
@@ -203,6 +212,7 @@ impl Bench {
             verdict: &verdict,
             adapter: &adapter,
             adapter_digest: candidate,
+            rank,
             base_model: &self.release.base_model,
             license: &self.release.license,
             key: &self.release_key,

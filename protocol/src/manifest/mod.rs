@@ -3,6 +3,7 @@
 //! The file is a C2SP signed note. Its first line is [`FIRST_LINE`], the second is canonical JSON (RFC 8785: keys in
 //! order, integers only), and the aggregator signs it with the key that the charter names.
 
+mod merging;
 mod rules;
 
 use std::time::Duration;
@@ -14,7 +15,8 @@ use crate::contribution::Binding;
 use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
 
-pub use rules::{Defence, Distillation, FusionRule, MergeRule};
+pub use merging::{Defence, MergeRule};
+pub use rules::{Distillation, FusionRule};
 
 /// First line of a manifest.
 pub const FIRST_LINE: &str = "consilium/manifest/1";
@@ -353,8 +355,8 @@ impl Manifest {
         }
         self.fusion.check()?;
         t.distillation.check(self.mode)?;
-        t.merge.check()?;
-        t.defence.check()
+        t.merge.check(t)?;
+        t.defence.check(t, self.quorum)
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Settings {
     pub seed: u64,
     /// Whether cross-entropy takes bytes that are declared to be no label for labels.
     pub label_unlabeled: bool,
+    /// Whether A stays as it was at the start of an inner round (FFA-LoRA, arXiv 2403.12313).
+    pub freeze_a: bool,
 }
 
 /// What is minimised.
@@ -153,6 +155,7 @@ impl Settings {
             optimiser: AdamWConfig::default(),
             seed,
             label_unlabeled: false,
+            freeze_a: training.merge.freezes_a(),
         })
     }
 }
@@ -307,12 +310,13 @@ impl Distiller {
     ) -> Result<f64, WorkError> {
         let before = u64::from(plan.inner) * plan.steps;
         let mut batches = plan.batches()?;
+        let frozen = self.frozen_a()?;
         let mut sum = 0.0;
         for step in 0..plan.steps {
             let rate = self.settings.schedule.at(before + step);
             let batch = &batches.next_batch().map_err(TrainError::from)?;
             let found = self.gradients(&Step { plan, items, batch }, objective)?;
-            let loss = self.step(found, rate)?;
+            let loss = self.step(found, rate, frozen.as_deref())?;
             sum += loss;
             monitor.advance(step + 1, plan.steps, Some(loss))?;
         }
@@ -338,12 +342,13 @@ impl Distiller {
         let batches = Batches::new(items, start, rows, self.row_tokens(), seed);
         let mut batches = batches.map_err(TrainError::from)?;
         let before = u64::from(inner) * local_steps;
+        let frozen = self.frozen_a()?;
         let mut sum = 0.0;
         for step in 0..local_steps {
             let rate = self.settings.schedule.at(before + step);
             let batch = batches.next_batch().map_err(TrainError::from)?;
             let found = self.text_gradients(&batch)?;
-            let loss = self.step(found, rate)?;
+            let loss = self.step(found, rate, frozen.as_deref())?;
             sum += loss;
             monitor.advance(step + 1, local_steps, Some(loss))?;
         }
@@ -376,7 +381,18 @@ impl Distiller {
         Ok(())
     }
 
-    fn step(&mut self, found: (f64, Gradients), rate: f64) -> Result<f64, WorkError> {
+    /// A as the inner round finds it, where it must stay so.
+    fn frozen_a(&self) -> Result<Option<Vec<f32>>, WorkError> {
+        let frozen = self.settings.freeze_a;
+        Ok(frozen.then(|| self.student.model.copy_of_a()).transpose()?)
+    }
+
+    fn step(
+        &mut self,
+        found: (f64, Gradients),
+        rate: f64,
+        frozen: Option<&[f32]>,
+    ) -> Result<f64, WorkError> {
         let (loss, gradients) = found;
         let steps = self.optimiser.steps();
         if !loss.is_finite() {
@@ -385,6 +401,9 @@ impl Distiller {
         }
         self.optimiser
             .step(&mut self.student.model, &gradients, rate)?;
+        if let Some(a) = frozen {
+            self.student.model.restore_a(a)?;
+        }
         Ok(loss)
     }
 

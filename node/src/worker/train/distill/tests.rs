@@ -25,6 +25,7 @@ fn settings(local_steps: u64) -> Settings {
         optimiser: AdamWConfig::default(),
         seed: 11,
         label_unlabeled: false,
+        freeze_a: false,
     }
 }
 
@@ -358,4 +359,58 @@ fn what_this_version_cannot_train_is_refused_by_name() {
         let error = Settings::of(&training, 9).unwrap_err().to_string();
         assert!(error.starts_with(field), "{error}");
     }
+}
+
+#[test]
+fn a_frozen_a_stays_while_everything_else_moves() {
+    let reference = reference();
+    let mut distiller = distiller(4);
+    distiller.settings.freeze_a = true;
+    let before = distiller.student.model.adapter().unwrap();
+    let plan = distiller.plan(reference.items(), &PART, 0).unwrap();
+    let objective = Objective::CrossEntropy;
+    distiller
+        .run(&plan, reference.items(), objective, &mut ())
+        .unwrap();
+    let after = distiller.student.model.adapter().unwrap();
+    for (name, tensor) in &before {
+        let stayed = *tensor == after[name];
+        assert_eq!(stayed, name.ends_with(".lora_A.weight"), "{name}");
+    }
+}
+
+#[test]
+fn stacked_factors_of_a_higher_rank_mean_the_same_product() {
+    let reference = reference();
+    let mut distiller = distiller(4);
+    let plan = distiller.plan(reference.items(), &PART, 0).unwrap();
+    let objective = Objective::CrossEntropy;
+    distiller
+        .run(&plan, reference.items(), objective, &mut ())
+        .unwrap();
+    let mut stacked = distiller.student.model.adapter().unwrap();
+    for (name, tensor) in &mut stacked {
+        let once = tensor.values.clone();
+        if name.ends_with(".lora_A.weight") {
+            tensor.values.extend(once);
+            tensor.shape[0] *= 2;
+        } else if name.ends_with(".lora_B.weight") {
+            let rows = once.chunks(tensor.shape[1]);
+            let halves = rows.flat_map(|row| row.iter().chain(row).map(|value| value / 2.0));
+            tensor.values = halves.collect();
+            tensor.shape[1] *= 2;
+        }
+    }
+    let bytes = [
+        distiller.adapter_bytes().unwrap(),
+        tensors::encode(&stacked).unwrap(),
+    ];
+    let item = &reference.items()[0];
+    let bits = bytes.map(|bytes| {
+        let mut pivot = model(1);
+        pivot.apply_adapter(settings(4).lora, &bytes).unwrap();
+        let texts = [(&*item.context, &*item.target)];
+        crate::worker::evaluate::bits_per_byte(&pivot, texts, &mut ()).unwrap()
+    });
+    assert!((bits[0] / bits[1] - 1.0).abs() < 1e-5, "{bits:?}");
 }
