@@ -74,7 +74,7 @@ pub(crate) fn union_of_private_text(world: &World) -> Vec<Item> {
         .map(|line| Item {
             context: String::new(),
             target: line.clone(),
-            unlabeled: Vec::new(),
+            ..Item::default()
         })
         .collect()
 }

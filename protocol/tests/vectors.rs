@@ -14,7 +14,8 @@ use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::event::{Entry, Event, Phase, Reason, TargetIndex};
 use consilium_protocol::frame::{FrameHeader, HEADER};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace,
+    TargetForm, Training,
 };
 use consilium_protocol::message::{
     Content, Download, Hello, Logged, Message, Part, Ready, Receipt, Reject, Status, Task, Upload,
@@ -50,6 +51,7 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 1024,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
         training: Training {
             inner_rounds: 8,
             local_steps: 30,

@@ -12,4 +12,4 @@ pub use adapter::check::{AdapterLayout, check_adapter};
 pub use adapter::initial::initial_adapter;
 pub use adapter::merge::{MatrixTruncation, MergeInput, MergeOutput, Truncation, merge};
 pub use error::{FusionError, Origin, TensorProblem};
-pub use records::{FusedShard, ShardRouting, check_shard, fuse_shard};
+pub use records::{FusedShard, ShardRouting, check_reference, check_shard, fuse_shard};

@@ -68,6 +68,7 @@ impl State {
         manifest
             .obeys(&self.bench.charter)
             .map_err(|error| text(&error))?;
+        fusion::check_reference(&manifest, reference).map_err(|error| text(&error))?;
         let note = SignedNote::sign(
             manifest.to_text().map_err(|error| text(&error))?,
             &self.setup.signer,

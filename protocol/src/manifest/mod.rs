@@ -14,7 +14,7 @@ use crate::contribution::Binding;
 use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
 
-pub use rules::{Defence, Distillation, FusionRule, MergeRule};
+pub use rules::{Defence, Distillation, FusionRule, MergeRule, TargetForm};
 
 /// First line of a manifest.
 pub const FIRST_LINE: &str = "consilium/manifest/1";
@@ -122,6 +122,9 @@ pub struct Manifest {
     pub shard_items: u32,
     /// How records become targets.
     pub fusion: FusionRule,
+    /// What becomes of a fused record before it is sent back.
+    #[serde(default, skip_serializing_if = "TargetForm::is_plain")]
+    pub targets: TargetForm,
     /// How the adapter is trained and merged.
     pub training: Training,
     /// Members of this round, ascending.
@@ -310,7 +313,8 @@ impl Manifest {
         if !self.members.is_sorted_by(|a, b| a < b) {
             return Err("members are not ascending".to_owned());
         }
-        self.fusion.check()?;
+        self.fusion.check(self.members.len())?;
+        self.targets.check(self.symbols)?;
         t.distillation.check()?;
         t.merge.check()?;
         t.defence.check()

@@ -8,7 +8,8 @@ use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::event::{Event, Phase, Reason};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace,
+    TargetForm, Training,
 };
 use consilium_protocol::round::{
     Admission, Effect, Round, RoundError, RoundPhase, RoundTask, Work,
@@ -44,6 +45,7 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 6,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
         training: Training {
             inner_rounds: 2,
             local_steps: 10,
