@@ -12,8 +12,8 @@ use consilium_protocol::artefact::Kind;
 use consilium_protocol::charter::Charter;
 use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace,
-    TargetForm, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
 use serde_json::Value;
@@ -37,6 +37,7 @@ fn manifest() -> Manifest {
         shard_items: 1,
         fusion: FusionRule::MinCe,
         targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 8,
             local_steps: 30,
@@ -112,6 +113,7 @@ fn publish_into(
         manifest: &manifest(),
         manifest_digest: Digest::of(b"manifest"),
         targets: Some(Digest::of(b"targets")),
+        records: None,
         contributions: &contributions,
         truncation_ppm: &[174_000, 12_000],
         verdict,

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod attacks;
 pub mod cluster;
 pub mod report;
 pub mod world;

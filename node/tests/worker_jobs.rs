@@ -143,6 +143,7 @@ fn distil(reference: Digest, inner: u32, start: Digest, targets: &[Digest], step
         seed: 4,
         shard_items: SHARD_ITEMS,
         items: ITEMS,
+        withheld: Vec::new(),
     })
 }
 

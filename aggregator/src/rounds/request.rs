@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace,
-    TargetForm, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::{Digest, RoundId};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,10 @@ pub struct OpenRequest {
     pub fusion: FusionRule,
     /// What becomes of a fused record before it is sent back.
     pub targets: TargetForm,
+    /// What is done about records that give their source away.
+    pub screening: Screening,
+    /// The key of the reference set's decoys, as JSON; its digest becomes `screening.decoys`.
+    pub decoy_key: Option<String>,
     /// How the adapter is trained and merged.
     pub training: Training,
     /// Members that a phase needs; the charter's quorum if absent.
@@ -49,6 +53,8 @@ impl Default for OpenRequest {
             shard_items: 1024,
             fusion: FusionRule::Softmax { sharpness: 20 },
             targets: TargetForm::default(),
+            screening: Screening::default(),
+            decoy_key: None,
             training: Training {
                 inner_rounds: 8,
                 local_steps: 30,
@@ -203,6 +209,7 @@ pub fn manifest(request: OpenRequest, given: Given) -> Manifest {
         shard_items: request.shard_items,
         fusion: request.fusion,
         targets: request.targets,
+        screening: request.screening,
         training: request.training,
         quorum: request.quorum.unwrap_or(given.charter.quorum),
         members: {

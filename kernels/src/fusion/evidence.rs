@@ -116,6 +116,13 @@ impl Evidence {
         }
     }
 
+    /// Sixteenths of a bit that a source needs for the symbol at a position, label or not; 0 outside.
+    #[must_use]
+    pub fn sixteenths(&self, position: usize, source: usize) -> u32 {
+        let place = position * self.sources + source;
+        self.sixteenths.get(place).copied().unwrap_or(0)
+    }
+
     /// What each source needs for all labels of the item.
     #[must_use]
     pub fn totals(&self) -> Vec<Bits> {

@@ -248,10 +248,18 @@ impl Session<'_> {
         }
         self.fetch(&index, INDEX).await?;
         let bytes = self.agent.spool.read_blob(&index, INDEX)?;
-        let shards = serde_json::from_slice::<TargetIndex>(&bytes)
+        // What the manifest committed to before the records came in, and nothing chosen after them.
+        let is_of_round = |index: &TargetIndex| {
+            u32::try_from(index.shards.len()) == Ok(manifest.shards())
+                && index.key == manifest.screening.decoys
+                && index.withheld.is_sorted_by(|a, b| a < b)
+                && (index.key.is_some() || index.withheld.is_empty())
+        };
+        let TargetIndex {
+            shards, withheld, ..
+        } = serde_json::from_slice::<TargetIndex>(&bytes)
             .ok()
-            .map(|index| index.shards)
-            .filter(|shards| u32::try_from(shards.len()) == Ok(manifest.shards()))
+            .filter(is_of_round)
             .ok_or(TrustError::Unexpected("an index of this round's targets"))?;
         for shard in &shards {
             self.fetch(shard, limits::SHARD).await?;
@@ -269,6 +277,7 @@ impl Session<'_> {
             seed: manifest.seed,
             shard_items: manifest.shard_items,
             items: manifest.items,
+            withheld,
         })
     }
 
@@ -365,7 +374,7 @@ impl Session<'_> {
             Event::Released { release, .. } => {
                 tracing::info!(round = %entry.round, %release, "the round ended with a release");
             }
-            Event::Rejected { reason } => {
+            Event::Rejected { reason, .. } => {
                 tracing::warn!(round = %entry.round, ?reason, "the round ended without a release");
             }
             _ => return Err(TrustError::Unexpected("the end of a round").into()),

@@ -2,8 +2,8 @@
 
 use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace,
-    TargetForm, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
@@ -51,6 +51,7 @@ pub(crate) fn manifest() -> Manifest {
         shard_items: 2,
         fusion: FusionRule::Softmax { sharpness: 20 },
         targets: TargetForm::default(),
+        screening: Screening::default(),
         training: training(),
         members: vec![InstitutionId::new("clinic").unwrap()],
         quorum: 1,

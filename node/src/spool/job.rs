@@ -89,6 +89,9 @@ pub struct DistilJob {
     pub shard_items: u32,
     /// Items of the reference set.
     pub items: u64,
+    /// Items that nobody trains on, ascending: decoys and the public holdout.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<u64>,
 }
 
 /// Measurement of the candidate.

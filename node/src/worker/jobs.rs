@@ -213,7 +213,8 @@ impl<'a> Worker<'a> {
         }
         let start = self.spool.read_blob(&job.start, limits::ARTEFACT)?;
         distiller.set_start(&start)?;
-        let part = items_of(&job.part, job.items)?;
+        let mut part = items_of(&job.part, job.items)?;
+        part.retain(|item| job.withheld.binary_search(item).is_err());
         let plan = distiller.plan(items, &part, job.inner)?;
         let visited = plan.visited()?;
         let targets = Targets::gather(reference, &visited, job.shard_items, |index| {

@@ -4,6 +4,7 @@
 //! order, integers only), and the aggregator signs it with the key that the charter names.
 
 mod rules;
+mod screening;
 
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
 
 pub use rules::{Defence, Distillation, FusionRule, MergeRule, TargetForm};
+pub use screening::{Finding, Screening};
 
 /// First line of a manifest.
 pub const FIRST_LINE: &str = "consilium/manifest/1";
@@ -125,6 +127,9 @@ pub struct Manifest {
     /// What becomes of a fused record before it is sent back.
     #[serde(default, skip_serializing_if = "TargetForm::is_plain")]
     pub targets: TargetForm,
+    /// What is done about records that give their source away.
+    #[serde(default, skip_serializing_if = "Screening::is_default")]
+    pub screening: Screening,
     /// How the adapter is trained and merged.
     pub training: Training,
     /// Members of this round, ascending.
@@ -315,6 +320,7 @@ impl Manifest {
         }
         self.fusion.check(self.members.len())?;
         self.targets.check(self.symbols)?;
+        self.screening.check()?;
         t.distillation.check()?;
         t.merge.check()?;
         t.defence.check()

@@ -133,7 +133,7 @@ impl Round {
                     report: *report,
                 }))
             }
-            (Event::Rejected { reason }, _) => self.reject(*reason, at, event),
+            (Event::Rejected { reason, .. }, _) => self.reject(*reason, at, event),
             _ => Err(self.unexpected(event)),
         }
     }
@@ -150,6 +150,8 @@ impl Round {
         } else {
             late.then_some(Event::Rejected {
                 reason: Reason::Quorum,
+                blamed: Vec::new(),
+                report: None,
             })
         }
     }
@@ -450,7 +452,9 @@ impl Round {
         event: &Event,
     ) -> Result<Vec<Effect>, RoundError> {
         match (reason, self.phase) {
-            (Reason::Operator, _) | (Reason::Gate | Reason::NoGain, RoundPhase::Judging) => {}
+            (Reason::Operator, _)
+            | (Reason::Gate | Reason::NoGain, RoundPhase::Judging)
+            | (Reason::Screening | Reason::PublicGate, RoundPhase::Fusing) => {}
             (Reason::Quorum, now) => {
                 let phase = now.collecting().ok_or_else(|| self.unexpected(event))?;
                 self.check_late(phase, at)?;
@@ -459,7 +463,9 @@ impl Round {
                     return Err(RoundError::Quorum { phase, got, quorum });
                 }
             }
-            (Reason::Gate | Reason::NoGain, _) => return Err(self.unexpected(event)),
+            (Reason::Gate | Reason::NoGain | Reason::Screening | Reason::PublicGate, _) => {
+                return Err(self.unexpected(event));
+            }
         }
         Ok(self.finish(RoundPhase::Rejected { reason }))
     }

@@ -8,8 +8,8 @@ use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::event::{Event, Phase, Reason};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace,
-    TargetForm, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::round::{
     Admission, Effect, Round, RoundError, RoundPhase, RoundTask, Work,
@@ -46,6 +46,7 @@ fn manifest() -> Manifest {
         shard_items: 6,
         fusion: FusionRule::Softmax { sharpness: 20 },
         targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 2,
             local_steps: 10,
@@ -115,6 +116,7 @@ fn fused() -> Event {
     Event::Fused {
         targets: digest("targets"),
         routing: digest("routing"),
+        report: None,
     }
 }
 
@@ -135,7 +137,11 @@ fn released() -> Event {
 }
 
 fn rejected(reason: Reason) -> Event {
-    Event::Rejected { reason }
+    Event::Rejected {
+        reason,
+        blamed: Vec::new(),
+        report: None,
+    }
 }
 
 /// The shell in miniature: logs what it applies.

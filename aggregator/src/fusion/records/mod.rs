@@ -28,7 +28,8 @@ use serde::{Deserialize, Serialize};
 use super::error::FusionError;
 pub use ready::check_reference;
 pub(super) use ready::{Ready, Space};
-use rule::{Fused, Fuser};
+use rule::Fused;
+pub(super) use rule::Fuser;
 
 /// Code of the unseen mass of targets: none, what sources missed went into their tails.
 const NOT_MISSED: u8 = u8::MAX;
@@ -112,15 +113,7 @@ pub fn fuse_shard(
     shard_index: u32,
     sources: &[(InstitutionId, Shard)],
 ) -> Result<FusedShard, FusionError> {
-    let mut sorted = BTreeMap::new();
-    for (institution, shard) in sources {
-        if sorted.insert(institution, shard).is_some() {
-            return Err(FusionError::Twice(institution.clone()));
-        }
-    }
-    if sorted.is_empty() {
-        return Err(FusionError::Nothing);
-    }
+    let sorted = ready::sorted(sources)?;
     match manifest.symbol_space {
         SymbolSpace::Bytes => fuse_space::<u8>(manifest, reference, shard_index, &sorted),
         SymbolSpace::Tokens { .. } => fuse_space::<u32>(manifest, reference, shard_index, &sorted),

@@ -1,6 +1,7 @@
 //! Checked records of a shard, ready to be fused: one view per source and item, and what was observed.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use consilium_kernels::fusion::{Evidence, ObservedToken};
 use consilium_kernels::{RecordView, Symbol};
@@ -20,6 +21,8 @@ pub(crate) trait Space: Symbol {
     fn wrap(symbols: Vec<Self>) -> Symbols;
     /// Positions of an item's records.
     fn positions(item: &Item) -> usize;
+    /// Positions that spell some of these bytes of the target.
+    fn spelling(item: &Item, bytes: Range<u32>) -> Vec<usize>;
     /// What sources say of what was observed.
     fn evidence(
         manifest: &Manifest,
@@ -42,6 +45,12 @@ impl Space for u8 {
 
     fn positions(item: &Item) -> usize {
         item.positions()
+    }
+
+    fn spelling(_: &Item, bytes: Range<u32>) -> Vec<usize> {
+        bytes
+            .filter_map(|byte| usize::try_from(byte).ok())
+            .collect()
     }
 
     fn evidence(
@@ -67,6 +76,19 @@ impl Space for u32 {
 
     fn positions(item: &Item) -> usize {
         item.tokens.len()
+    }
+
+    fn spelling(item: &Item, bytes: Range<u32>) -> Vec<usize> {
+        let mut from = 0_u32;
+        let mut positions = Vec::new();
+        for (position, (_, length)) in item.tokens.iter().enumerate() {
+            let to = from.saturating_add(*length);
+            if from < bytes.end && bytes.start < to {
+                positions.push(position);
+            }
+            from = to;
+        }
+        positions
     }
 
     fn evidence(
@@ -113,7 +135,47 @@ pub(crate) struct Ready<'a, S> {
     pub(crate) items: Vec<ReadyItem<'a, S>>,
 }
 
+/// Sources in the order of their institutions.
+///
+/// # Errors
+/// None, or one twice.
+pub(super) fn sorted(
+    sources: &[(InstitutionId, Shard)],
+) -> Result<BTreeMap<&InstitutionId, &Shard>, FusionError> {
+    let mut sorted = BTreeMap::new();
+    for (institution, shard) in sources {
+        if sorted.insert(institution, shard).is_some() {
+            return Err(FusionError::Twice(institution.clone()));
+        }
+    }
+    if sorted.is_empty() {
+        return Err(FusionError::Nothing);
+    }
+    Ok(sorted)
+}
+
 impl<'a, S: Space> Ready<'a, S> {
+    /// Checks shard `shard` of these sources, in any order.
+    pub(crate) fn of_sources(
+        manifest: &'a Manifest,
+        reference: &'a ReferenceSet,
+        shard: u32,
+        sources: &'a [(InstitutionId, Shard)],
+    ) -> Result<Self, FusionError> {
+        Self::new(manifest, reference, shard, &sorted(sources)?)
+    }
+
+    /// Checks the records that another model has of the same shard.
+    pub(crate) fn view<'b>(
+        &self,
+        reference: &ReferenceSet,
+        shard: &'b Shard,
+    ) -> Result<RecordView<'b, S>, FusionError> {
+        let items = items(self.manifest, reference, self.shard)?;
+        let nobody = self.institutions.first().ok_or(FusionError::Nothing)?;
+        view(self.manifest, items, self.shard, nobody, shard)
+    }
+
     pub(crate) fn new(
         manifest: &'a Manifest,
         reference: &'a ReferenceSet,

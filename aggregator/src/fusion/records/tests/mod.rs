@@ -2,7 +2,7 @@
 
 use consilium_kernels::code;
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, MergeRule, Mode, TargetForm, Training,
+    Deadlines, Defence, Distillation, FusionRule, MergeRule, Mode, Screening, TargetForm, Training,
 };
 use consilium_protocol::shard::Symbols;
 use consilium_protocol::{ConsortiumId, Digest, RoundId};
@@ -10,6 +10,7 @@ use consilium_protocol::{ConsortiumId, Digest, RoundId};
 use super::*;
 
 mod rules;
+mod watch;
 
 const TEXT: &str =
     "{\"target\":\"ab\"}\n{\"target\":\"cxxd\",\"unlabeled\":[[1,3]]}\n{\"target\":\"e\"}\n";
@@ -33,6 +34,7 @@ fn manifest(fusion: FusionRule) -> Manifest {
         shard_items: 2,
         fusion,
         targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 1,
             local_steps: 1,

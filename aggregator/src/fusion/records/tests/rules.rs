@@ -42,7 +42,7 @@ fn forms() -> [TargetForm; 4] {
 }
 
 /// Five items of bytes that are tokens as well: each byte a token with its own number, and token 300 for the end.
-fn reference() -> ReferenceSet {
+pub(super) fn reference() -> ReferenceSet {
     let lines = ["abcab", "bcaac", "ccabb", "aabbc", "cabca"].map(|text| {
         let mut tokens: Vec<_> = text.bytes().map(|byte| (u32::from(byte), 1)).collect();
         tokens.push((300, 0));
@@ -54,7 +54,7 @@ fn reference() -> ReferenceSet {
     ReferenceSet::parse(lines.concat().as_bytes()).unwrap()
 }
 
-fn round(rule: FusionRule, space: SymbolSpace) -> (Manifest, ReferenceSet) {
+pub(super) fn round(rule: FusionRule, space: SymbolSpace) -> (Manifest, ReferenceSet) {
     let set = reference();
     let manifest = Manifest {
         reference: set.digest(),
@@ -78,7 +78,7 @@ fn tokens() -> SymbolSpace {
 
 /// Three symbols a position: `shift` 0 gives the observed one most of the mass, by `probability`; another shift names a
 /// neighbour of it.
-fn shard(manifest: &Manifest, set: &ReferenceSet, probability: f64, shift: u8) -> Shard {
+pub(super) fn shard(manifest: &Manifest, set: &ReferenceSet, probability: f64, shift: u8) -> Shard {
     let is_bytes = manifest.symbol_space == SymbolSpace::Bytes;
     let (mut symbols, mut codes, mut end, mut tail) = (vec![], vec![], vec![], vec![]);
     let mut offsets = vec![0];
