@@ -4,6 +4,7 @@
 #![cfg(test)]
 
 mod consortium;
+mod decoys;
 mod full_disk;
 mod node;
 mod refusals;
@@ -190,8 +191,7 @@ async fn the_next_round_starts_from_the_last_release_and_has_to_beat_it() {
         Event::Released { release, .. },
         Event::Rejected {
             reason: Reason::NoGain,
-            blamed: Vec::new(),
-            report: None,
+            ..
         },
         Event::Released { .. },
     ] = outcomes.as_slice()

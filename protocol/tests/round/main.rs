@@ -483,6 +483,24 @@ fn evaluations_close_at_quorum_after_the_deadline_and_only_the_judge_rejects_by_
 }
 
 #[test]
+fn only_the_fusion_rejects_by_screening_or_the_public_gate() {
+    for reason in [Reason::Screening, Reason::PublicGate] {
+        let mut shell = Shell::evaluating();
+        assert!(shell.round.step(shell.now, &rejected(reason)).is_err());
+        let mut round = Round::open(manifest(), digest("manifest"));
+        for (at, event) in shell.log.drain(..) {
+            if matches!(event, Event::Fused { .. }) {
+                round.step(at, &rejected(reason)).unwrap();
+                break;
+            }
+            assert!(round.step(at, &rejected(reason)).is_err());
+            round.step(at, &event).unwrap();
+        }
+        assert!(round.phase().is_finished());
+    }
+}
+
+#[test]
 fn a_slot_takes_one_artefact_and_its_repeats_in_any_later_phase() {
     let shell = Shell::distilling([1, 1, 1]);
     let admit = |name, kind, sequence, artefact| shell.admit(name, kind, sequence, artefact);
