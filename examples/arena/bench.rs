@@ -14,7 +14,7 @@ use consilium_kernels::fusion::{Mixing, WEIGHT_UNITY, fuse};
 use consilium_kernels::{RecordShape, RecordView, Records};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::score::score_shard;
-use consilium_protocol::manifest::{FusionRule, Manifest, Training};
+use consilium_protocol::manifest::{FusionRule, Manifest, TargetForm, Training};
 use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::shard::{Header, Shard, Symbols};
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
@@ -124,6 +124,9 @@ impl Bench {
             },
             shard_items: u32::try_from(items).context("a set of that many items")?,
             fusion,
+            targets: TargetForm::default(),
+            screening: request.screening.clone(),
+            max_weight: None,
             training: self.training.clone(),
             members: NAMES
                 .map(InstitutionId::new)

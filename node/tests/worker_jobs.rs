@@ -155,6 +155,7 @@ fn records(reference: Digest, shards: &[Digest]) -> RecordFiles {
         items: ITEMS,
         shards: shards.to_vec(),
         shard_items: SHARD_ITEMS,
+        withheld: Vec::new(),
     }
 }
 

@@ -14,7 +14,8 @@ use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::event::{Entry, Event, Phase, Reason, TargetIndex};
 use consilium_protocol::frame::{FrameHeader, HEADER};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::message::{
     Content, Download, Hello, Logged, Message, Part, Ready, Receipt, Reject, Status, Task, Upload,
@@ -50,6 +51,8 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 1024,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 8,
             local_steps: 30,
@@ -123,6 +126,7 @@ fn events() -> Vec<Event> {
         Event::Fused {
             targets: digest("targets"),
             routing: digest("routing"),
+            report: None,
         },
         Event::Merged {
             inner: 5,
@@ -136,15 +140,23 @@ fn events() -> Vec<Event> {
         },
         Event::Rejected {
             reason: Reason::Quorum,
+            blamed: Vec::new(),
+            report: None,
         },
         Event::Rejected {
             reason: Reason::Gate,
+            blamed: Vec::new(),
+            report: None,
         },
         Event::Rejected {
             reason: Reason::NoGain,
+            blamed: Vec::new(),
+            report: None,
         },
         Event::Rejected {
             reason: Reason::Operator,
+            blamed: Vec::new(),
+            report: None,
         },
     ]
 }
@@ -255,7 +267,12 @@ fn documents_that_the_log_knows_by_digest_have_the_bytes_of_their_vectors() {
     assert_eq!(Evaluation::parse(vector).unwrap(), evaluation);
 
     let shards = vec![digest("shard 0"), digest("shard 1")];
-    let targets = serde_json::to_string(&TargetIndex { shards }).unwrap();
+    let targets = serde_json::to_string(&TargetIndex {
+        shards,
+        withheld: Vec::new(),
+        key: None,
+    })
+    .unwrap();
     assert_eq!(
         targets,
         include_str!("vectors/targets.json"),

@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 
 use super::gate::{Baseline, Verdict};
 use super::publish::{Artefact, ReleaseInput};
+use crate::fusion::{Accounts, Screened};
+use crate::rounds::RecordsReport;
 
 /// `adapter_config.json` as PEFT writes it for LoRA. The scale alpha / r is the manifest's for any rank.
 pub(super) fn adapter_config(training: &Training, rank: usize, base_model: &str) -> Value {
@@ -60,6 +62,7 @@ pub(super) struct Report<'a> {
     reference: String,
     targets: Option<String>,
     adapter: String,
+    records: Option<&'a RecordsReport>,
     contributions: &'a [Artefact],
     truncation_ppm: &'a [u32],
     gate: &'a Verdict,
@@ -78,6 +81,7 @@ impl<'a> Report<'a> {
             reference: manifest.reference.to_string(),
             targets: input.targets.map(|digest| digest.to_string()),
             adapter: input.adapter_digest.to_string(),
+            records: input.records,
             contributions: input.contributions,
             truncation_ppm: input.truncation_ppm,
             gate: input.verdict,
@@ -155,11 +159,23 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
             site.change_permille / 10.0,
         );
     }
-    let _ = write!(
+    let _ = writeln!(
         text,
         "\nThe gate asked that no site fares worse than the better of its own model and the pivot by more than {bound} %, and\n\
-         that the mean, {mean:.4}, is below that of {baseline} on the same holdouts, {before:.4}.\n\n\
-         ## How to use it\n\n\
+         that the mean, {mean:.4}, is below that of {baseline} on the same holdouts, {before:.4}.",
+        bound = f64::from(verdict.bound_permille) / 10.0,
+        mean = verdict.compared_mean,
+        before = verdict.baseline_mean,
+    );
+    if let Some(records) = input.records {
+        if let Some(accounts) = &records.accounts {
+            worth(&mut text, accounts);
+        }
+        screened(&mut text, &records.screening);
+    }
+    let _ = write!(
+        text,
+        "\n## How to use it\n\n\
          ```python\n\
          from peft import AutoPeftModelForCausalLM\n\
          model = AutoPeftModelForCausalLM.from_pretrained(\"path/to/this/folder\")\n\
@@ -171,9 +187,6 @@ pub(super) fn card(input: &ReleaseInput<'_>) -> String {
          ## Limits\n\n\
          Log-probabilities and adapters are not private by themselves. A formal guarantee holds only for sites that trained on\n\
          their data with differential privacy. The numbers above are the sites' own measurements; nobody else saw the holdouts.\n",
-        bound = f64::from(verdict.bound_permille) / 10.0,
-        mean = verdict.compared_mean,
-        before = verdict.baseline_mean,
         proof = super::publish::PROOF,
     );
     text
@@ -193,6 +206,54 @@ const fn what_left(mode: Mode) -> &'static str {
         Mode::Adapters => {
             "Each site trained\nadapters of the pivot on its own private data at home; what left were these adapters."
         }
+    }
+}
+
+/// What each institution's records are worth, as a table.
+fn worth(text: &mut String, accounts: &Accounts) {
+    let how = accounts.orders.map_or_else(
+        || "all coalitions were fused".to_owned(),
+        |orders| format!("sampled from {orders} orders of arrival"),
+    );
+    let _ = writeln!(
+        text,
+        "\n## Who contributed what\n\n\
+         Bits per byte that the fused records save by each institution, on {} items of public text; {how}. Shapley values of a\n\
+         domain add up to what the fusion saves of 8 bits.\n\n\
+         | domain | institution | alone | leave-one-out | Shapley |\n|---|---|---|---|---|",
+        accounts.items
+    );
+    for domain in &accounts.domains {
+        for (who, member) in accounts.institutions.iter().zip(&domain.members) {
+            let error = member
+                .standard_error
+                .map_or_else(String::new, |error| format!(" ± {error:.4}"));
+            let _ = writeln!(
+                text,
+                "| {} | {who} | {:.4} | {:+.4} | {:+.4}{error} |",
+                domain.domain, member.alone, member.leave_one_out, member.shapley
+            );
+        }
+    }
+}
+
+/// What screening found, if anything.
+fn screened(text: &mut String, screening: &Screened) {
+    for flag in &screening.flags {
+        let kept = if screening.excluded.contains(&flag.institution) {
+            "its records took no part"
+        } else {
+            "its records took part"
+        };
+        let of = flag
+            .of
+            .as_ref()
+            .map_or_else(String::new, |of| format!(" of {of}"));
+        let _ = writeln!(
+            text,
+            "\nFlag: {} ({:?}{of}), {} where at least {} is expected; {kept}.",
+            flag.institution, flag.finding, flag.measured, flag.bound
+        );
     }
 }
 

@@ -13,6 +13,7 @@ use super::card::{Report, adapter_config, card};
 use super::error::ReleaseError;
 use super::gate::Verdict;
 use super::signature::{ReleaseKey, SIGNATURE, file_digest};
+use crate::rounds::RecordsReport;
 
 /// Name of the log proof, which the caller adds once the release is logged; neither signature nor digest cover it.
 pub const PROOF: &str = "release.tlog-proof";
@@ -48,6 +49,8 @@ pub struct ReleaseInput<'a> {
     pub manifest_digest: Digest,
     /// Index of the target shards, in modes that have targets.
     pub targets: Option<Digest>,
+    /// What the records showed, in modes that have records.
+    pub records: Option<&'a RecordsReport>,
     /// Contributions that counted, in log order.
     pub contributions: &'a [Artefact],
     /// Truncation error of each inner round, as logged.

@@ -1,5 +1,6 @@
 //! Opening a round: from the operator's request to the first entry in the log.
 
+use consilium_protocol::decoys::DecoyKey;
 use consilium_protocol::event::Event;
 use consilium_protocol::manifest::{Manifest, Training};
 use consilium_protocol::transcript::note::SignedNote;
@@ -37,7 +38,11 @@ impl State {
         opened
     }
 
-    fn open(&mut self, at: UnixMillis, request: OpenRequest) -> Result<(RoundId, Digest), String> {
+    fn open(
+        &mut self,
+        at: UnixMillis,
+        mut request: OpenRequest,
+    ) -> Result<(RoundId, Digest), String> {
         if let Some(active) = &self.active
             && !is_over(active.round.phase())
         {
@@ -52,6 +57,7 @@ impl State {
             .clone()
             .filter(|last| last.pivot == self.setup.pivot_digest);
         let reference = &self.bench.reference;
+        request.screening.decoys = self.decoy_key(request.decoy_key.take())?;
         let manifest = request::manifest(
             request,
             Given {
@@ -68,6 +74,7 @@ impl State {
         manifest
             .obeys(&self.bench.charter)
             .map_err(|error| text(&error))?;
+        fusion::check_reference(&manifest, reference).map_err(|error| text(&error))?;
         let note = SignedNote::sign(
             manifest.to_text().map_err(|error| text(&error))?,
             &self.setup.signer,
@@ -93,6 +100,15 @@ impl State {
         )
         .map_err(|error| text(&error))?;
         Ok((round, digest))
+    }
+
+    /// Stores the key of the decoys, which nobody may fetch until the records are closed.
+    fn decoy_key(&self, key: Option<String>) -> Result<Option<Digest>, String> {
+        let Some(key) = key else { return Ok(None) };
+        DecoyKey::parse(key.as_bytes(), &self.bench.reference)
+            .map_err(|error| error.to_string())?;
+        let stored = self.bench.blobs.put_bytes(key.as_bytes());
+        stored.map(Some).map_err(|error| error.to_string())
     }
 
     /// Stores an untrained adapter on the pivot.

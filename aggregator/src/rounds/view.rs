@@ -112,6 +112,7 @@ fn overview(active: &Active, connections: &BTreeMap<InstitutionId, usize>) -> Ro
         truncation_ppm: active.truncation_ppm.clone(),
         targets: active.targets,
         routing: active.routing,
+        records: active.records,
         adapter: active.adapter,
         release: active.release,
         rejected: active.rejected.clone(),

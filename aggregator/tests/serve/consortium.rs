@@ -159,7 +159,13 @@ impl Consortium {
 
     /// Opens a small round; `settings` beyond [`SMALL`] win.
     pub(crate) fn open_round(&self, settings: &[&str]) {
+        self.open_round_with(&[], settings);
+    }
+
+    /// The same with more options.
+    pub(crate) fn open_round_with(&self, options: &[&str], settings: &[&str]) {
         let mut arguments = vec!["round", "open"];
+        arguments.extend(options);
         for setting in SMALL.iter().chain(settings) {
             arguments.extend(["--set", setting]);
         }

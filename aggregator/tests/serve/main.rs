@@ -4,6 +4,7 @@
 #![cfg(test)]
 
 mod consortium;
+mod decoys;
 mod full_disk;
 mod node;
 mod refusals;
@@ -190,6 +191,7 @@ async fn the_next_round_starts_from_the_last_release_and_has_to_beat_it() {
         Event::Released { release, .. },
         Event::Rejected {
             reason: Reason::NoGain,
+            ..
         },
         Event::Released { .. },
     ] = outcomes.as_slice()
@@ -346,7 +348,9 @@ async fn too_few_before_the_deadline_end_the_round_and_the_next_one_opens() {
     assert_eq!(
         event,
         Event::Rejected {
-            reason: Reason::Quorum
+            reason: Reason::Quorum,
+            blamed: Vec::new(),
+            report: None,
         }
     );
     consortium.open_round(&[]);

@@ -44,6 +44,8 @@ pub(crate) struct Node {
     pub(crate) seen: Seen,
     /// What it says that a candidate has on its holdout, in bits per byte.
     pub(crate) measures: f64,
+    /// Item of the reference set that it did not expect.
+    pub(crate) surprised: Option<u64>,
     status: Option<Status>,
     receipts: RefCell<Vec<Vec<u8>>>,
 }
@@ -80,6 +82,7 @@ impl Node {
             control,
             seen: Some((now.size, now.root)),
             measures: 0.8,
+            surprised: None,
             status: None,
             receipts: RefCell::default(),
         }
@@ -273,11 +276,18 @@ impl Node {
         })
     }
 
-    /// Records that give every byte the same probability, one for each node.
+    /// Records that give every byte the same probability, one for each node, but for the item that surprises it.
     pub(crate) fn records(&self, shard: u32) -> Vec<u8> {
         let first = u64::from(shard) * 2;
         let probability = 0.5 + f64::from(self.name.as_str().as_bytes()[0]) / 512.0;
-        records(first..(first + 2).min(5), probability)
+        let of = |item| {
+            if self.surprised == Some(item) {
+                0.1
+            } else {
+                probability
+            }
+        };
+        records_by(first..(first + 2).min(5), of)
             .to_bytes()
             .unwrap()
     }
@@ -320,6 +330,10 @@ pub(crate) fn hello(consortium: &Consortium, name: &str, capacity: u32, log_size
 }
 
 pub(crate) fn records(items: Range<u64>, probability: f64) -> Shard {
+    records_by(items, |_| probability)
+}
+
+fn records_by(items: Range<u64>, probability: impl Fn(u64) -> f64) -> Shard {
     let set = ReferenceSet::parse(REFERENCE.as_bytes()).unwrap();
     let mut shard = Shard {
         header: Header::new(set.digest(), items.clone(), SymbolSpace::Bytes, 2),
@@ -330,9 +344,10 @@ pub(crate) fn records(items: Range<u64>, probability: f64) -> Shard {
         missed: Vec::new(),
         offsets: vec![0],
     };
-    let (sure, rest) = (code::encode(probability), code::encode(1.0 - probability));
     let mut symbols = Vec::new();
     for item in items {
+        let probability = probability(item);
+        let (sure, rest) = (code::encode(probability), code::encode(1.0 - probability));
         for byte in set.items()[usize::try_from(item).unwrap()].target.bytes() {
             symbols.extend([byte, byte]);
             shard.codes.extend([sure, u8::MAX]);

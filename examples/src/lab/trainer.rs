@@ -83,7 +83,7 @@ pub fn items_of<'a>(lines: impl IntoIterator<Item = &'a String>) -> Vec<Item> {
         .map(|line| Item {
             context: String::new(),
             target: line.clone(),
-            unlabeled: Vec::new(),
+            ..Item::default()
         })
         .collect()
 }

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::code;
-use crate::fusion::{MASS_BITS, Mixing, Robust};
+use crate::fusion::{MASS_BITS, Mixing, Robust, exp2_minus};
 use crate::records::{RecordShape, RecordView, Records, Symbol};
 
 pub(crate) fn fuse<S: Symbol>(
@@ -14,13 +14,15 @@ pub(crate) fn fuse<S: Symbol>(
     out: &mut Records<S>,
 ) {
     for position in 0..sources.first().map_or(0, RecordView::positions) {
-        let shares: Vec<Shares<S>> = sources
-            .iter()
-            .map(|source| Shares::of(source, position))
-            .collect();
+        let shares = || -> Vec<Shares<S>> {
+            let sources = sources.iter();
+            sources.map(|source| Shares::of(source, position)).collect()
+        };
+        let weights = mixing.weights(position, sources.len());
         let (fused, end) = match mixing {
-            Mixing::Robust(robust) => statistic(robust, &shares),
-            _ => weighted(mixing.weights(position, sources.len()), &shares),
+            Mixing::Robust(robust) => statistic(robust, &shares()),
+            Mixing::Item(_) | Mixing::Positions(_) => weighted(weights, &shares()),
+            Mixing::Geometric(_) => geometric(weights, sources, position),
         };
         keep(&fused, end, shape, out);
     }
@@ -99,6 +101,72 @@ fn statistic<S: Symbol>(robust: Robust, shares: &[Shares<S>]) -> (BTreeMap<S, u6
     let fused = symbols
         .iter()
         .map(|&symbol| (symbol, renormalised(of(symbol))))
+        .collect();
+    (fused, renormalised(end))
+}
+
+fn geometric<S: Symbol>(
+    weights: &[u32],
+    sources: &[RecordView<'_, S>],
+    position: usize,
+) -> (BTreeMap<S, u64>, u64) {
+    let heard: Vec<(u64, BTreeMap<S, u8>, &RecordView<'_, S>)> = weights
+        .iter()
+        .zip(sources)
+        .filter(|pair| *pair.0 > 0)
+        .map(|(&weight, source)| (u64::from(weight), source.listed(position).collect(), source))
+        .collect();
+    let exponent = |code: &dyn Fn(&BTreeMap<S, u8>, &RecordView<'_, S>) -> u64| -> u64 {
+        let heard = heard.iter();
+        heard
+            .map(|(weight, listed, source)| weight * code(listed, source))
+            .sum()
+    };
+    let unlisted = |listed: &BTreeMap<S, u8>, source: &RecordView<'_, S>| -> u64 {
+        if S::HAS_END {
+            let others = 256 - listed.len() as u64;
+            u64::from(source.tail()[position]) + u64::from(code::log2_sixteenths(others))
+        } else {
+            u64::from(code::FLOOR)
+        }
+    };
+    let symbols: BTreeSet<S> = heard
+        .iter()
+        .flat_map(|(_, listed, _)| listed.keys().copied())
+        .collect();
+    let of: BTreeMap<S, u64> = symbols
+        .iter()
+        .map(|&symbol| {
+            let code = |listed: &BTreeMap<S, u8>, source: &RecordView<'_, S>| {
+                let own = listed.get(&symbol).map(|&code| u64::from(code));
+                own.unwrap_or_else(|| unlisted(listed, source))
+            };
+            (symbol, exponent(&code))
+        })
+        .collect();
+    let end = S::HAS_END.then(|| exponent(&|_, source| u64::from(source.end()[position])));
+    let (others, nobody) = if S::HAS_END {
+        (256 - of.len() as u64, exponent(&unlisted))
+    } else {
+        (1, exponent(&|_, source| u64::from(source.tail()[position])))
+    };
+    let nobody = (others > 0).then_some(nobody);
+    let least = of
+        .values()
+        .copied()
+        .chain(end)
+        .chain(nobody)
+        .min()
+        .unwrap_or(0);
+    let mass = |exponent: u64| u128::from(exp2_minus(u128::from(exponent - least) << 12) >> 30);
+    let end = end.map_or(0, mass);
+    let total = of.values().map(|&exponent| mass(exponent)).sum::<u128>()
+        + end
+        + u128::from(others) * nobody.map_or(0, mass);
+    let renormalised = |mass: u128| u64::try_from((mass << MASS_BITS) / total).unwrap_or(u64::MAX);
+    let fused = of
+        .iter()
+        .map(|(&symbol, &exponent)| (symbol, renormalised(mass(exponent))))
         .collect();
     (fused, renormalised(end))
 }

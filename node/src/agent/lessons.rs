@@ -66,10 +66,18 @@ impl Session<'_> {
         }
         self.fetch(&index, INDEX).await?;
         let bytes = self.agent.spool.read_blob(&index, INDEX)?;
-        let shards = serde_json::from_slice::<TargetIndex>(&bytes)
+        // What the manifest committed to before the records came in, and nothing chosen after them.
+        let is_of_round = |index: &TargetIndex| {
+            u32::try_from(index.shards.len()) == Ok(manifest.shards())
+                && index.key == manifest.screening.decoys
+                && index.withheld.is_sorted_by(|a, b| a < b)
+                && (index.key.is_some() || index.withheld.is_empty())
+        };
+        let TargetIndex {
+            shards, withheld, ..
+        } = serde_json::from_slice::<TargetIndex>(&bytes)
             .ok()
-            .map(|index| index.shards)
-            .filter(|shards| u32::try_from(shards.len()) == Ok(manifest.shards()))
+            .filter(is_of_round)
             .ok_or(TrustError::Unexpected("an index of this round's targets"))?;
         for shard in &shards {
             self.fetch(shard, limits::SHARD).await?;
@@ -81,7 +89,10 @@ impl Session<'_> {
             None
         };
         Ok(Lesson::Fused {
-            records: record_files(manifest, shards),
+            records: RecordFiles {
+                withheld,
+                ..record_files(manifest, shards)
+            },
             part,
             rival,
         })
@@ -187,5 +198,6 @@ fn record_files(manifest: &Manifest, shards: Vec<Digest>) -> RecordFiles {
         items: manifest.items,
         shards,
         shard_items: manifest.shard_items,
+        withheld: Vec::new(),
     }
 }

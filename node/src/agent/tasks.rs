@@ -364,7 +364,7 @@ impl Session<'_> {
             Event::Released { release, .. } => {
                 tracing::info!(round = %entry.round, %release, "the round ended with a release");
             }
-            Event::Rejected { reason } => {
+            Event::Rejected { reason, .. } => {
                 tracing::warn!(round = %entry.round, ?reason, "the round ended without a release");
             }
             _ => return Err(TrustError::Unexpected("the end of a round").into()),

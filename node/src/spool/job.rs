@@ -125,6 +125,9 @@ pub struct RecordFiles {
     pub shards: Vec<Digest>,
     /// Items of one shard.
     pub shard_items: u32,
+    /// Items that nobody trains on, ascending: decoys and the public holdout.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<u64>,
 }
 
 /// The pivot as it was before the round, and how its records are made.

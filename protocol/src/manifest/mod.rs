@@ -5,6 +5,7 @@
 
 mod merging;
 mod rules;
+mod screening;
 
 use std::time::Duration;
 
@@ -16,7 +17,8 @@ use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
 
 pub use merging::{Defence, MergeRule};
-pub use rules::{Distillation, FusionRule};
+pub use rules::{Distillation, FusionRule, TargetForm};
+pub use screening::{Finding, Screening};
 
 /// First line of a manifest.
 pub const FIRST_LINE: &str = "consilium/manifest/1";
@@ -146,6 +148,12 @@ pub struct Manifest {
     pub shard_items: u32,
     /// How records become targets.
     pub fusion: FusionRule,
+    /// What becomes of a fused record before it is sent back.
+    #[serde(default, skip_serializing_if = "TargetForm::is_plain")]
+    pub targets: TargetForm,
+    /// What is done about records that give their source away.
+    #[serde(default, skip_serializing_if = "Screening::is_default")]
+    pub screening: Screening,
     /// How the adapter is trained and merged.
     pub training: Training,
     /// Members of this round, ascending.
@@ -353,7 +361,9 @@ impl Manifest {
             }
             Some(_) | None => {}
         }
-        self.fusion.check()?;
+        self.fusion.check(self.members.len())?;
+        self.targets.check(self.symbols)?;
+        self.screening.check()?;
         t.distillation.check(self.mode)?;
         t.merge.check(t)?;
         t.defence.check(t, self.quorum)

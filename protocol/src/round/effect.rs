@@ -23,7 +23,7 @@ pub enum Effect {
 /// Work of the aggregator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Work {
-    /// Fuse the records of these members, ascending. Answered by `Fused`.
+    /// Fuse the records of these members, ascending. Answered by `Fused` or `Rejected`.
     Fuse {
         /// Members whose shards are all here.
         members: Vec<InstitutionId>,

@@ -143,7 +143,7 @@ impl Round {
                     report: *report,
                 }))
             }
-            (Event::Rejected { reason }, _) => self.reject(*reason, at, event),
+            (Event::Rejected { reason, .. }, _) => self.reject(*reason, at, event),
             _ => Err(self.unexpected(event)),
         }
     }
@@ -160,6 +160,8 @@ impl Round {
         } else {
             late.then_some(Event::Rejected {
                 reason: Reason::Quorum,
+                blamed: Vec::new(),
+                report: None,
             })
         }
     }
@@ -501,7 +503,9 @@ impl Round {
         event: &Event,
     ) -> Result<Vec<Effect>, RoundError> {
         match (reason, self.phase) {
-            (Reason::Operator, _) | (Reason::Gate | Reason::NoGain, RoundPhase::Judging) => {}
+            (Reason::Operator, _)
+            | (Reason::Gate | Reason::NoGain, RoundPhase::Judging)
+            | (Reason::Screening | Reason::PublicGate, RoundPhase::Fusing) => {}
             (Reason::Quorum, now) => {
                 let phase = now.collecting().ok_or_else(|| self.unexpected(event))?;
                 self.check_late(phase, at)?;
@@ -510,7 +514,9 @@ impl Round {
                     return Err(RoundError::Quorum { phase, got, quorum });
                 }
             }
-            (Reason::Gate | Reason::NoGain, _) => return Err(self.unexpected(event)),
+            (Reason::Gate | Reason::NoGain | Reason::Screening | Reason::PublicGate, _) => {
+                return Err(self.unexpected(event));
+            }
         }
         Ok(self.finish(RoundPhase::Rejected { reason }))
     }

@@ -9,7 +9,8 @@ use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::event::{Event, Phase, Reason};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::round::{
     Admission, Effect, Round, RoundError, RoundPhase, RoundTask, Work,
@@ -45,6 +46,8 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 6,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 2,
             local_steps: 10,
@@ -136,6 +139,7 @@ fn fused() -> Event {
     Event::Fused {
         targets: digest("targets"),
         routing: digest("routing"),
+        report: None,
     }
 }
 
@@ -156,7 +160,11 @@ fn released() -> Event {
 }
 
 fn rejected(reason: Reason) -> Event {
-    Event::Rejected { reason }
+    Event::Rejected {
+        reason,
+        blamed: Vec::new(),
+        report: None,
+    }
 }
 
 /// The shell in miniature: logs what it applies.
@@ -499,6 +507,24 @@ fn evaluations_close_at_quorum_after_the_deadline_and_only_the_judge_rejects_by_
     shell.settle();
     shell.apply(rejected(Reason::Gate));
     assert!(shell.round.phase().is_finished());
+}
+
+#[test]
+fn only_the_fusion_rejects_by_screening_or_the_public_gate() {
+    for reason in [Reason::Screening, Reason::PublicGate] {
+        let mut shell = Shell::evaluating();
+        assert!(shell.round.step(shell.now, &rejected(reason)).is_err());
+        let mut round = Round::open(manifest(), digest("manifest"));
+        for (at, event) in shell.log.drain(..) {
+            if matches!(event, Event::Fused { .. }) {
+                round.step(at, &rejected(reason)).unwrap();
+                break;
+            }
+            assert!(round.step(at, &rejected(reason)).is_err());
+            round.step(at, &event).unwrap();
+        }
+        assert!(round.phase().is_finished());
+    }
 }
 
 #[test]

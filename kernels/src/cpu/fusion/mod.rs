@@ -1,9 +1,10 @@
 //! Fusion in fixed runs of positions, written in place.
 //!
-//! [`copy`] is for one source of full weight, [`mix`] for weighted sums, [`robust`] for statistics;
-//! [`keep`] chooses and encodes what all three have summed.
+//! [`copy`] is for one source of full weight, [`mix`] for weighted sums, [`geometric`] for weighted
+//! products, [`robust`] for statistics; [`keep`] chooses and encodes what they have summed.
 
 mod copy;
+mod geometric;
 mod keep;
 mod mix;
 mod robust;
@@ -76,6 +77,9 @@ impl<S: Symbol> Task<'_, '_, S> {
         match self.mixing {
             Mixing::Robust(rule) => {
                 robust::run(rule, self.sources, range, self.shape, &mut columns);
+            }
+            Mixing::Geometric(_) => {
+                geometric::run(self.mixing, self.sources, range, self.shape, &mut columns);
             }
             Mixing::Item(_) | Mixing::Positions(_) => match self.copied() {
                 Some(source) => copy::mend(&source, range, self.shape, &mut columns),

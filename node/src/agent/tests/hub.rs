@@ -153,10 +153,19 @@ impl Hub {
                     let shards = (0..shards).map(|shard| self.put(&shard.to_le_bytes()));
                     let index = TargetIndex {
                         shards: shards.collect(),
+                        withheld: Vec::new(),
+                        key: None,
                     };
                     let targets = self.put(&serde_json::to_vec(&index).unwrap());
                     let routing = Digest::of(b"routing");
-                    let fused = self.log(round, Event::Fused { targets, routing });
+                    let fused = self.log(
+                        round,
+                        Event::Fused {
+                            targets,
+                            routing,
+                            report: None,
+                        },
+                    );
                     self.open.as_mut().unwrap().fused = fused;
                 }
             }

@@ -63,6 +63,8 @@ impl Worker<'_> {
                 rival,
             } => (records, items_of(part, records.items)?, rival.as_ref()),
         };
+        let mut part: Vec<u64> = part;
+        part.retain(|item| records.withheld.binary_search(item).is_err());
         let public = Public {
             records,
             part,
