@@ -17,8 +17,8 @@ pub(super) trait Lanes: Copy {
 
     fn splat(self, value: f32) -> Self::V;
     fn load<T: Element>(self, from: &[T; LANES]) -> Self::V;
-    /// Asks for what comes [`AHEAD`] of these values, so that it is in the cache when it is read.
-    fn ahead<T: Element>(self, of: &[T; LANES]);
+    /// Asks for what comes so many bytes after these values, so that it is in the cache when it is read.
+    fn ahead<T: Element>(self, of: &[T; LANES], bytes: usize);
     /// Fewer than 16 values; the other lanes are [`f32::MIN`].
     fn load_some<T: Element>(self, from: &[T]) -> Self::V;
     fn store<T: Element>(self, to: &mut [T; LANES], value: Self::V);
@@ -99,7 +99,7 @@ pub(super) fn sum_exp<L: Lanes, T: Element>(
             let (pairs, single) = block.as_chunks::<2>();
             for pair in pairs {
                 for (sum, vector) in sums.iter_mut().zip(pair) {
-                    lanes.ahead(vector);
+                    lanes.ahead(vector, AHEAD);
                     let values = lanes.load(vector);
                     // Zero for every finite value, NaN for the others; NaN stays.
                     poison = lanes.mul_add(values, zero, poison);
@@ -131,6 +131,8 @@ pub(super) const SMALLEST: f32 = 7.888_609e-31;
 #[inline(always)]
 pub(super) fn scale_exp<L: Lanes, T: Element>(lanes: L, row: &mut [T], pieces: &[Piece]) {
     let mut start = 0;
+    // The next row: reading it takes as long as this one's exponentials.
+    let next = size_of_val(row);
     for piece in pieces {
         let end = piece.end as usize;
         let values = &mut row[start..end];
@@ -145,6 +147,7 @@ pub(super) fn scale_exp<L: Lanes, T: Element>(lanes: L, row: &mut [T], pieces: &
         let scaled = |values| lanes.mul(lanes.from(exp(lanes, values, shift), floor), factor);
         let (vectors, rest) = values.as_chunks_mut::<LANES>();
         for vector in vectors {
+            lanes.ahead(vector, next);
             lanes.store(vector, scaled(lanes.load(vector)));
         }
         if !rest.is_empty() {

@@ -41,7 +41,7 @@ impl Lanes for Portable {
 
     /// The compiler's vectors have no such instruction.
     #[inline(always)]
-    fn ahead<T: Element>(self, _: &[T; LANES]) {}
+    fn ahead<T: Element>(self, _: &[T; LANES], _: usize) {}
 
     #[inline(always)]
     fn load_some<T: Element>(self, from: &[T]) -> V {

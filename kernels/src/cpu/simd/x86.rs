@@ -100,8 +100,8 @@ macro_rules! level {
             }
 
             #[inline(always)]
-            fn ahead<T: Element>(self, of: &[T; LANES]) {
-                let place = of.as_ptr().wrapping_byte_add(body::AHEAD);
+            fn ahead<T: Element>(self, of: &[T; LANES], bytes: usize) {
+                let place = of.as_ptr().wrapping_byte_add(bytes);
                 // SAFETY: any address may be asked for; where there is nothing, nothing happens.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
             }
