@@ -260,17 +260,21 @@ mod tests {
                 // Whole blocks of positions, and what remains.
                 for positions in [0..200, 3..190, 7..12] {
                     let source = source.view().slice(positions).unwrap();
-                    for fill in [0, 600, 995, 1000] {
-                        for [listed, others] in
-                            [counts(&source, fill), counts(&tokens(&source).view(), fill)]
-                        {
-                            sums = [sums[0] + listed, sums[1] + others];
-                        }
-                    }
+                    let [listed, others] = counts_at_all_fills(&source);
+                    sums = [sums[0] + listed, sums[1] + others];
                 }
             }
         }
         assert!(sums.iter().all(|&count| count > 1000), "{sums:?}");
+    }
+
+    /// [`counts`] of bytes and tokens.
+    fn counts_at_all_fills(source: &RecordView<'_>) -> [usize; 2] {
+        let tokens = tokens(source);
+        [0, 600, 995, 1000].iter().fold([0; 2], |sums, &fill| {
+            let (bytes, tokens) = (counts(source, fill), counts(&tokens.view(), fill));
+            [0, 1].map(|at| sums[at] + bytes[at] + tokens[at])
+        })
     }
 
     #[test]
