@@ -537,9 +537,9 @@ proptest! {
         bits in prop::collection::vec(0_u64..4000, 9),
         shuffle in any::<prop::sample::Index>(),
         k in 1_usize..12,
+        slots in prop_oneof![Just(8_usize), Just(16)],
         fill_permille in prop_oneof![Just(1000_u32), Just(995), 0_u32..1000],
     ) {
-        let slots = 8;
         let shape = RecordShape { k, fill_permille };
         let bits = bits[..sources.len()].iter().map(|&sixteenths| Bits { sixteenths, bytes: 90 });
         let weights = route(Routing::Softmax { sharpness: 3 }, &bits.collect::<Vec<_>>());
@@ -554,6 +554,7 @@ proptest! {
         // The slots of the sources and of the result are the same: what can be copied is copied.
         let shape = RecordShape { k: slots, fill_permille };
         always_the_same(&bytes, &weights, &by_position, &shape, shuffle)?;
+        always_the_same(&tokens, &weights, &by_position, &shape, shuffle)?;
     }
 
     #[test]

@@ -155,7 +155,7 @@ impl<'a> Head<'a> {
         }
         #[cfg(not(feature = "cuda"))]
         {
-            Self::new(vocab, weights, width).and(Err(CudaError::NotBuilt.into()))
+            Self::new(vocab, weights, width).and_then(|_| Err(CudaError::NotBuilt.into()))
         }
     }
 

@@ -20,6 +20,8 @@ const RUN: usize = 256;
 /// Positions that are added to the output at once: new memory is still in the cache when it is
 /// written again.
 const BLOCK: usize = 64 * RUN;
+/// Positions that are copied at once, and then looked at: both sides are still in the cache.
+const COPIED: usize = 4096;
 
 pub(crate) fn fuse<S: Symbol>(
     mixing: Mixing<'_>,
@@ -34,23 +36,27 @@ pub(crate) fn fuse<S: Symbol>(
         shape,
     };
     let copied = task.copied();
-    for start in (0..positions).step_by(BLOCK) {
-        let count = BLOCK.min(positions - start);
+    let (block, run) = match copied {
+        Some(_) => (COPIED, COPIED),
+        None => (BLOCK, RUN),
+    };
+    for start in (0..positions).step_by(block) {
+        let count = block.min(positions - start);
         let part = copied.and_then(|source| source.slice(start..start + count));
         let columns = match part {
             // What was checked with the shape: the numbers of slots are the same.
             Some(part) => out.extend_from(part),
             None => out.extend_by(count),
         };
-        if columns.positions() <= RUN {
+        if columns.positions() <= run {
             task.run(start, columns);
             continue;
         }
         columns
-            .runs(RUN)
+            .runs(run)
             .into_par_iter()
             .enumerate()
-            .for_each(|(index, columns)| task.run(start + index * RUN, columns));
+            .for_each(|(index, columns)| task.run(start + index * run, columns));
     }
 }
 
