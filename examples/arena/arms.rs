@@ -1,9 +1,13 @@
 //! The arms: one way to a model each, with its source. All start from the same pivot and see the same public text.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result};
 use consilium_examples::lab::trainer::permuted_targets;
+use consilium_kernels::RecordShape;
 use consilium_node::worker::LoadedModel;
-use consilium_protocol::manifest::FusionRule;
+use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher, ownership};
+use consilium_protocol::manifest::{FusionRule, TargetForm};
 use consilium_protocol::shard::Shard;
 
 use crate::bench::Bench;
@@ -66,35 +70,111 @@ pub(crate) static ARMS: &[Arm] = &[
         make: |bench| bench.trainer().on_labels(bench.reference.items()),
     },
     method("mean", "uniform mean", "FedMD, arXiv 1910.03581", |bench| {
-        records(bench, FusionRule::Uniform, SYMBOLS)
+        fused(bench, FusionRule::Uniform)
     }),
     method(
         "min_ce",
         "minCE",
         "FuseLLM, arXiv 2401.10491, on bytes",
-        |bench| records(bench, FusionRule::MinCe, SYMBOLS),
+        |bench| fused(bench, FusionRule::MinCe),
     ),
     Arm {
         id: "softmax",
         label: "softmax routing (default)",
         origin: "this project",
         role: Role::Ours,
-        make: |bench| records(bench, SOFTMAX, SYMBOLS),
+        make: |bench| fused(bench, SOFTMAX),
     },
+    method("causal", "causal routing", "this project", |bench| {
+        named_rule(bench, "causal")
+    }),
+    method(
+        "confidence",
+        "softmax x confidence",
+        "after arXiv 2501.02795, version 1",
+        |bench| named_rule(bench, "confidence"),
+    ),
+    method(
+        "log_average",
+        "log-average",
+        "logarithmic opinion pool",
+        |bench| named_rule(bench, "log_average"),
+    ),
+    method(
+        "median",
+        "median",
+        "arXiv 1803.01498, competent sources",
+        |bench| named_rule(bench, "median"),
+    ),
+    method(
+        "trimmed",
+        "trimmed mean",
+        "arXiv 1803.01498, competent sources",
+        |bench| named_rule(bench, "trimmed_mean"),
+    ),
+    method(
+        "exp_guard",
+        "ExpGuard",
+        "arXiv 2402.12265, competent sources",
+        |bench| named_rule(bench, "exp_guard"),
+    ),
+    method(
+        "dual",
+        "dual minCE",
+        "FedMKT, arXiv 2406.02224, on bytes",
+        dual,
+    ),
     method("dense", "softmax, 64 symbols", "this project", |bench| {
-        records(bench, SOFTMAX, 64)
+        records(bench, (SOFTMAX, PLAIN), 64)
     }),
     method(
         "top8",
         "softmax, 8 symbols and tail",
         "this project",
-        |bench| records(bench, SOFTMAX, 8),
+        |bench| records(bench, (SOFTMAX, PLAIN), 8),
     ),
     method(
         "top2",
         "softmax, 2 symbols and tail",
         "this project",
-        |bench| records(bench, SOFTMAX, 2),
+        |bench| records(bench, (SOFTMAX, PLAIN), 2),
+    ),
+    method(
+        "no_tail",
+        "softmax, 2 symbols, no tail",
+        "renormalised top-k",
+        |bench| {
+            let form = TargetForm {
+                drop_tail: true,
+                ..PLAIN
+            };
+            records(bench, (SOFTMAX, form), 2)
+        },
+    ),
+    method("drawn", "softmax, 50 draws", "arXiv 2503.16870", |bench| {
+        let form = TargetForm { draws: 50, ..PLAIN };
+        records(bench, (SOFTMAX, form), SYMBOLS)
+    }),
+    method("uld", "ULD", "arXiv 2402.12030, all sources", |bench| {
+        sorted(bench, SortedLoss::Probability, 64)
+    }),
+    method(
+        "infifusion",
+        "InfiFusion, unified",
+        "arXiv 2501.02795, top 10",
+        |bench| sorted(bench, SortedLoss::Standardised { temperature: 1.0 }, 10),
+    ),
+    method(
+        "infigfusion",
+        "InfiGFusion",
+        "arXiv 2505.13893, top 10",
+        |bench| {
+            let loss = SortedLoss::Graph {
+                temperature: 1.0,
+                weight: 1.0,
+            };
+            sorted(bench, loss, 10)
+        },
     ),
     Arm {
         id: "centralised",
@@ -114,6 +194,12 @@ pub(crate) static ARMS: &[Arm] = &[
 
 const SOFTMAX: FusionRule = FusionRule::Softmax {
     sharpness: SHARPNESS,
+};
+/// Targets as they are fused.
+const PLAIN: TargetForm = TargetForm {
+    symbols: None,
+    drop_tail: false,
+    draws: 0,
 };
 
 /// The arm of this name.
@@ -164,9 +250,80 @@ fn local(bench: &Bench, at: usize) -> Result<LoadedModel> {
 }
 
 /// Records of `symbols` symbols, fused by a rule and distilled.
-fn records(bench: &Bench, rule: FusionRule, symbols: u16) -> Result<LoadedModel> {
+fn records(bench: &Bench, how: (FusionRule, TargetForm), symbols: u16) -> Result<LoadedModel> {
     let sources = bench.records(symbols)?;
-    bench.distil(&bench.fuse(rule, symbols, &sources)?)
+    bench.distil(&bench.fuse(how, symbols, &sources)?)
+}
+
+fn fused(bench: &Bench, rule: FusionRule) -> Result<LoadedModel> {
+    records(bench, (rule, PLAIN), SYMBOLS)
+}
+
+/// A rule with its default parameters.
+fn named_rule(bench: &Bench, name: &str) -> Result<LoadedModel> {
+    let rule = FusionRule::named(name).with_context(|| format!("no rule is called {name:?}"))?;
+    fused(bench, rule)
+}
+
+/// Softmax targets where they beat the pivot's own record of an item, labels elsewhere.
+fn dual(bench: &Bench) -> Result<LoadedModel> {
+    let items = bench.reference.items();
+    let targets = bench.fuse((SOFTMAX, PLAIN), SYMBOLS, &bench.records(SYMBOLS)?)?;
+    let targets = bench.targets(&targets)?;
+    let (mut distiller, plan) = bench.trainer().begin(items, false)?;
+    let shape = RecordShape {
+        k: SYMBOLS.into(),
+        fill_permille: 995,
+    };
+    let visited = plan.visited()?;
+    let owned = ownership(
+        distiller.student(),
+        items,
+        &visited,
+        &targets,
+        &shape,
+        &mut (),
+    )?;
+    let owned: BTreeSet<u64> = owned
+        .into_iter()
+        .filter_map(|(item, owned)| owned.then_some(item))
+        .collect();
+    let objective = Objective::OwnedTrie {
+        targets: &targets,
+        owned: &owned,
+        cross_entropy: bench.training.cross_entropy_permille as f32 / 1000.0,
+    };
+    distiller.run(&plan, items, objective, &mut ())?;
+    Ok(distiller.into_student())
+}
+
+/// All sources' largest logits by their place in descending order, summed over the sources, beside labels of equal weight.
+fn sorted(bench: &Bench, loss: SortedLoss, symbols: usize) -> Result<LoadedModel> {
+    let items = bench.reference.items();
+    let (mut distiller, plan) = bench.trainer().begin(items, true)?;
+    let visited = plan.visited()?;
+    let aligned = bench
+        .sources
+        .iter()
+        .map(|folder| {
+            let source = LoadedModel::load(folder)?;
+            Ok(distiller.align(&source, &plan, items, &visited, symbols, &mut ())?)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let teachers: Vec<Teacher<'_>> = aligned
+        .iter()
+        .map(|logits| Teacher {
+            logits,
+            owned: None,
+        })
+        .collect();
+    let objective = Objective::Sorted {
+        teachers: &teachers,
+        loss,
+        cross_entropy: 0.5,
+    };
+    distiller.run(&plan, items, objective, &mut ())?;
+    Ok(distiller.into_student())
 }
 
 fn permuted(bench: &Bench) -> Result<LoadedModel> {

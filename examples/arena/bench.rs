@@ -14,6 +14,7 @@ use consilium_kernels::fusion::{Mixing, WEIGHT_UNITY, fuse};
 use consilium_kernels::{RecordShape, RecordView, Records};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::score::score_shard;
+use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::manifest::{FusionRule, Manifest, TargetForm, Training};
 use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::shard::{Header, Shard, Symbols};
@@ -157,20 +158,27 @@ impl Bench {
     /// Targets from records of `symbols` symbols, for all items.
     pub(crate) fn fuse(
         &self,
-        rule: FusionRule,
+        (rule, form): (FusionRule, TargetForm),
         symbols: u16,
         sources: &[(InstitutionId, Shard)],
     ) -> Result<Shard> {
-        let manifest = self.manifest(rule, symbols)?;
+        let manifest = Manifest {
+            targets: form,
+            ..self.manifest(rule, symbols)?
+        };
         Ok(fuse_shard(&manifest, &self.reference, 0, sources)?.targets)
     }
 
+    /// Targets as the trainer reads them.
+    pub(crate) fn targets(&self, shard: &Shard) -> Result<Targets> {
+        let shard_items = u32::try_from(self.reference.items().len()).unwrap_or(u32::MAX);
+        targets_of(&self.reference, shard_items, std::slice::from_ref(shard))
+    }
+
     /// The pivot after distillation from these targets.
-    pub(crate) fn distil(&self, targets: &Shard) -> Result<LoadedModel> {
-        let items = self.reference.items();
-        let shard_items = u32::try_from(items.len()).unwrap_or(u32::MAX);
-        let targets = targets_of(&self.reference, shard_items, std::slice::from_ref(targets))?;
-        self.trainer().on_targets(items, &targets)
+    pub(crate) fn distil(&self, shard: &Shard) -> Result<LoadedModel> {
+        let targets = self.targets(shard)?;
+        self.trainer().on_targets(self.reference.items(), &targets)
     }
 
     /// One trainer, the same for every arm.

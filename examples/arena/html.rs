@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use crate::Regime;
 use crate::arms::{ARMS, Role};
+use crate::attacks::RULES;
 use crate::table::{COLUMNS, Column, Outcome, show};
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;\
@@ -31,6 +32,7 @@ pub(crate) fn render(outcome: &Outcome) -> String {
         }
         table(&mut page, outcome, regime);
     }
+    attacks(&mut page, outcome);
     page.push_str("<h2>Promises</h2>\n<table>\n");
     for line in &outcome.lines {
         let (class, verdict) = match line.holds {
@@ -51,6 +53,29 @@ pub(crate) fn render(outcome: &Outcome) -> String {
         outcome.command
     );
     page
+}
+
+/// What each attack costs under each rule.
+fn attacks(page: &mut String, outcome: &Outcome) {
+    if outcome.attacks.is_empty() {
+        return;
+    }
+    page.push_str(
+        "<h2>One of five institutions lies</h2>\n<p>Bits more than without it, in per cent; in the first row than the default \
+         rule.</p>\n<table>\n<tr><th>attack</th>",
+    );
+    for rule in RULES {
+        let _ = write!(page, "<th>{rule}</th>");
+    }
+    page.push_str("</tr>\n");
+    for (label, costs) in outcome.attack_costs() {
+        let _ = write!(page, "<tr><td>{label}</td>");
+        for cost in costs {
+            let _ = write!(page, "<td>{cost:.1}</td>");
+        }
+        page.push_str("</tr>\n");
+    }
+    page.push_str("</table>\n");
 }
 
 fn class(role: Role) -> &'static str {

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Regime;
 use crate::arms::{ARMS, Role};
+use crate::attacks::AttackRow;
 use crate::table::Row;
 
 /// A promise and what was found.
@@ -21,7 +22,7 @@ pub(crate) struct Line {
 type Found = Option<(bool, String)>;
 
 /// Every line that these rows can decide.
-pub(crate) fn check(rows: &[Row]) -> Vec<Line> {
+pub(crate) fn check(rows: &[Row], attacks: &[AttackRow]) -> Vec<Line> {
     let lines: [(&str, fn(&Seed<'_>) -> Found); 9] = [
         ("ours: union bits at least 3 % below SFT", below_sft),
         ("ours: union bits below every source", below_sources),
@@ -53,7 +54,7 @@ pub(crate) fn check(rows: &[Row]) -> Vec<Line> {
                     .join(", "),
             }
         })
-        .chain([first(rows)])
+        .chain([first(rows), bounded(attacks), harmless(attacks)])
         .collect()
 }
 
@@ -150,6 +151,39 @@ fn infifusion(seed: &Seed<'_>) -> Found {
     let ratio = seed.ratio("infifusion", "uld")?;
     let sft = seed.ratio("infifusion", "sft")?;
     Some((ratio < 1.0, format!("{ratio:.3} (of SFT {sft:.3})")))
+}
+
+/// Whether every attack but collusion costs the default rule at most 5 %.
+fn bounded(attacks: &[AttackRow]) -> Line {
+    let worst = attacks
+        .iter()
+        .filter(|row| row.attack != "none" && !row.is_collusion())
+        .filter_map(|row| Some((*row.cost_permille.first()? / 10.0, row.label())))
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    Line {
+        promise: "default rule: every attack of one in five but collusion costs at most 5 %"
+            .to_owned(),
+        holds: worst.as_ref().map(|(cost, _)| *cost <= 5.0),
+        found: worst.map_or_else(String::new, |(cost, label)| {
+            format!("{cost:.1} % by {label}")
+        }),
+    }
+}
+
+/// Whether the default rule costs at most 1 % against the plain mean where nobody lies.
+fn harmless(attacks: &[AttackRow]) -> Line {
+    let worst = attacks
+        .iter()
+        .filter(|row| row.attack == "none")
+        .filter_map(|row| row.cost_permille.get(1))
+        // The plain mean against the default; the other way round it is this.
+        .map(|mean| 100.0 * (1000.0 / (1000.0 + mean) - 1.0))
+        .reduce(f64::max);
+    Line {
+        promise: "default rule: at most 1 % above the plain mean where nobody lies".to_owned(),
+        holds: worst.map(|cost| cost <= 1.0),
+        found: worst.map_or_else(String::new, |cost| format!("{cost:+.1} %")),
+    }
 }
 
 /// Whether the default is first among all arms that no bound and no control is, by mean bits and by mean facts.

@@ -9,6 +9,7 @@
 //! calls; what goes over the wire is the subject of the `consortium` example. A method that loses is printed like one that wins.
 
 mod arms;
+mod attacks;
 mod bench;
 mod html;
 mod lines;
@@ -84,6 +85,9 @@ struct Arguments {
     /// Folder that the run leaves behind; an earlier run's is replaced.
     #[arg(long, default_value = "arena-run")]
     out: PathBuf,
+    /// Leaves out the table of attacks against rules.
+    #[arg(long)]
+    no_attacks: bool,
     /// Prints the names of all arms and where they come from, and ends.
     #[arg(long)]
     list: bool,
@@ -108,19 +112,24 @@ fn arena(arguments: &Arguments) -> Result<bool> {
     }
     let arms = chosen(&arguments.arm)?;
     claim(&arguments.out)?;
-    let mut rows = Vec::new();
+    let (mut rows, mut attacks) = (Vec::new(), Vec::new());
     for &regime in &arguments.regime {
         for &seed in &arguments.seeds {
             let name = format!("{}-{seed}", regime.true_answers_permille());
             let bench = Bench::prepare(seed, regime, arguments.steps, &arguments.out.join(name))?;
             rows.extend(run(&bench, &arms)?);
+            if regime == Regime::Random && !arguments.no_attacks {
+                say("           attacks on records against rules");
+                attacks.extend(attacks::table(&bench)?);
+            }
         }
     }
     let outcome = Outcome {
         command: command(arguments),
         steps: arguments.steps,
-        lines: lines::check(&rows),
+        lines: lines::check(&rows, &attacks),
         rows,
+        attacks,
     };
     let write = |name: &str, content: String| {
         let path = arguments.out.join(name);

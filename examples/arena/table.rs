@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Regime;
 use crate::arms::{ARMS, Role, named};
+use crate::attacks::{AttackRow, RULES};
 use crate::lines::Line;
 
 /// One arm on one seed.
@@ -34,6 +35,8 @@ pub(crate) struct Outcome {
     pub(crate) lines: Vec<Line>,
     /// Every arm on every seed.
     pub(crate) rows: Vec<Row>,
+    /// Every attack on every seed.
+    pub(crate) attacks: Vec<AttackRow>,
 }
 
 /// A column: heading, value of an arm, decimals.
@@ -67,6 +70,31 @@ impl Outcome {
         regimes.sort_unstable();
         regimes.dedup();
         regimes
+    }
+
+    /// Attacks in the order in which they were made, with the mean cost under each rule in per cent.
+    pub(crate) fn attack_costs(&self) -> Vec<(String, Vec<f64>)> {
+        let mut found: Vec<(String, Vec<&AttackRow>)> = Vec::new();
+        for row in &self.attacks {
+            let label = row.label();
+            match found.iter_mut().find(|(known, _)| *known == label) {
+                Some((_, rows)) => rows.push(row),
+                None => found.push((label, vec![row])),
+            }
+        }
+        let mean = |rows: &[&AttackRow], rule: usize| {
+            let costs = rows.iter().filter_map(|row| row.cost_permille.get(rule));
+            costs.sum::<f64>() / 10.0 / rows.len() as f64
+        };
+        found
+            .into_iter()
+            .map(|(label, rows)| {
+                (
+                    label,
+                    (0..RULES.len()).map(|rule| mean(&rows, rule)).collect(),
+                )
+            })
+            .collect()
     }
 
     /// A column of an arm in a regime, over the seeds.
@@ -110,6 +138,7 @@ pub(crate) fn render(outcome: &Outcome) -> String {
             text.push('\n');
         }
     }
+    attacks(&mut text, outcome);
     text.push_str("\nPromises\n");
     for line in &outcome.lines {
         let verdict = match line.holds {
@@ -120,6 +149,29 @@ pub(crate) fn render(outcome: &Outcome) -> String {
         let _ = writeln!(text, "{verdict:<9}{} {}", line.promise, line.found);
     }
     text
+}
+
+/// Costs of attacks, mean over the seeds.
+fn attacks(text: &mut String, outcome: &Outcome) {
+    if outcome.attacks.is_empty() {
+        return;
+    }
+    let _ = write!(
+        text,
+        "\nOne of five institutions lies: bits more than without it, in per cent; `none`: than the default rule\n{:<40}",
+        "attack"
+    );
+    for rule in RULES {
+        let _ = write!(text, "{rule:>14}");
+    }
+    text.push('\n');
+    for (label, costs) in outcome.attack_costs() {
+        let _ = write!(text, "{label:<40}");
+        for cost in costs {
+            let _ = write!(text, "{cost:>14.1}");
+        }
+        text.push('\n');
+    }
 }
 
 /// Mean and range.

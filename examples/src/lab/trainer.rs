@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use consilium_aggregator::fusion;
 use consilium_node::worker::source::LoadedModel;
-use consilium_node::worker::train::distill::{Distiller, Objective, Settings};
+use consilium_node::worker::train::distill::{Distiller, Objective, Plan, Settings};
 use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::{Manifest, Training};
@@ -62,17 +62,26 @@ impl Trainer<'_> {
         objective: Objective<'_>,
         answers: bool,
     ) -> Result<LoadedModel> {
+        let (mut distiller, plan) = self.begin(items, answers)?;
+        distiller.run(&plan, items, objective, &mut ())?;
+        Ok(distiller.into_student())
+    }
+
+    /// The pivot with a fresh adapter, and the order in which it will see the items.
+    ///
+    /// # Errors
+    /// A pivot that cannot be loaded, or items of which none fits a row.
+    pub fn begin(&self, items: &[Item], answers: bool) -> Result<(Distiller, Plan)> {
         let pivot = LoadedModel::load(self.pivot)?;
         let mut settings = Settings::of(self.training, self.seed)?;
         settings.local_steps = self.steps;
         settings.schedule.steps = self.steps;
         settings.schedule.rate = self.rate;
         settings.label_unlabeled = answers;
-        let mut distiller = Distiller::new(pivot, settings)?;
+        let distiller = Distiller::new(pivot, settings)?;
         let all: Vec<u64> = (0..items.len() as u64).collect();
         let plan = distiller.plan(items, &all, 0)?;
-        distiller.run(&plan, items, objective, &mut ())?;
-        Ok(distiller.into_student())
+        Ok((distiller, plan))
     }
 }
 
