@@ -55,9 +55,19 @@ async fn a_member_that_reads_the_text_is_kept_out_and_nobody_trains_on_decoys() 
         panic!("{targets:?}")
     };
     let report: serde_json::Value = serde_json::from_slice(&nodes[0].fetch(report).await).unwrap();
-    assert_eq!(report["screening"]["excluded"], serde_json::json!(["insurer"]), "{report}");
-    assert_eq!(report["screening"]["flags"][0]["institution"], "clinic", "the clinic repeats the bank");
-    assert_eq!(report["accounts"]["institutions"], serde_json::json!(["bank", "clinic"]));
+    assert_eq!(
+        report["screening"]["excluded"],
+        serde_json::json!(["insurer"]),
+        "{report}"
+    );
+    assert_eq!(
+        report["screening"]["flags"][0]["institution"], "clinic",
+        "the clinic repeats the bank"
+    );
+    assert_eq!(
+        report["accounts"]["institutions"],
+        serde_json::json!(["bank", "clinic"])
+    );
     assert_eq!(report["accounts"]["items"], 1, "the holdout alone");
 
     for task in play_all(&mut nodes, |_| false).await {
@@ -72,7 +82,10 @@ async fn a_member_that_reads_the_text_is_kept_out_and_nobody_trains_on_decoys() 
     let released: serde_json::Value = serde_json::from_str(&released).unwrap();
     assert_eq!(released["records"], report);
     let card = fs::read_to_string(folder.join("README.md")).unwrap();
-    assert!(card.contains("Flag: insurer (Decoy)") && card.contains("| all | bank |"), "{card}");
+    assert!(
+        card.contains("Flag: insurer (Decoy)") && card.contains("| all | bank |"),
+        "{card}"
+    );
 }
 
 #[tokio::test]
@@ -97,7 +110,10 @@ async fn where_too_few_remain_the_round_ends_and_names_them() {
     else {
         panic!("{last:?}")
     };
-    assert_eq!(blamed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["insurer"]);
+    assert_eq!(
+        blamed.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["insurer"]
+    );
 }
 
 #[test]
@@ -111,7 +127,14 @@ fn the_command_writes_a_set_and_its_key_once() {
     fs::write(at("set.jsonl"), lines).unwrap();
     let run = || {
         Command::new(env!("CARGO_BIN_EXE_consilium-aggregator"))
-            .args(["decoys", "--decoys", "200", "--holdout", "100", "--reference"])
+            .args([
+                "decoys",
+                "--decoys",
+                "200",
+                "--holdout",
+                "100",
+                "--reference",
+            ])
             .arg(at("set.jsonl"))
             .arg("--out")
             .arg(at("planted.jsonl"))
@@ -127,6 +150,14 @@ fn the_command_writes_a_set_and_its_key_once() {
     let key = DecoyKey::parse(&fs::read(at("key.json")).unwrap(), &set).unwrap();
     assert_eq!((key.decoys.len(), key.holdout.len()), (6, 3));
     let again = run();
-    assert!(!again.status.success(), "a key that a round may need is not overwritten");
-    assert_eq!(fs::read(at("planted.jsonl")).map(|bytes| Digest::of(&bytes)).unwrap(), set.digest());
+    assert!(
+        !again.status.success(),
+        "a key that a round may need is not overwritten"
+    );
+    assert_eq!(
+        fs::read(at("planted.jsonl"))
+            .map(|bytes| Digest::of(&bytes))
+            .unwrap(),
+        set.digest()
+    );
 }

@@ -281,7 +281,9 @@ impl Node {
                 probability
             }
         };
-        records_by(first..(first + 2).min(5), of).to_bytes().unwrap()
+        records_by(first..(first + 2).min(5), of)
+            .to_bytes()
+            .unwrap()
     }
 
     fn adapter_of(&self, logged: &Logged) -> Digest {
