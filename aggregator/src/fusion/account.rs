@@ -4,8 +4,8 @@
 //! bytes, read from the records that the manifest's own rule makes of the coalition's records alone. Fusing is cheap, so
 //! every coalition is fused: 2^n - 1 fusions of the holdout for up to ten institutions, at most
 //! `screening.account_items` items each. Beyond that, orders of arrival are drawn (Castro, Gómez and Tejada, Computers &
-//! Operations Research 36, 2009), from the manifest's seed: about 64, and each n times rotated into all places, at least 2 n
-//! orders of n fusions. The standard error is reported.
+//! Operations Research 36, 2009), from the manifest's seed: about 64, or 2 n where that is more, each of n fusions, in groups of
+//! one order and its rotations. The standard error is reported.
 //!
 //! Shapley values add up to the value of all (efficiency); a source that changes nothing gets nothing; two that do the same get
 //! the same (Ghorbani and Zou, arXiv 1904.02868). They are of this round's records and this holdout, no more.
@@ -29,7 +29,7 @@ use super::records::{Fuser, Ready, Space};
 
 /// Institutions up to which all coalitions are fused.
 const EXACT: usize = 10;
-/// Orders of arrival beyond that, rotations counted, if there are no more than half as many institutions.
+/// Most orders of arrival beyond that, rotations counted; at least two groups are drawn.
 const ORDERS: usize = 64;
 /// Bits of a byte of which nothing is known, in sixteenths: `16 log2 257`.
 const NOTHING: u64 = 128;
