@@ -4,7 +4,8 @@
 //! bytes, read from the records that the manifest's own rule makes of the coalition's records alone. Fusing is cheap, so
 //! every coalition is fused: 2^n - 1 fusions of the holdout for up to ten institutions, at most
 //! `screening.account_items` items each. Beyond that, orders of arrival are drawn (Castro, Gómez and Tejada, Computers &
-//! Operations Research 36, 2009): 64 x n fusions, from the manifest's seed, and the standard error is reported.
+//! Operations Research 36, 2009), from the manifest's seed: about 64, or 2 n where that is more, each of n fusions, in groups of
+//! one order and its rotations. The standard error is reported.
 //!
 //! Shapley values add up to the value of all (efficiency); a source that changes nothing gets nothing; two that do the same get
 //! the same (Ghorbani and Zou, arXiv 1904.02868). They are of this round's records and this holdout, no more.
@@ -28,7 +29,7 @@ use super::records::{Fuser, Ready, Space};
 
 /// Institutions up to which all coalitions are fused.
 const EXACT: usize = 10;
-/// Orders of arrival that are drawn beyond that.
+/// Most orders of arrival beyond that, rotations counted; at least two groups are drawn.
 const ORDERS: usize = 64;
 /// Bits of a byte of which nothing is known, in sixteenths: `16 log2 257`.
 const NOTHING: u64 = 128;
@@ -345,32 +346,38 @@ fn exact(n: usize, bits: &impl Fn(&Coalition) -> f64) -> Vec<MemberAccount> {
         .collect()
 }
 
-/// Mean gains over orders of arrival, with their standard errors.
+/// Mean gains over orders of arrival; the standard errors are those of the means of [`drawn`]'s groups.
 fn sampled(
     n: usize,
     orders: &[Vec<usize>],
     bits: &impl Fn(&Coalition) -> f64,
 ) -> Vec<MemberAccount> {
-    let mut sums = vec![(0.0, 0.0); n];
-    for order in orders {
-        let mut here = Coalition::new();
-        let mut before = bits(&here);
-        for &source in order {
-            let place = here.partition_point(|&i| i < source);
-            here.insert(place, source);
-            let after = bits(&here);
-            sums[source].0 += before - after;
-            sums[source].1 += (before - after) * (before - after);
-            before = after;
-        }
-    }
+    let groups: Vec<Vec<f64>> = orders
+        .chunks(n)
+        .map(|group| {
+            let mut gains = vec![0.0; n];
+            for order in group {
+                let mut here = Coalition::new();
+                let mut before = bits(&here);
+                for &source in order {
+                    let place = here.partition_point(|&i| i < source);
+                    here.insert(place, source);
+                    let after = bits(&here);
+                    gains[source] += (before - after) / group.len() as f64;
+                    before = after;
+                }
+            }
+            gains
+        })
+        .collect();
     let everybody: Coalition = (0..n).collect();
-    let count = orders.len() as f64;
-    sums.iter()
-        .enumerate()
-        .map(|(source, (sum, squares))| {
-            let mean = sum / count;
-            let variance = (squares / count - mean * mean).max(0.0) / (count - 1.0).max(1.0);
+    let count = groups.len() as f64;
+    (0..n)
+        .map(|source| {
+            let gains = || groups.iter().map(|gains| gains[source]);
+            let mean = gains().sum::<f64>() / count;
+            let squares: f64 = gains().map(|gain| (gain - mean) * (gain - mean)).sum();
+            let variance = squares / (count - 1.0).max(1.0) / count;
             MemberAccount {
                 alone: bits(&vec![source]),
                 leave_one_out: bits(&others(n, source)) - bits(&everybody),
@@ -381,15 +388,20 @@ fn sampled(
         .collect()
 }
 
+/// Groups of n orders: a random one and its rotations, so that everybody comes at every place equally often. What comes
+/// first gains most, and who is first more often than others would look better than it is.
 fn drawn(n: usize, seed: u64) -> Vec<Vec<usize>> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut order: Vec<usize> = (0..n).collect();
-    (0..ORDERS)
-        .map(|_| {
-            order.shuffle(&mut random);
-            order.clone()
-        })
-        .collect()
+    let mut orders = Vec::new();
+    for _ in 0..(ORDERS / n.max(1)).max(2) {
+        order.shuffle(&mut random);
+        for _ in 0..n {
+            order.rotate_left(1);
+            orders.push(order.clone());
+        }
+    }
+    orders
 }
 
 /// Coalitions that the orders pass through, those of one and those of all but one.

@@ -57,6 +57,11 @@ impl State {
             .clone()
             .filter(|last| last.pivot == self.setup.pivot_digest);
         let reference = &self.bench.reference;
+        if request.screening.decoys.is_some() {
+            return Err(
+                "screening.decoys follows from the key; give the key with --decoys".to_owned(),
+            );
+        }
         request.screening.decoys = self.decoy_key(request.decoy_key.take())?;
         let manifest = request::manifest(
             request,

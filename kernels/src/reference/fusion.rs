@@ -105,59 +105,75 @@ fn statistic<S: Symbol>(robust: Robust, shares: &[Shares<S>]) -> (BTreeMap<S, u6
     (fused, renormalised(end))
 }
 
+/// Codes of a source that has weight at a position.
+struct Heard<S> {
+    weight: u64,
+    listed: BTreeMap<S, u64>,
+    end: u64,
+    tail: u64,
+    /// Code of a symbol that is not listed.
+    unlisted: u64,
+}
+
+impl<S: Symbol> Heard<S> {
+    fn of(weight: u32, source: &RecordView<'_, S>, position: usize) -> Self {
+        let listed: BTreeMap<S, u64> = source
+            .listed(position)
+            .map(|(symbol, code)| (symbol, u64::from(code)))
+            .collect();
+        let tail = u64::from(source.tail()[position]);
+        let unlisted = if S::HAS_END {
+            tail + u64::from(code::log2_sixteenths(256 - listed.len() as u64))
+        } else {
+            u64::from(code::FLOOR)
+        };
+        Self {
+            weight: u64::from(weight),
+            end: source
+                .end()
+                .get(position)
+                .map_or(0, |&code| u64::from(code)),
+            listed,
+            tail,
+            unlisted,
+        }
+    }
+}
+
 fn geometric<S: Symbol>(
     weights: &[u32],
     sources: &[RecordView<'_, S>],
     position: usize,
 ) -> (BTreeMap<S, u64>, u64) {
-    let heard: Vec<(u64, BTreeMap<S, u8>, &RecordView<'_, S>)> = weights
+    let heard: Vec<Heard<S>> = weights
         .iter()
         .zip(sources)
         .filter(|pair| *pair.0 > 0)
-        .map(|(&weight, source)| (u64::from(weight), source.listed(position).collect(), source))
+        .map(|(&weight, source)| Heard::of(weight, source, position))
         .collect();
-    let exponent = |code: &dyn Fn(&BTreeMap<S, u8>, &RecordView<'_, S>) -> u64| -> u64 {
-        let heard = heard.iter();
-        heard
-            .map(|(weight, listed, source)| weight * code(listed, source))
-            .sum()
-    };
-    let unlisted = |listed: &BTreeMap<S, u8>, source: &RecordView<'_, S>| -> u64 {
-        if S::HAS_END {
-            let others = 256 - listed.len() as u64;
-            u64::from(source.tail()[position]) + u64::from(code::log2_sixteenths(others))
-        } else {
-            u64::from(code::FLOOR)
-        }
+    let exponent = |code: &dyn Fn(&Heard<S>) -> u64| -> u64 {
+        heard.iter().map(|heard| heard.weight * code(heard)).sum()
     };
     let symbols: BTreeSet<S> = heard
         .iter()
-        .flat_map(|(_, listed, _)| listed.keys().copied())
+        .flat_map(|heard| heard.listed.keys().copied())
         .collect();
     let of: BTreeMap<S, u64> = symbols
         .iter()
         .map(|&symbol| {
-            let code = |listed: &BTreeMap<S, u8>, source: &RecordView<'_, S>| {
-                let own = listed.get(&symbol).map(|&code| u64::from(code));
-                own.unwrap_or_else(|| unlisted(listed, source))
-            };
+            let code = |heard: &Heard<S>| *heard.listed.get(&symbol).unwrap_or(&heard.unlisted);
             (symbol, exponent(&code))
         })
         .collect();
-    let end = S::HAS_END.then(|| exponent(&|_, source| u64::from(source.end()[position])));
+    let end = S::HAS_END.then(|| exponent(&|heard| heard.end));
     let (others, nobody) = if S::HAS_END {
-        (256 - of.len() as u64, exponent(&unlisted))
+        (256 - of.len() as u64, exponent(&|heard| heard.unlisted))
     } else {
-        (1, exponent(&|_, source| u64::from(source.tail()[position])))
+        (1, exponent(&|heard| heard.tail))
     };
     let nobody = (others > 0).then_some(nobody);
-    let least = of
-        .values()
-        .copied()
-        .chain(end)
-        .chain(nobody)
-        .min()
-        .unwrap_or(0);
+    let least = of.values().copied().chain(end).chain(nobody).min();
+    let least = least.unwrap_or(0);
     let mass = |exponent: u64| u128::from(exp2_minus(u128::from(exponent - least) << 12) >> 30);
     let end = end.map_or(0, mass);
     let total = of.values().map(|&exponent| mass(exponent)).sum::<u128>()

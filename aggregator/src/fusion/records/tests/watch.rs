@@ -77,11 +77,8 @@ fn a_source_that_reads_the_text_is_not_surprised_by_wrong_words_and_is_kept_out(
         panic!("{found:?}")
     };
     assert_eq!((flag.finding, flag.of.clone()), (Finding::Decoy, None));
-    // Two bytes a decoy at .9: .3 bits.
-    assert!(
-        (280..330).contains(&flag.measured) && flag.bound == 2000,
-        "{flag:?}"
-    );
+    // Two bytes a decoy at .9, two sixteenths each.
+    assert_eq!((flag.measured, flag.bound), (250, 2000));
     sources.reverse();
     assert_eq!(screened(&manifest, &set, &key, &sources, None), found);
     let mut lenient = manifest.clone();
@@ -209,7 +206,7 @@ fn many_institutions_are_sampled_and_still_add_up() {
         })
         .collect();
     let found = accounts(&manifest, &sources);
-    assert_eq!(found.orders, Some(64));
+    assert_eq!(found.orders, Some(55));
     let members = &found.domains[0].members;
     let sum: f64 = members.iter().map(|member| member.shapley).sum();
     assert!((sum - (8.0 - found.fused)).abs() < 1e-9);
