@@ -17,7 +17,7 @@ use safetensors::tensor::{Dtype, TensorView};
 const CHILD: &str = "CONSILIUM_TEST_ADAPTER_MEMORY";
 const RANK: usize = 8;
 const WIDE: usize = 16_384;
-const NARROW: usize = 8192;
+const NARROW: usize = 5120;
 const LAYER: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
 #[test]
@@ -41,7 +41,7 @@ fn no_rule_needs_the_memory_of_a_product() {
     let peak: usize = peak.split_whitespace().next().unwrap().parse().unwrap();
     let product = 4 * NARROW * NARROW;
     println!("peak {peak} bytes, the smaller product in f32 {product}");
-    assert!(peak < product / 2, "{peak} {product}");
+    assert!(peak < product, "{peak} {product}");
 }
 
 fn merge_by_every_kind_of_rule() {

@@ -268,11 +268,22 @@ impl Bench {
             },
         )
         .map_err(failed("merging adapters"))?;
-        // Norms, cosines and shares are not logged: they say more of a member than the round has to tell everybody.
-        match serde_json::to_string(&report) {
-            Ok(report) => tracing::info!(inner, report, "adapters are merged"),
-            Err(error) => tracing::warn!(inner, %error, "the report of a merge cannot be written"),
+        for member in &report.members {
+            tracing::info!(inner, institution = %member.institution, rank = member.rank, part = member.part,
+                share = member.share, scale = member.scale, norm = member.norm, flag = member.flag,
+                excluded = member.excluded, "adapter is merged");
         }
+        let (rule, defence) = (report.rule, report.defence);
+        let (mean, worst) = (report.truncation.mean, report.truncation.worst);
+        tracing::info!(
+            inner,
+            rule,
+            defence,
+            bias = report.bias,
+            truncation_mean = mean,
+            truncation_worst = worst,
+            "adapters are merged"
+        );
         let keep = |draft| {
             self.blobs
                 .keep(draft)

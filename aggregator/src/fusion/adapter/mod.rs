@@ -1,5 +1,6 @@
 //! Adapters: the first one of a round, and the merge of trained ones.
 
+mod blocks;
 pub(super) mod check;
 pub(super) mod defence;
 mod entries;
@@ -7,6 +8,7 @@ pub(super) mod initial;
 mod linalg;
 mod lowrank;
 pub(super) mod merge;
+mod outer;
 pub(super) mod output;
 mod pivot;
 pub(super) mod report;

@@ -2,7 +2,6 @@
 
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::Training;
-use faer::Mat;
 use rayon::prelude::*;
 
 use super::check::{AdapterLayout, same};
@@ -240,13 +239,4 @@ fn read_velocity(
         return Err(momentum.error(&a, problem));
     }
     Ok(factors)
-}
-
-/// Bytes of a row block that is multiplied out, of one member: 256 KiB of `f64`.
-pub(super) const BLOCK: usize = 1 << 15;
-
-/// `b at^T` row by row: rows `from..from + count` as the columns of a matrix `[in, count]`.
-pub(super) fn rows_of(factors: &Factors, from: usize, count: usize) -> Mat<f64> {
-    let b = factors.b.get(from..from + count, ..);
-    super::linalg::product(factors.at.as_ref(), b.transpose())
 }

@@ -13,28 +13,20 @@
 //! factors of at most four times that rank.
 
 use consilium_protocol::manifest::{MergeRule, Training};
-use faer::Mat;
 
+use super::blocks::{MatrixUpdates, MergedBlocks};
 use super::defence::Votes;
 use super::entries::{EntryRule, Names, Updates};
 use super::lowrank::{Factors, Stack, align};
-use super::round::{BLOCK, MatrixInputs, Round, rows_of};
-use super::sketch::{RowBlocks, sketch};
+use super::outer::{Outer, total};
+use super::round::{MatrixInputs, Round};
+use super::sketch::sketch;
 use crate::fusion::error::FusionError;
 
 /// Rank of the outer momentum in units of the adapter's rank.
 pub(super) const VELOCITY_RANK: usize = 4;
 /// Rank of what a rule on entries gives, in units of the adapter's rank.
 const SKETCH_RANK: usize = 2;
-/// A sum of shares that differs from one by less is one.
-const ROUNDING: f64 = 1e-12;
-
-/// The outer optimiser's eta and mu.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Outer {
-    rate: f64,
-    momentum: f64,
-}
 
 /// Everything about a merge but the tensors.
 pub(super) struct Merger<'a> {
@@ -58,57 +50,6 @@ pub(super) struct MergedMatrix {
     pub(super) lost: [f64; 2],
     /// Norms of what averaging the factors got wrong, and of what was to be averaged.
     pub(super) bias: Option<[f64; 2]>,
-}
-
-impl Outer {
-    pub(super) fn of(training: &Training) -> Self {
-        Self {
-            rate: f64::from(training.outer_rate_permille) / 1000.0,
-            momentum: f64::from(training.outer_momentum_permille) / 1000.0,
-        }
-    }
-
-    fn pull(&self) -> f64 {
-        self.rate * (1.0 + self.momentum)
-    }
-
-    /// Coefficients of the start, the members and v in theta'.
-    pub(super) fn theta(&self, members: &[f64]) -> Vec<f64> {
-        let start = 1.0 - self.pull() * total(members);
-        let members = members.iter().map(|c| self.pull() * c);
-        let velocity = -self.rate * self.momentum * self.momentum;
-        std::iter::once(start)
-            .chain(members)
-            .chain([velocity])
-            .collect()
-    }
-
-    /// Coefficients of the start, the members and v in v'.
-    pub(super) fn velocity(&self, members: &[f64]) -> Vec<f64> {
-        let negative = members.iter().map(|c| -c);
-        std::iter::once(total(members))
-            .chain(negative)
-            .chain([self.momentum])
-            .collect()
-    }
-
-    /// Coefficients of the start, an update and v, for a rule on entries.
-    pub(super) fn of_update(&self) -> [Vec<f64>; 2] {
-        let velocity = -self.rate * self.momentum * self.momentum;
-        [
-            vec![1.0, self.pull(), velocity],
-            vec![0.0, -1.0, self.momentum],
-        ]
-    }
-}
-
-fn total(coefficients: &[f64]) -> f64 {
-    let total: f64 = coefficients.iter().sum();
-    if (total - 1.0).abs() < ROUNDING {
-        1.0
-    } else {
-        total
-    }
 }
 
 impl<'a> Merger<'a> {
@@ -417,78 +358,4 @@ impl<'a> Merger<'a> {
 /// Terms whose coefficient is not zero.
 fn in_use(terms: Vec<(f64, &Factors)>) -> Vec<(f64, &Factors)> {
     terms.into_iter().filter(|(c, _)| c.abs() > 0.0).collect()
-}
-
-/// Updates of one matrix, a block of rows at a time.
-struct MatrixUpdates {
-    /// `scale (theta_m - theta_0)` of each member, as factors.
-    updates: Vec<Factors>,
-    shape: [usize; 2],
-    block: usize,
-}
-
-impl MatrixUpdates {
-    fn new(inputs: &MatrixInputs, scales: &[f64], shape: [usize; 2]) -> Self {
-        let previous = &inputs.previous;
-        // The start of a first round has a B of zeros: nothing to subtract.
-        let moved = previous.b.norm_max() > 0.0;
-        let updates = inputs.members.iter().zip(scales).map(|(member, &scale)| {
-            let mut terms = vec![(scale, member)];
-            if moved {
-                terms.push((-scale, previous));
-            }
-            Factors::beside(&terms, shape, 0)
-        });
-        Self {
-            updates: updates.collect(),
-            shape,
-            block: (BLOCK / shape[1].max(1)).clamp(1, shape[0].max(1)),
-        }
-    }
-}
-
-impl Updates for MatrixUpdates {
-    fn chunks(&self) -> usize {
-        self.shape[0].div_ceil(self.block)
-    }
-
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "what does not fit f32 becomes infinite and is refused by the rule"
-    )]
-    fn chunk(&self, index: usize) -> Result<(usize, Vec<Vec<f32>>), FusionError> {
-        let from = index * self.block;
-        let count = self.block.min(self.shape[0] - from);
-        let values = self.updates.iter().map(|update| {
-            let block = rows_of(update, from, count);
-            let rows = (0..count).flat_map(|row| block.col_as_slice(row));
-            rows.map(|&value| value as f32).collect()
-        });
-        Ok((from * self.shape[1], values.collect()))
-    }
-}
-
-/// The result of a rule on entries as a matrix.
-struct MergedBlocks<'a> {
-    shape: [usize; 2],
-    blocks: usize,
-    merge: &'a dyn Fn(usize) -> Result<(usize, Vec<f32>), FusionError>,
-}
-
-impl RowBlocks for MergedBlocks<'_> {
-    fn shape(&self) -> [usize; 2] {
-        self.shape
-    }
-
-    fn blocks(&self) -> usize {
-        self.blocks
-    }
-
-    fn block(&self, index: usize) -> Result<(usize, Mat<f64>), FusionError> {
-        let (start, values) = (self.merge)(index)?;
-        let columns = self.shape[1].max(1);
-        let rows = values.len() / columns;
-        let block = Mat::from_fn(columns, rows, |i, j| f64::from(values[j * columns + i]));
-        Ok((start / columns, block))
-    }
 }
