@@ -1,4 +1,5 @@
 use consilium_kernels::RecordShape;
+use consilium_kernels::loss::NO_LABEL;
 use consilium_protocol::manifest::{Defence, Distillation, MergeRule, SymbolSpace};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
