@@ -22,7 +22,7 @@ const INDEX: &str = "model.safetensors.index.json";
 const LENGTH: usize = size_of::<u64>();
 
 /// Values that are converted before their pages of the file are given back.
-const CHUNK: usize = 1 << 22;
+const CHUNK: usize = 1 << 20;
 
 /// All tensors of a folder by name. Headers are read and checked, values are not yet.
 #[derive(Debug)]

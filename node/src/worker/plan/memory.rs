@@ -19,7 +19,7 @@ const VALUE: usize = size_of::<f32>();
 const PROCESS: usize = 40 << 20;
 
 /// Pages of a weight file that are in memory while it is read, and buffers of the reader.
-const READ: usize = 24 << 20;
+const READ: usize = 8 << 20;
 
 /// Memory of a tokenizer for each byte of its file.
 const TOKENIZER: usize = 10;
