@@ -9,6 +9,7 @@ use consilium_examples::cluster::{Cluster, Process, Program, Site, Spec, wait_un
 use consilium_examples::report::{Arm, ArmResult, SeedReport};
 use consilium_examples::world::{Domain, Files, Sizes, World};
 use consilium_node::worker::LoadedModel;
+use consilium_node::worker::model::ModelConfig;
 use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::manifest::Training;
 use consilium_protocol::reference::ReferenceSet;
@@ -163,12 +164,10 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         .map(|site| cluster.start_node(&site.name))
         .collect::<Result<Vec<_>>>()?;
     clock.begin("round: score, fuse, distil, merge, evaluate");
-    cluster.operator(&[
-        "round",
-        "open",
-        "--set",
-        &format!("seed={}", prepared.world.seed),
-    ])?;
+    let settings = settings(prepared)?;
+    let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+    let open: Vec<&str> = ["round", "open"].into_iter().chain(settings).collect();
+    cluster.operator(&open)?;
     follow(&cluster, &mut aggregator, &mut nodes)?;
     clock.end("round, over QUIC");
     for node in &mut nodes {
@@ -184,6 +183,15 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
     );
     let transcript = Transcript::read(&cluster)?;
     Ok((cluster, transcript))
+}
+
+/// What the operator asks for beside the defaults. A pivot whose head is its embedding has no head to be trained whole.
+fn settings(prepared: &Prepared) -> Result<Vec<String>> {
+    let mut settings = vec![format!("seed={}", prepared.world.seed)];
+    if ModelConfig::load(&prepared.pivot)?.tied {
+        settings.push("training.modules_to_save=[\"embed_tokens\"]".to_owned());
+    }
+    Ok(settings)
 }
 
 /// Waits for the release and says what goes on.

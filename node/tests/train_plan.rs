@@ -163,7 +163,7 @@ fn a_fix_fits(folder: &Path) {
         ("290MiB", "--rows"),
         ("220MiB", "--checkpoint-activations"),
         ("185MiB", "--base"),
-        ("140MiB", "--offload"),
+        ("108MiB", "--offload"),
     ] {
         let (output, plan) = of(memory, &[]);
         assert_eq!(output.status.code(), Some(1), "{memory}: {plan}");
