@@ -165,7 +165,9 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         .collect::<Result<Vec<_>>>()?;
     clock.begin("round: score, fuse, distil, merge, evaluate");
     let settings = settings(prepared)?;
-    let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+    let settings = settings
+        .iter()
+        .flat_map(|setting| ["--set", setting.as_str()]);
     let open: Vec<&str> = ["round", "open"].into_iter().chain(settings).collect();
     cluster.operator(&open)?;
     follow(&cluster, &mut aggregator, &mut nodes)?;

@@ -11,10 +11,6 @@ pub(crate) fn parse(name: &str) -> Result<Format, String> {
     Format::named(name).ok_or_else(|| format!("{name:?}, expected {EXPECTED}"))
 }
 
-#[expect(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "as serde calls functions"
-)]
 pub(crate) fn serialize<S: Serializer>(format: &Format, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(format.name())
 }
