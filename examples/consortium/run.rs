@@ -14,6 +14,7 @@ use consilium_examples::lab::trainer::{Trainer, items_of, permuted_targets, targ
 use consilium_examples::report::{Arm, ArmResult, SeedReport};
 use consilium_examples::world::{Domain, Files, Sizes, World};
 use consilium_node::worker::LoadedModel;
+use consilium_node::worker::model::ModelConfig;
 use consilium_protocol::manifest::{Mode, Training};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::{ConsortiumId, InstitutionId};
@@ -165,12 +166,12 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         .map(|site| cluster.start_node(&site.name))
         .collect::<Result<Vec<_>>>()?;
     clock.begin("round: score, fuse, distil, merge, evaluate");
-    cluster.operator(&[
-        "round",
-        "open",
-        "--set",
-        &format!("seed={}", prepared.world.seed),
-    ])?;
+    let settings = settings(prepared)?;
+    let settings = settings
+        .iter()
+        .flat_map(|setting| ["--set", setting.as_str()]);
+    let open: Vec<&str> = ["round", "open"].into_iter().chain(settings).collect();
+    cluster.operator(&open)?;
     follow(&cluster, &mut aggregator, &mut nodes)?;
     clock.end("round, over QUIC");
     for node in &mut nodes {
@@ -186,6 +187,15 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
     );
     let transcript = Transcript::read(&cluster)?;
     Ok((cluster, transcript))
+}
+
+/// What the operator asks for beside the defaults. A pivot whose head is its embedding has no head to be trained whole.
+fn settings(prepared: &Prepared) -> Result<Vec<String>> {
+    let mut settings = vec![format!("seed={}", prepared.world.seed)];
+    if ModelConfig::load(&prepared.pivot)?.tied {
+        settings.push("training.modules_to_save=[\"embed_tokens\"]".to_owned());
+    }
+    Ok(settings)
 }
 
 /// Waits for the release and says what goes on.

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use consilium_kernels::quant::Format;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
+use crate::config::format;
 use crate::scorer::{RawServer, ScorerError, ScorerSettings};
 
 /// The program at an institution: trains, scores, and takes part in rounds.
@@ -114,7 +116,7 @@ pub(crate) struct InitArgs {
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// The training run: a TOML file with the text, the model to start from and the stages.
-    #[arg(required_unless_present_all = ["start", "data", "output", "steps"])]
+    #[arg(required_unless_present_all = ["start", "data", "output"])]
     pub(crate) file: Option<PathBuf>,
     /// Folder of the model to start from.
     #[arg(long, value_name = "FOLDER")]
@@ -131,6 +133,9 @@ pub(crate) struct TrainArgs {
     /// Steps of the optimiser.
     #[arg(long)]
     pub(crate) steps: Option<u64>,
+    /// How often every record is learned, in place of a number of steps.
+    #[arg(long, conflicts_with = "steps")]
+    pub(crate) epochs: Option<f64>,
     /// Highest learning rate; 1e-4 without it, 2e-4 for adapters.
     #[arg(long)]
     pub(crate) learning_rate: Option<f64>,
@@ -149,6 +154,15 @@ pub(crate) struct TrainArgs {
     /// Scale of the adapters times their rank; twice the rank without it.
     #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
     pub(crate) lora_alpha: Option<f64>,
+    /// How the weights of the model are stored while adapters of it are trained: f32, bf16, int8 or nf4 (4 bits).
+    #[arg(long, value_name = "FORMAT", value_parser = format::parse)]
+    pub(crate) base: Option<Format>,
+    /// Compute activations again in the backward pass rather than keep them: less memory, a third more work.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) checkpoint_activations: Option<bool>,
+    /// Leave the weights of the layers in a file in the run's folder, and read one layer at a time.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) offload: Option<bool>,
     /// Share of the records that is held out; the weights that do best on it are kept.
     #[arg(long, value_name = "SHARE")]
     pub(crate) held_out: Option<f64>,
@@ -220,6 +234,9 @@ pub(crate) struct ScorerArgs {
     /// Folder with the source's config.json and tokenizer.
     #[arg(long)]
     pub(crate) source: PathBuf,
+    /// Wrap what an item gives in the source's own chat template.
+    #[arg(long)]
+    pub(crate) chat_template: bool,
     #[command(flatten)]
     pub(crate) server: RawServer,
     /// Ask about three tokens, say what the server gives, and end.
@@ -245,6 +262,7 @@ impl ScorerArgs {
         Ok(ScorerSettings {
             spool: self.spool.clone(),
             source: self.source.clone(),
+            chat_template: self.chat_template,
             server,
         })
     }

@@ -3,6 +3,7 @@
 //! Unknown keys are refused. Relative paths start at the folder of the file. What is parsed is checked; later code takes
 //! the built type. Whether folders and files exist is the business of the half that reads them.
 
+pub(crate) mod format;
 mod raw;
 mod template;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use std::time::Duration;
 use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId};
+use serde::{Deserialize, Serialize};
 
 use raw::{RawConfig, RawExternal, server_key};
 
@@ -142,14 +144,16 @@ pub struct WorkerConfig {
     pub memory: Memory,
 }
 
-/// How a model is held in memory while an adapter of it is trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// How a model is held in memory while an adapter of it is trained: keys of `[worker]`, in node.toml and in a training file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Memory {
     /// How its weights are stored; `f32` by default.
+    #[serde(with = "format")]
     pub base: Format,
     /// Whether activations are computed again in the backward pass rather than kept.
     pub checkpoint_activations: bool,
-    /// Whether the layers' weights stay in a file in the spool and are read when they are computed.
+    /// Whether the layers' weights stay in a file, in the spool or in the run's folder, and are read when they are computed.
     pub offload: bool,
 }
 
@@ -245,11 +249,6 @@ impl Config {
         let train_data = raw.train.data.iter().map(|path| at("train.data", path));
         let train_data = train_data.collect::<Result<Vec<_>, _>>()?;
         let external = raw.train.external.map(RawExternal::check);
-        if source_server.is_some() && raw.source_chat_template {
-            let expected =
-                "false beside [source_server]: records through a server are of the plain text";
-            return Err(wrong("source_chat_template", &true, expected));
-        }
         let reference = raw.reference.map(|path| at("reference", &path));
         Ok(Self {
             path: path.to_owned(),

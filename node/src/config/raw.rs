@@ -9,7 +9,7 @@ use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 use serde::Deserialize;
 
-use super::{ExternalCommand, Memory, Policy, WorkerConfig};
+use super::{ExternalCommand, Memory, Policy, WorkerConfig, format};
 use crate::scorer::RawServer;
 use crate::scorer::settings::WrongValue;
 
@@ -155,10 +155,8 @@ impl RawWorker {
         };
         let base = match self.base.as_deref() {
             None => Format::default(),
-            Some(name) => Format::named(name).ok_or_else(|| {
-                let expected = "\"f32\", \"bf16\", \"int8\" or \"nf4\"";
-                wrong("worker.base", format!("{name:?}"), expected)
-            })?,
+            Some(name) => Format::named(name)
+                .ok_or_else(|| wrong("worker.base", format!("{name:?}"), format::EXPECTED))?,
         };
         Ok(WorkerConfig {
             threads,

@@ -37,6 +37,8 @@ pub struct ScorerSettings {
     pub spool: PathBuf,
     /// Folder with the source's `config.json` and tokenizer; weights are not read.
     pub source: PathBuf,
+    /// Whether the source's chat template wraps the contexts of items.
+    pub chat_template: bool,
     /// The server.
     pub server: ServerSettings,
 }
@@ -71,7 +73,7 @@ impl Scorer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_wait(settings: &ScorerSettings, wait: Duration) -> Result<Self, ScorerError> {
-        let source = Source::load(&settings.source)?;
+        let source = Source::load(&settings.source, settings.chat_template)?;
         let server = &settings.server;
         // A vocabulary smaller than the list is listed whole.
         let rows = u32::try_from(source.vocab.len()).unwrap_or(u32::MAX);
@@ -80,6 +82,7 @@ impl Scorer {
             max_tokens: server.max_tokens,
         };
         let url = server.url.to_string();
+        let frame = source.frame()?;
         let identity = [
             server.kind.name().as_bytes(),
             url.as_bytes(),
@@ -87,6 +90,7 @@ impl Scorer {
             &asking.top.to_le_bytes(),
             &asking.max_tokens.to_le_bytes(),
             source.tokenizer.source(),
+            frame.as_bytes(),
         ];
         let identity = Digest::of(&identity.join(&0)).to_string();
         Ok(Self {

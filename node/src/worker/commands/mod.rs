@@ -161,6 +161,24 @@ mod tests {
 
         for (from, to, named) in [
             ("start = \"first\"", "", "start"),
+            ("steps = 30", "epochs = 0", "stages.epochs: 0"),
+            ("steps = 30", "", "stages.steps: give steps"),
+            ("steps = 30", "steps = 30\nepochs = 1", "leave one out"),
+            (
+                "[[stages]]",
+                "[worker]\nbase = \"fp4\"\n[[stages]]",
+                "\"fp4\", expected \"f32\"",
+            ),
+            (
+                "[[stages]]",
+                "[worker]\nbase = \"nf4\"\n[[stages]]",
+                "worker.base",
+            ),
+            (
+                "[[stages]]",
+                "[worker]\noffload = true\n[[stages]]",
+                "worker.offload",
+            ),
             (
                 "start = \"first\"",
                 "start = \"first\"\nsteps = 3",

@@ -2,12 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use consilium_kernels::quant::Format;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Memory;
 use crate::hub::ModelPlace;
 use crate::worker::data::{LongItems, Loss};
 use crate::worker::error::WorkError;
 use crate::worker::train::{AdamWConfig, Decay, Schedule};
+
+/// Most epochs of a stage.
+const EPOCHS: f64 = 1000.0;
 
 /// A training run as a TOML file. Unknown keys are refused; relative paths start at the file's folder.
 ///
@@ -34,6 +39,9 @@ pub struct TrainFile {
     pub new: Option<NewModel>,
     /// Adapters to train in place of all weights.
     pub lora: Option<LoraFile>,
+    /// How the model is held in memory, in the words of `[worker]` of node.toml; fewer bits and offload are for adapters.
+    #[serde(default)]
+    pub worker: Memory,
     /// Rows of a batch.
     #[serde(default = "rows")]
     pub rows: usize,
@@ -108,8 +116,10 @@ pub struct LoraFile {
 pub struct StageFile {
     /// Files and folders of records: JSON lines, Parquet, or plain text with one record a line.
     pub text: Vec<PathBuf>,
-    /// Steps of the optimiser.
-    pub steps: u64,
+    /// Steps of the optimiser; a stage has either these or epochs.
+    pub steps: Option<u64>,
+    /// How often every record is learned; the last step may begin a record anew.
+    pub epochs: Option<f64>,
     /// Highest learning rate.
     pub learning_rate: f64,
     /// How it falls.
@@ -157,7 +167,8 @@ impl StageFile {
     pub const fn new(text: Vec<PathBuf>, steps: u64, learning_rate: f64) -> Self {
         Self {
             text,
-            steps,
+            steps: Some(steps),
+            epochs: None,
             learning_rate,
             decay: linear(),
             warmup: warmup(),
@@ -165,15 +176,15 @@ impl StageFile {
         }
     }
 
-    /// Learning rate over its steps.
+    /// Learning rate over its steps, of which there are as many as it says, or as its epochs have.
     #[must_use]
-    pub const fn schedule(&self) -> Schedule {
+    pub const fn schedule(&self, steps: u64) -> Schedule {
         Schedule {
             rate: self.learning_rate,
             warmup: self.warmup,
             decay: self.decay,
             floor: self.floor,
-            steps: self.steps,
+            steps,
         }
     }
 }
@@ -196,6 +207,7 @@ impl TrainFile {
             start: Some(start),
             new: None,
             lora: None,
+            worker: Memory::default(),
             rows: rows(),
             row_tokens: row_tokens(),
             accumulate: one(),
@@ -268,6 +280,18 @@ impl TrainFile {
                 "adapters need a trained model: name its folder as `start`",
             );
         }
+        if self.lora.is_none() && self.worker.base != Format::F32 {
+            return either(
+                "worker.base",
+                "weights of fewer bits cannot be trained: train adapters (lora.rank, --lora-rank), or leave it out",
+            );
+        }
+        if self.lora.is_none() && self.worker.offload {
+            return either(
+                "worker.offload",
+                "weights in a file cannot be trained: train adapters (lora.rank, --lora-rank), or leave it out",
+            );
+        }
         if self.stages.is_empty() {
             return either("stages", "at least one [[stages]] is needed");
         }
@@ -311,7 +335,19 @@ impl StageFile {
         if self.text.is_empty() {
             return Err(("stages.text", "name at least one file or folder".into()));
         }
-        whole("stages.steps", self.steps, 1..=1 << 40)?;
+        match (self.steps, self.epochs) {
+            (Some(steps), None) => whole("stages.steps", steps, 1..=1 << 40)?,
+            (None, Some(epochs)) => above_zero("stages.epochs", epochs, EPOCHS)?,
+            (Some(_), Some(_)) => {
+                return Err(("stages.steps", "given beside epochs; leave one out".into()));
+            }
+            (None, None) => {
+                return Err((
+                    "stages.steps",
+                    "give steps, or epochs in their place".into(),
+                ));
+            }
+        }
         above_zero("stages.learning_rate", self.learning_rate, 1e3)?;
         real("stages.warmup", self.warmup, 0.0, 1.0)?;
         real("stages.floor", self.floor, 0.0, 1.0)

@@ -7,6 +7,7 @@ use consilium_kernels::RecordShape;
 use consilium_protocol::limits;
 use consilium_protocol::manifest::Distillation;
 use consilium_protocol::reference::{Item, ReferenceSet};
+use consilium_protocol::time::SystemClock;
 
 use super::Worker;
 use crate::spool::{DistilJob, JobId, Lesson, RecordFiles, Rival};
@@ -236,7 +237,7 @@ impl Worker<'_> {
             });
         }
         let source = Source::open(paths).map_err(TrainError::from)?;
-        let chat = chat_format(Some(&self.folders.pivot.resolve()?))?;
+        let chat = chat_format(Some(&self.folders.pivot.resolve()?), SystemClock.now())?;
         let pivot = distiller.student();
         let encoder = Encoder::new(&pivot.tokenizer, &pivot.vocab, &*chat, Loss::default());
         let how = Preparation {
