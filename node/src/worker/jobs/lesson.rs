@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use consilium_kernels::RecordShape;
-use consilium_protocol::limits;
 use consilium_protocol::manifest::Distillation;
 use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::time::SystemClock;
+use consilium_protocol::{Clock, limits};
 
 use super::Worker;
 use crate::spool::{DistilJob, JobId, Lesson, RecordFiles, Rival};
