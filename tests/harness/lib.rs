@@ -52,6 +52,7 @@ impl Consortium {
         let sizes = Sizes {
             private_lines: 120,
             public_items: 60,
+            true_answers_permille: 0,
             holdout_items: 12,
             test_lines: 10,
             rule_questions: 1,
