@@ -408,8 +408,13 @@ fn confidence_prefers_the_surer_of_equals_and_scope_says_what_is_known() {
         item[..2],
         route(Routing::Softmax { sharpness: 20 }, &evidence.totals())
     );
-    assert_eq!(competent(&evidence.totals(), 0), [0]);
-    assert_eq!(competent(&evidence.totals(), 100_000), [0, 1]);
+    // Half a bit and one bit per byte.
+    let apart = [16, 32].map(|sixteenths| Bits {
+        sixteenths,
+        bytes: 2,
+    });
+    assert_eq!(competent(&apart, 499), [0]);
+    assert_eq!(competent(&apart, 500), [0, 1]);
 }
 
 /// Any codes at all: masses far from one, ties, certain ends.

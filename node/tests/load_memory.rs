@@ -26,7 +26,7 @@ const BOUNDS: [(Format, f64); 3] = [(Format::F32, 1.25), (Format::Int8, 0.6), (F
 
 /// A model in shards; returns the bytes of its weights.
 fn write(folder: &Path) -> u64 {
-    let config = ModelConfig::llama(TOKENS, 384, 4, 6, 1024);
+    let config = ModelConfig::llama(TOKENS, 512, 8, 8, 1536);
     let order = (0..).take(TOKENS).collect();
     save_folder(&random(config, order, 1).unwrap(), folder).unwrap();
     let whole = folder.join("model.safetensors");

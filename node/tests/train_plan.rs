@@ -106,7 +106,7 @@ fn peak_as_planned(folder: &Path, arguments: &[&str]) -> f64 {
     );
     // Time depends on who else uses the machine.
     println!("{} seconds a step", plan["data"]["seconds_per_step"]);
-    assert!(plan["data"]["seconds"].as_f64().unwrap() > 0.0);
+    assert!(plan["data"]["seconds_per_step"].as_f64().unwrap() > 0.0);
     peak
 }
 

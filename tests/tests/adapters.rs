@@ -37,6 +37,7 @@ fn a_site_without_private_text_takes_no_part_and_is_waited_for_until_the_deadlin
         .open_round(&[
             "mode=adapters",
             "deadlines.distil_seconds=8",
+            "deadlines.evaluate_seconds=5",
             "training.inner_rounds=1",
         ])
         .unwrap();

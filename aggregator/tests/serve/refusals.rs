@@ -168,10 +168,15 @@ async fn content_that_breaks_a_rule_is_refused_and_the_round_goes_on() {
 /// In a round without records nothing but adapters and evaluations comes in, and an adapter only with the tensors of the
 /// one that all start from.
 #[tokio::test]
-async fn an_adapter_of_another_rank_or_of_other_layers_is_refused_by_name() {
+async fn an_adapter_of_other_layers_or_of_a_rank_that_the_rule_cannot_merge_is_refused_by_name() {
     let mut consortium = Consortium::new(&PAIR, &[], 2);
     consortium.start().await;
-    consortium.open_round(&["training.inner_rounds=1", "mode=adapters"]);
+    // A mean of factors takes one rank.
+    consortium.open_round(&[
+        "training.inner_rounds=1",
+        "mode=adapters",
+        "training.merge.rule=factors",
+    ]);
     let mut bank = Node::join(&consortium, "bank", 10, None).await;
     let mut clinic = Node::join(&consortium, "clinic", 10, None).await;
     let train = |task: &Task| matches!(task, Task::Train { .. });

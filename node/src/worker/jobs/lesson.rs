@@ -104,13 +104,16 @@ impl Worker<'_> {
             return Ok(learned(loss, plan.usable(), 0));
         }
         let visited = plan.visited()?;
-        let targets = self.targets(public.records, &reference, &visited, distillation)?;
+        let mut targets = self.targets(public.records, &reference, &visited)?;
         let owned = match public.rival {
             Some(rival) => {
                 Some(self.owned(id, rival, distiller, known, (items, &visited, &targets))?)
             }
             None => None,
         };
+        if *distillation == Distillation::TrieListed {
+            targets = targets.without_tail()?;
+        }
         let teacher = match distillation.sorted_symbols() {
             Some(symbols) => {
                 // Nothing is compared at items that the source does not own.
@@ -164,20 +167,14 @@ impl Worker<'_> {
         records: &RecordFiles,
         reference: &ReferenceSet,
         visited: &[u64],
-        distillation: &Distillation,
     ) -> Result<Targets, WorkError> {
-        let targets = Targets::gather(reference, visited, records.shard_items, |index| {
+        Targets::gather(reference, visited, records.shard_items, |index| {
             let digest = usize::try_from(index)
                 .ok()
                 .and_then(|index| records.shards.get(index))
                 .ok_or_else(|| WorkError::Targets(format!("the job names no shard {index}")))?;
             Ok(self.spool.read_blob(digest, limits::SHARD)?)
-        })?;
-        if *distillation == Distillation::TrieListed {
-            targets.without_tail()
-        } else {
-            Ok(targets)
-        }
+        })
     }
 
     /// Visited items whose records beat those of the pivot before the round.

@@ -368,7 +368,7 @@ mod tests {
         let reference = reference();
         let items = reference.items();
         let tokenizer =
-            std::sync::Arc::new(train_bpe(LINES.iter().copied().cycle().take(80), 290).unwrap());
+            std::sync::Arc::new(train_bpe(LINES.iter().copied().cycle().take(80), 340).unwrap());
         let config = ModelConfig::llama(tokenizer.size(), 32, 2, 2, 48);
         let teacher = LoadedModel::random(tokenizer, config, 5).unwrap();
         for loss in LOSSES {
