@@ -223,10 +223,11 @@ mod tests {
             };
             let span = decoy.from as usize..decoy.to as usize;
             assert_eq!(old.target.len(), new.target.len());
-            assert_ne!(old.target[span.clone()], new.target[span.clone()]);
-            assert_eq!(old.target[..span.start], new.target[..span.start]);
-            assert_eq!(old.target[span.end..], new.target[span.end..]);
-            let word = &new.target[span];
+            let (old, new) = (old.target.as_bytes(), new.target.as_bytes());
+            assert_ne!(old[span.clone()], new[span.clone()]);
+            assert_eq!(old[..span.start], new[..span.start]);
+            assert_eq!(old[span.end..], new[span.end..]);
+            let word = std::str::from_utf8(&new[span]).unwrap();
             assert!(
                 before.items().iter().any(|item| item.target.contains(word)),
                 "{word}"

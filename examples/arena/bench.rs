@@ -126,7 +126,7 @@ impl Bench {
             shard_items: u32::try_from(items).context("a set of that many items")?,
             fusion,
             targets: TargetForm::default(),
-            screening: request.screening.clone(),
+            screening: request.screening,
             max_weight: None,
             training: self.training.clone(),
             members: NAMES

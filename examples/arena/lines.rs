@@ -21,9 +21,12 @@ pub(crate) struct Line {
 /// A figure of one seed and whether it is good enough; none where an arm is missing.
 type Found = Option<(bool, String)>;
 
+/// A promise and how a seed keeps it.
+type Promise = (&'static str, fn(&Seed<'_>) -> Found);
+
 /// Every line that these rows can decide.
 pub(crate) fn check(rows: &[Row], attacks: &[AttackRow]) -> Vec<Line> {
-    let lines: [(&str, fn(&Seed<'_>) -> Found); 9] = [
+    let lines: [Promise; 9] = [
         ("ours: union bits at least 3 % below SFT", below_sft),
         ("ours: union bits below every source", below_sources),
         ("ours: facts at least .5, where chance is .083", facts),

@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(good.withheld(), [0, 1, 2]);
         let mut foreign = good.clone();
         foreign.reference = Digest::of(b"other");
-        let mut bare = good.clone();
+        let mut bare = good;
         bare.nonce.clear();
         for (bad, field) in [
             (key(vec![decoy(2, 0, 1), decoy(0, 1, 4)], vec![]), "order"),

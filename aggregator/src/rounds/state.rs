@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use consilium_protocol::contribution::{Statement, Verified};
-use consilium_protocol::event::{Entry, Event, TargetIndex};
+use consilium_protocol::event::{Entry, Event, Reason, TargetIndex};
 use consilium_protocol::manifest::{self, Manifest, Training};
 use consilium_protocol::message::Logged;
 use consilium_protocol::quic::chunk::Stride;
@@ -400,12 +400,7 @@ impl State {
                 let report = report.iter().map(|digest| (*digest, Stride::BYTES));
                 self.public.extend(report);
                 active.outcome = Some(index);
-                let names: Vec<&str> = blamed.iter().map(InstitutionId::as_str).collect();
-                active.rejected = Some(if names.is_empty() {
-                    format!("{reason:?}")
-                } else {
-                    format!("{reason:?}: {}", names.join(", "))
-                });
+                active.rejected = Some(verdict(*reason, blamed));
             }
             Event::Opened { .. }
             | Event::Joined { .. }
@@ -451,4 +446,13 @@ fn name(event: &Event) -> String {
         .ok()
         .and_then(|value| Some(value.get("type")?.as_str()?.to_owned()))
         .unwrap_or_default()
+}
+/// Why a round ended without a release, and through whom.
+fn verdict(reason: Reason, blamed: &[InstitutionId]) -> String {
+    let names: Vec<&str> = blamed.iter().map(InstitutionId::as_str).collect();
+    if names.is_empty() {
+        format!("{reason:?}")
+    } else {
+        format!("{reason:?}: {}", names.join(", "))
+    }
 }

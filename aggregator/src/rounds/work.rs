@@ -125,7 +125,7 @@ impl Bench {
         let quorum = usize::try_from(manifest.quorum).unwrap_or(usize::MAX);
         let excluded = screening.excluded.clone();
         if kept.len() < quorum.min(members.len()) && !excluded.is_empty() {
-            let report = self.report(RecordsReport {
+            let report = self.report(&RecordsReport {
                 screening,
                 accounts: None,
             })?;
@@ -160,7 +160,7 @@ impl Bench {
             .and_then(|accounts| accounts.blamed(gate))
             .filter(|_| gate > 0)
             .cloned();
-        let report = Some(self.report(RecordsReport {
+        let report = Some(self.report(&RecordsReport {
             screening,
             accounts,
         })?);
@@ -228,8 +228,8 @@ impl Bench {
             .map_err(failed("reading the key of the decoys"))
     }
 
-    fn report(&self, report: RecordsReport) -> Result<Digest, WorkError> {
-        let bytes = serde_json::to_vec(&report).map_err(failed("writing JSON"))?;
+    fn report(&self, report: &RecordsReport) -> Result<Digest, WorkError> {
+        let bytes = serde_json::to_vec(report).map_err(failed("writing JSON"))?;
         self.put(&bytes)
     }
 

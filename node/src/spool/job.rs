@@ -36,6 +36,10 @@ impl fmt::Debug for JobId {
 /// Work for the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a job is read from its file and done, one at a time"
+)]
 pub enum Job {
     /// Score one shard of the reference set with the source; the artefact is a shard of records.
     Score(ScoreJob),

@@ -81,7 +81,7 @@ fn a_source_that_reads_the_text_is_not_surprised_by_wrong_words_and_is_kept_out(
     assert_eq!((flag.measured, flag.bound), (250, 2000));
     sources.reverse();
     assert_eq!(screened(&manifest, &set, &key, &sources, None), found);
-    let mut lenient = manifest.clone();
+    let mut lenient = manifest;
     lenient.screening.exclude_decoy = false;
     let found = screened(&lenient, &set, &key, &sources, None);
     assert_eq!((found.flags.len(), found.excluded.len()), (1, 0));

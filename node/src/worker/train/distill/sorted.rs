@@ -115,7 +115,7 @@ impl AlignedLogits {
     ) -> Result<(), WorkError> {
         let k = self.symbols;
         let refuse = |problem: &str| WorkError::Targets(format!("item {item}: {problem}"));
-        if k == 0 || logits.len() % k != 0 {
+        if k == 0 || !logits.len().is_multiple_of(k) {
             return Err(refuse("logits are not K a position"));
         }
         if logits.iter().any(|logit| !logit.is_finite()) {
@@ -348,7 +348,7 @@ mod tests {
         let mut all = Vec::new();
         gradients
             .each(&distiller.student.model, |_, gradient| {
-                all.extend_from_slice(gradient)
+                all.extend_from_slice(gradient);
             })
             .unwrap();
         (loss, all)
