@@ -12,8 +12,9 @@
 //! every position, and with them every feature. Differences to the largest do not change with a
 //! constant either, and the deviation takes the scale of a model out.
 //!
-//! Gradient, with `s_i` the sign of the difference at the place of node i: `df/dd_ti = (1/KT) (s_i S_t
-//! + sum_n s_n d_tn)`, then through the deviation. Which columns are the largest is held fixed.
+//! Gradient, with `s_i` the sign of the difference at the place of node i:
+//! `df/dd_ti = (1/KT) (s_i S_t + sum_n s_n d_tn)`, then through the deviation. Which columns are the
+//! largest is held fixed.
 
 use super::{EPSILON, check_length, slope};
 use crate::error::LossError;

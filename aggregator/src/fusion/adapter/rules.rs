@@ -1,7 +1,7 @@
 //! One matrix of a merge, by any rule: factors in, factors out, never the product.
 //!
-//! With `c_m` the coefficient of a member (share x scale x the rule's own scale) a linear rule gives `M = theta_0 + sum c_m (theta_m
-//! - theta_0)`, a rule on entries some low-rank M. The outer step takes M for the mean (DiLoCo, arXiv 2311.08105):
+//! With `c_m` the coefficient of a member (share x scale x the rule's own scale) a linear rule gives
+//! `M = theta_0 + sum c_m (theta_m - theta_0)`, a rule on entries some low-rank M. The outer step takes M for the mean (DiLoCo, arXiv 2311.08105):
 //!
 //! ```text
 //! g  = theta_0 - M
