@@ -55,20 +55,16 @@ pub(crate) static ARMS: &[Arm] = &[
     source("clinic", "clinic alone", |bench| local(bench, 1)),
     source("hospital", "hospital alone", |bench| local(bench, 2)),
     source("insurer", "insurer alone", |bench| local(bench, 3)),
-    Arm {
-        id: "pivot",
-        label: "pivot before",
-        origin: "",
-        role: Role::Baseline,
-        make: |bench| Ok(LoadedModel::load(&bench.pivot)?),
-    },
-    Arm {
-        id: "sft",
-        label: "SFT on the public text",
-        origin: "cross-entropy on the same items",
-        role: Role::Baseline,
-        make: |bench| bench.trainer().on_labels(bench.reference.items()),
-    },
+    arm("pivot", "pivot before", "", Role::Baseline, |bench| {
+        Ok(LoadedModel::load(&bench.pivot)?)
+    }),
+    arm(
+        "sft",
+        "SFT on the public text",
+        "cross-entropy on the same items",
+        Role::Baseline,
+        |bench| bench.trainer().on_labels(bench.reference.items()),
+    ),
     method("mean", "uniform mean", "FedMD, arXiv 1910.03581", |bench| {
         fused(bench, FusionRule::Uniform)
     }),
@@ -78,13 +74,13 @@ pub(crate) static ARMS: &[Arm] = &[
         "FuseLLM, arXiv 2401.10491, on bytes",
         |bench| fused(bench, FusionRule::MinCe),
     ),
-    Arm {
-        id: "softmax",
-        label: "softmax routing (default)",
-        origin: "this project",
-        role: Role::Ours,
-        make: |bench| fused(bench, SOFTMAX),
-    },
+    arm(
+        "softmax",
+        "softmax routing (default)",
+        "this project",
+        Role::Ours,
+        |bench| fused(bench, SOFTMAX),
+    ),
     method("causal", "causal routing", "this project", |bench| {
         named_rule(bench, "causal")
     }),
@@ -176,20 +172,20 @@ pub(crate) static ARMS: &[Arm] = &[
             sorted(bench, loss, 10)
         },
     ),
-    Arm {
-        id: "centralised",
-        label: "centralised (bound)",
-        origin: "cross-entropy on all private text",
-        role: Role::Bound,
-        make: |bench| bench.trainer().on_labels(&bench.private()),
-    },
-    Arm {
-        id: "permuted",
-        label: "permuted records (control)",
-        origin: "records dealt to the wrong items",
-        role: Role::Control,
-        make: permuted,
-    },
+    arm(
+        "centralised",
+        "centralised (bound)",
+        "cross-entropy on all private text",
+        Role::Bound,
+        |bench| bench.trainer().on_labels(&bench.private()),
+    ),
+    arm(
+        "permuted",
+        "permuted records (control)",
+        "records dealt to the wrong items",
+        Role::Control,
+        permuted,
+    ),
 ];
 
 const SOFTMAX: FusionRule = FusionRule::Softmax {
@@ -215,18 +211,29 @@ pub(crate) fn list() -> String {
         .join("\n")
 }
 
-const fn source(
+const fn arm(
     id: &'static str,
     label: &'static str,
+    origin: &'static str,
+    role: Role,
     make: fn(&Bench) -> Result<LoadedModel>,
 ) -> Arm {
     Arm {
         id,
         label,
-        origin: "private text and a little public text",
-        role: Role::Source,
+        origin,
+        role,
         make,
     }
+}
+
+const fn source(
+    id: &'static str,
+    label: &'static str,
+    make: fn(&Bench) -> Result<LoadedModel>,
+) -> Arm {
+    let origin = "private text and a little public text";
+    arm(id, label, origin, Role::Source, make)
 }
 
 const fn method(
@@ -235,13 +242,7 @@ const fn method(
     origin: &'static str,
     make: fn(&Bench) -> Result<LoadedModel>,
 ) -> Arm {
-    Arm {
-        id,
-        label,
-        origin,
-        role: Role::Method,
-        make,
-    }
+    arm(id, label, origin, Role::Method, make)
 }
 
 fn local(bench: &Bench, at: usize) -> Result<LoadedModel> {

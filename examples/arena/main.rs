@@ -16,12 +16,13 @@ mod lines;
 mod sites;
 mod table;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use consilium_examples::lab::clock::{result, say};
+use consilium_examples::lab::folder::claim;
 use consilium_examples::lab::measure::measure;
 use consilium_examples::lab::parallel::{Job, in_parallel};
 use serde::{Deserialize, Serialize};
@@ -32,9 +33,6 @@ use crate::table::{Outcome, Row};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// Folders with this file are ours to replace.
-const MARK: &str = ".consilium-arena";
 
 /// What the public text says about the answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -111,7 +109,7 @@ fn arena(arguments: &Arguments) -> Result<bool> {
         return Ok(true);
     }
     let arms = chosen(&arguments.arm)?;
-    claim(&arguments.out)?;
+    claim(&arguments.out, "arena")?;
     let (mut rows, mut attacks) = (Vec::new(), Vec::new());
     for &regime in &arguments.regime {
         for &seed in &arguments.seeds {
@@ -180,22 +178,6 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Arm>> {
                 .with_context(|| format!("no arm is called {name:?}; see --list"))
         })
         .collect()
-}
-
-fn claim(out: &Path) -> Result<()> {
-    if out.exists() {
-        if !out.join(MARK).is_file() && std::fs::read_dir(out)?.next().is_some() {
-            bail!(
-                "{} exists and is no earlier run; name another folder with --out",
-                out.display()
-            );
-        }
-        std::fs::remove_dir_all(out)?;
-    }
-    std::fs::create_dir_all(out)?;
-    std::fs::write(out.join(MARK), "")?;
-    ensure!(out.is_dir(), "{} is no folder", out.display());
-    Ok(())
 }
 
 fn command(arguments: &Arguments) -> String {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use consilium_kernels::{RecordShape, RecordView};
@@ -22,6 +21,7 @@ use crate::error::with_causes;
 use crate::spool::{Job, JobId, Outcome, ScoreJob, Spool};
 use crate::worker::jobs::check_symbols;
 use crate::worker::progress::Terminal;
+use crate::worker::reference::ReferenceCache;
 use crate::worker::score::{ShardBuilder, items_in};
 use crate::worker::{Monitor as _, WorkError};
 
@@ -56,7 +56,7 @@ pub struct Scorer {
     identity: String,
     asking: Asking,
     is_probed: bool,
-    reference: Option<Arc<ReferenceSet>>,
+    reference: ReferenceCache,
 }
 
 impl Scorer {
@@ -100,7 +100,7 @@ impl Scorer {
             identity: identity.chars().take(16).collect(),
             asking,
             is_probed: false,
-            reference: None,
+            reference: ReferenceCache::default(),
         })
     }
 
@@ -174,7 +174,7 @@ impl Scorer {
 
     fn score(&mut self, id: &JobId, job: &ScoreJob, stop: Stop<'_>) -> Result<Done, ScorerError> {
         check_symbols(job.symbols, self.source.hidden_size)?;
-        let reference = self.reference(&job.reference)?;
+        let reference = self.reference.read(&self.spool, &job.reference)?;
         let items = items_in(&reference, &job.items)?;
         let shape = RecordShape {
             k: job.symbols.into(),
@@ -264,18 +264,6 @@ impl Scorer {
             }
         }
         Ok(())
-    }
-
-    fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, ScorerError> {
-        if let Some(reference) = &self.reference
-            && reference.digest() == *digest
-        {
-            return Ok(Arc::clone(reference));
-        }
-        let bytes = self.spool.read_blob(digest, limits::ARTEFACT)?;
-        let reference = Arc::new(ReferenceSet::parse(&bytes)?);
-        self.reference = Some(Arc::clone(&reference));
-        Ok(reference)
     }
 }
 

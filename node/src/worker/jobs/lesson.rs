@@ -83,7 +83,9 @@ impl Worker<'_> {
         known: &mut Known,
         public: &Public<'_>,
     ) -> Result<Learned, WorkError> {
-        let reference = self.reference(&public.records.reference)?;
+        let reference = self
+            .reference
+            .read(&self.spool, &public.records.reference)?;
         let items = reference.items();
         if items.len() as u64 != public.records.items {
             return Err(WorkError::Setting {

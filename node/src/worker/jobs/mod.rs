@@ -6,11 +6,9 @@ mod lesson;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use consilium_kernels::RecordShape;
 use consilium_protocol::evaluation::Evaluation;
-use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::{Clock as _, Digest, limits};
 
@@ -23,6 +21,7 @@ use crate::worker::evaluate::evaluate;
 use crate::worker::holdout;
 use crate::worker::monitor::Monitor;
 use crate::worker::progress::Terminal;
+use crate::worker::reference::ReferenceCache;
 use crate::worker::score::score_shard;
 use crate::worker::source::LoadedModel;
 use crate::worker::train::distill::Settings;
@@ -69,7 +68,7 @@ pub struct Worker<'a> {
     folders: Folders,
     spool: Spool,
     stop: &'a dyn Fn() -> bool,
-    reference: Option<Arc<ReferenceSet>>,
+    reference: ReferenceCache,
     source: Option<LoadedModel>,
     distiller: Option<Running>,
     memory: Memory,
@@ -85,7 +84,7 @@ impl<'a> Worker<'a> {
             spool: Spool::open(&folders.spool)?,
             folders,
             stop,
-            reference: None,
+            reference: ReferenceCache::default(),
             source: None,
             distiller: None,
             memory: Memory::default(),
@@ -153,7 +152,7 @@ impl<'a> Worker<'a> {
     }
 
     fn score(&mut self, id: &JobId, job: &ScoreJob) -> Result<Done, WorkError> {
-        let reference = self.reference(&job.reference)?;
+        let reference = self.reference.read(&self.spool, &job.reference)?;
         self.distiller = None;
         let source = self.take_source()?.ok_or_else(|| WorkError::Setting {
             field: "source",
@@ -223,18 +222,6 @@ impl<'a> Worker<'a> {
             source.use_chat_template(&folder)?;
         }
         Ok(Some(source))
-    }
-
-    fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {
-        if let Some(reference) = &self.reference
-            && reference.digest() == *digest
-        {
-            return Ok(Arc::clone(reference));
-        }
-        let bytes = self.spool.read_blob(digest, limits::ARTEFACT)?;
-        let reference = Arc::new(ReferenceSet::parse(&bytes)?);
-        self.reference = Some(Arc::clone(&reference));
-        Ok(reference)
     }
 }
 
