@@ -1,6 +1,6 @@
 //! Whom a round's records give away: sources that read the public text, that repeat another's records, or that say nothing.
 //!
-//! Four findings, each an integer against a bound of the manifest:
+//! Three findings, each an integer against a bound of the manifest:
 //!
 //! - `decoy`: on spans that are wrong on purpose (see [`consilium_protocol::decoys`]) the source needs fewer bits a span than
 //!   the bound, on the mean. A wrong word of the set costs an honest source at least what it takes to choose among the
@@ -9,7 +9,6 @@
 //!   two copied, records do not say; the first by name is the one that is kept.
 //! - `constant`: the source says nearly the same at every position: the mean total variation between one position and
 //!   the next is below the bound. Uniform records are a case of this, and so is any free rider that has no model.
-//! - `prior`: the records are nearly those of a public model, if the caller has them: the pivot's own, say.
 //!
 //! Shards are added one by one and in any order; sums of integers decide.
 
@@ -48,8 +47,6 @@ pub struct Flag {
 pub struct Screened {
     /// Decoys that were counted.
     pub decoys: u64,
-    /// Whether records of a public model were at hand.
-    pub prior: bool,
     /// Flags in the order of their institutions.
     pub flags: Vec<Flag>,
     /// Sources that the manifest's policy keeps out of the fusion, ascending.
@@ -63,7 +60,6 @@ pub struct Screen<'a> {
     reference: &'a ReferenceSet,
     key: Option<&'a DecoyKey>,
     decoys: u64,
-    prior: bool,
     sums: BTreeMap<InstitutionId, Sums>,
     pairs: BTreeMap<(InstitutionId, InstitutionId), Variation>,
 }
@@ -72,7 +68,6 @@ pub struct Screen<'a> {
 struct Sums {
     decoy_sixteenths: u64,
     steps: Variation,
-    prior: Variation,
 }
 
 /// A sum of total variations and of what it runs over.
@@ -108,13 +103,12 @@ impl<'a> Screen<'a> {
             reference,
             key,
             decoys: 0,
-            prior: false,
             sums: BTreeMap::new(),
             pairs: BTreeMap::new(),
         }
     }
 
-    /// Adds shard `index` of all sources, and that of a public model where there is one.
+    /// Adds shard `index` of all sources.
     ///
     /// # Errors
     /// As [`super::fuse_shard`].
@@ -122,11 +116,10 @@ impl<'a> Screen<'a> {
         &mut self,
         index: u32,
         sources: &[(InstitutionId, Shard)],
-        prior: Option<&Shard>,
     ) -> Result<(), FusionError> {
         match self.manifest.symbol_space {
-            SymbolSpace::Bytes => self.add_space::<u8>(index, sources, prior),
-            SymbolSpace::Tokens { .. } => self.add_space::<u32>(index, sources, prior),
+            SymbolSpace::Bytes => self.add_space::<u8>(index, sources),
+            SymbolSpace::Tokens { .. } => self.add_space::<u32>(index, sources),
         }
     }
 
@@ -134,15 +127,9 @@ impl<'a> Screen<'a> {
         &mut self,
         index: u32,
         sources: &[(InstitutionId, Shard)],
-        prior: Option<&Shard>,
     ) -> Result<(), FusionError> {
         let ready = Ready::<S>::of_sources(self.manifest, self.reference, index, sources)?;
-        let of_prior = prior
-            .map(|shard| ready.view(self.reference, shard))
-            .transpose()?;
-        self.prior |= prior.is_some();
         let decoys = self.key.map_or(&[][..], |key| &key.decoys);
-        let mut start = 0_usize;
         for (place, item) in ready.items.iter().enumerate() {
             let wrong = |error| ready.wrong(place, error);
             let number = ready.first() + u64::try_from(place).unwrap_or(0);
@@ -154,9 +141,6 @@ impl<'a> Screen<'a> {
             let spelled: Vec<_> = decoy.map_or_else(Vec::new, |decoy| {
                 S::spelling(item.item, decoy.from..decoy.to)
             });
-            let end = start + S::positions(item.item);
-            let known = of_prior.as_ref().and_then(|view| view.slice(start..end));
-            start = end;
             for (source, (who, view)) in ready.institutions.iter().zip(&item.sources).enumerate() {
                 let sums = self.sums.entry(who.clone()).or_default();
                 for &position in &spelled {
@@ -165,10 +149,6 @@ impl<'a> Screen<'a> {
                 let last = view.positions().saturating_sub(1);
                 if let (Some(here), Some(next)) = (view.slice(0..last), view.slice(1..last + 1)) {
                     sums.steps.add(variation(here, next).map_err(wrong)?, last);
-                }
-                if let Some(known) = known {
-                    let distance = variation(*view, known).map_err(wrong)?;
-                    sums.prior.add(distance, view.positions());
                 }
                 for (other, theirs) in ready.institutions.iter().zip(&item.sources).take(source) {
                     let distance = variation(*theirs, *view).map_err(wrong)?;
@@ -203,8 +183,6 @@ impl<'a> Screen<'a> {
             flag(Finding::Decoy, bits, bounds.decoy_millibits.into());
             let constant = ppm(bounds.constant_permille);
             flag(Finding::Constant, sums.steps.mean_ppm(), constant);
-            let duplicate = ppm(bounds.duplicate_permille);
-            flag(Finding::Prior, sums.prior.mean_ppm(), duplicate);
         }
         let bound = ppm(bounds.duplicate_permille);
         for ((first, second), distance) in &self.pairs {
@@ -229,7 +207,6 @@ impl<'a> Screen<'a> {
         excluded.dedup();
         Screened {
             decoys: self.decoys,
-            prior: self.prior,
             flags,
             excluded,
         }

@@ -197,7 +197,7 @@ impl Bench {
         for index in 0..round.manifest().shards() {
             let sources = self.sources(round, index, members)?;
             screen
-                .add(index, &sources, None)
+                .add(index, &sources)
                 .map_err(failed("screening records"))?;
         }
         Ok(screen.finish())

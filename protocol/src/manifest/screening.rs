@@ -14,8 +14,6 @@ pub enum Finding {
     Duplicate,
     /// It says nearly the same everywhere: a free rider.
     Constant,
-    /// Its records are nearly those of a public model: a free rider.
-    Prior,
 }
 
 /// Bounds and policy of screening. A bound of 0 turns its finding off.
@@ -26,7 +24,7 @@ pub struct Screening {
     pub decoys: Option<Digest>,
     /// Least bits that a decoy must cost a source on the mean, in thousandths.
     pub decoy_millibits: u32,
-    /// Least mean total variation between the records of two sources, and from a public model's, in thousandths.
+    /// Least mean total variation between the records of two sources, in thousandths.
     pub duplicate_permille: u32,
     /// Least mean total variation of a source between one position and the next, in thousandths.
     pub constant_permille: u32,
@@ -34,7 +32,7 @@ pub struct Screening {
     pub exclude_decoy: bool,
     /// The same for those that repeat another's records; of equal ones the first by name stays.
     pub exclude_duplicate: bool,
-    /// The same for those that say nearly the same everywhere, or what a public model says.
+    /// The same for those that say nearly the same everywhere.
     pub exclude_free_rider: bool,
     /// Most items of the holdout that contributions are measured on; 0 for no accounts and no public gate.
     pub account_items: u32,
@@ -66,7 +64,7 @@ impl Screening {
         match finding {
             Finding::Decoy => self.exclude_decoy,
             Finding::Duplicate => self.exclude_duplicate,
-            Finding::Constant | Finding::Prior => self.exclude_free_rider,
+            Finding::Constant => self.exclude_free_rider,
         }
     }
 

@@ -165,17 +165,6 @@ impl<'a, S: Space> Ready<'a, S> {
         Self::new(manifest, reference, shard, &sorted(sources)?)
     }
 
-    /// Checks the records that another model has of the same shard.
-    pub(crate) fn view<'b>(
-        &self,
-        reference: &ReferenceSet,
-        shard: &'b Shard,
-    ) -> Result<RecordView<'b, S>, FusionError> {
-        let items = items(self.manifest, reference, self.shard)?;
-        let nobody = self.institutions.first().ok_or(FusionError::Nothing)?;
-        view(self.manifest, items, self.shard, nobody, shard)
-    }
-
     pub(crate) fn new(
         manifest: &'a Manifest,
         reference: &'a ReferenceSet,

@@ -43,10 +43,9 @@ fn screened(
     set: &ReferenceSet,
     key: &DecoyKey,
     sources: &[(InstitutionId, Shard)],
-    prior: Option<&Shard>,
 ) -> Screened {
     let mut screen = Screen::new(manifest, set, Some(key));
-    screen.add(0, sources, prior).unwrap();
+    screen.add(0, sources).unwrap();
     screen.finish()
 }
 
@@ -70,8 +69,8 @@ fn a_source_that_reads_the_text_is_not_surprised_by_wrong_words_and_is_kept_out(
         (id("b"), honest(&manifest, &set, 0.5)),
         (id("cheat"), shard(&manifest, &set, 0.9, 0)),
     ];
-    let found = screened(&manifest, &set, &key, &sources, None);
-    assert_eq!((found.decoys, found.prior), (2, false));
+    let found = screened(&manifest, &set, &key, &sources);
+    assert_eq!(found.decoys, 2);
     assert_eq!(found.excluded, [id("cheat")], "{found:?}");
     let [flag] = found.flags.as_slice() else {
         panic!("{found:?}")
@@ -80,15 +79,15 @@ fn a_source_that_reads_the_text_is_not_surprised_by_wrong_words_and_is_kept_out(
     // Two bytes a decoy at .9, two sixteenths each.
     assert_eq!((flag.measured, flag.bound), (250, 2000));
     sources.reverse();
-    assert_eq!(screened(&manifest, &set, &key, &sources, None), found);
+    assert_eq!(screened(&manifest, &set, &key, &sources), found);
     let mut lenient = manifest;
     lenient.screening.exclude_decoy = false;
-    let found = screened(&lenient, &set, &key, &sources, None);
+    let found = screened(&lenient, &set, &key, &sources);
     assert_eq!((found.flags.len(), found.excluded.len()), (1, 0));
 }
 
 #[test]
-fn copies_constants_and_public_models_are_told_from_the_honest() {
+fn copies_and_constants_are_told_from_the_honest() {
     let (mut manifest, set) = softmax();
     let key = key(&set);
     let model = honest(&manifest, &set, 0.6);
@@ -104,15 +103,13 @@ fn copies_constants_and_public_models_are_told_from_the_honest() {
     uniform.codes = vec![code::encode(1.0 / 257.0); 3 * positions];
     uniform.end = vec![code::encode(1.0 / 257.0); positions];
     uniform.tail = vec![code::encode(253.0 / 257.0); positions];
-    let public = honest(&manifest, &set, 0.4);
     let sources = vec![
         (id("a"), model),
         (id("b"), honest(&manifest, &set, 0.5)),
         (id("copy"), copy),
         (id("idle"), uniform),
-        (id("pivot"), public.clone()),
     ];
-    let found = screened(&manifest, &set, &key, &sources, Some(&public));
+    let found = screened(&manifest, &set, &key, &sources);
     let seen: Vec<_> = found
         .flags
         .iter()
@@ -129,7 +126,6 @@ fn copies_constants_and_public_models_are_told_from_the_honest() {
         [
             ("copy", Finding::Duplicate, Some("a")),
             ("idle", Finding::Constant, None),
-            ("pivot", Finding::Prior, None),
         ]
     );
     assert!(
@@ -138,8 +134,8 @@ fn copies_constants_and_public_models_are_told_from_the_honest() {
     );
     manifest.screening.exclude_duplicate = true;
     manifest.screening.exclude_free_rider = true;
-    let found = screened(&manifest, &set, &key, &sources, Some(&public));
-    assert_eq!(found.excluded, ["copy", "idle", "pivot"].map(id));
+    let found = screened(&manifest, &set, &key, &sources);
+    assert_eq!(found.excluded, ["copy", "idle"].map(id));
 }
 
 fn accounts(manifest: &Manifest, sources: &[(InstitutionId, Shard)]) -> Accounts {
