@@ -8,12 +8,10 @@ use std::time::Duration;
 use super::effect::{Admission, Effect, RoundError, RoundPhase, RoundTask, Work};
 use super::parts::{part_seed, parts};
 use crate::artefact::Kind;
-use crate::contribution::Statement;
 use crate::event::{Event, Phase, Reason};
 use crate::ids::{Digest, InstitutionId};
 use crate::manifest::Manifest;
 use crate::message::Part;
-use crate::reject::RejectCode;
 use crate::time::UnixMillis;
 
 /// Artefacts of one member and one kind by sequence.
