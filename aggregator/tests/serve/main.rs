@@ -237,9 +237,9 @@ async fn killed_again_and_again_it_loses_no_receipt_and_counts_none_twice() {
     let mut kills: u64 = 0;
     loop {
         let mut nodes = join_all(&consortium, seen).await;
-        // Another stretch each time, so that the kill falls into another step; and longer ones, so that a machine that is
-        // slow or busy gets on too.
-        let stretch = Duration::from_millis(20 + kills * 37 % 150 + kills * 10);
+        // Another stretch each time, so that the kill falls into another step: short ones first, so that a fast machine is
+        // killed before it is through, and longer ones, so that a slow or busy one gets on too.
+        let stretch = Duration::from_millis(5 + kills * 37 % 30 + kills * 10);
         let finished = tokio::select! {
             _ = play_all(&mut nodes, |_| false) => true,
             () = tokio::time::sleep(stretch) => false,
