@@ -309,6 +309,9 @@ fn show_status(status: &Status) -> Result<()> {
         word(&round["inner_rounds"])
     );
     println!("release     {}", word(&round["release"]));
+    if !round["rejected"].is_null() {
+        println!("rejected    {}", word(&round["rejected"]));
+    }
     for member in round["members"].as_array().into_iter().flatten() {
         println!(
             "  {:<20} connections {}, shards {}, adapters {}, evaluated {}",

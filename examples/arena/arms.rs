@@ -7,10 +7,11 @@ use consilium_examples::lab::trainer::permuted_targets;
 use consilium_kernels::RecordShape;
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher, ownership};
-use consilium_protocol::manifest::{FusionRule, TargetForm};
+use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
 use consilium_protocol::shard::Shard;
 
 use crate::bench::Bench;
+use crate::exchange::{Lesson, Merging, exchanged};
 
 /// What an arm is there for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub(crate) enum Role {
     Baseline,
     /// A method.
     Method,
+    /// A method that trains the pivot itself on private text, which adapters can give away: a track of its own.
+    Private,
     /// This project's default.
     Ours,
     /// Sees what no consortium may see.
@@ -172,6 +175,82 @@ pub(crate) static ARMS: &[Arm] = &[
             sorted(bench, loss, 10)
         },
     ),
+    method(
+        "pairwise",
+        "pairwise, own records, mean",
+        "after arXiv 2501.02795, on bytes",
+        |bench| exchanged(bench, Lesson::Records, Merging::once(MergeRule::Product)),
+    ),
+    method(
+        "pairwise_arithmetic",
+        "pairwise, task arithmetic",
+        "arXiv 2501.02795 and 2212.04089",
+        |bench| exchanged(bench, Lesson::Records, Merging::once(ARITHMETIC)),
+    ),
+    method(
+        "infifusion_pairwise",
+        "InfiFusion, pairwise",
+        "arXiv 2501.02795, top 10, task arithmetic",
+        |bench| exchanged(bench, Lesson::Logits, Merging::once(ARITHMETIC)),
+    ),
+    second(
+        "fedavg",
+        "FedAvg of factors, 8 merges",
+        "FedIT, arXiv 2305.05644",
+        |bench| private(bench, Merging::often(MergeRule::Factors, [1000, 0])),
+    ),
+    second("ffa", "FFA-LoRA, 8 merges", "arXiv 2403.12313", |bench| {
+        private(bench, Merging::often(MergeRule::Ffa, [1000, 0]))
+    }),
+    second(
+        "diloco",
+        "DiLoCo on products, 8 merges",
+        "arXiv 2311.08105 and 2402.11505",
+        |bench| private(bench, Merging::often(MergeRule::Product, [700, 700])),
+    ),
+    second(
+        "svd",
+        "exact mean and SVD, 1 merge",
+        "FlexLoRA, arXiv 2402.11505",
+        |bench| private(bench, Merging::once(MergeRule::Product)),
+    ),
+    second(
+        "flora",
+        "FLoRA stacking, 1 merge",
+        "arXiv 2409.05976",
+        |bench| private(bench, Merging::once(MergeRule::Stack)),
+    ),
+    second(
+        "arithmetic",
+        "task arithmetic, 1 merge",
+        "arXiv 2212.04089",
+        |bench| private(bench, Merging::once(ARITHMETIC)),
+    ),
+    second("ties", "TIES, 1 merge", "arXiv 2306.01708", |bench| {
+        let rule = MergeRule::Ties {
+            density_permille: 200,
+            scale_permille: 1000,
+        };
+        private(bench, Merging::once(rule))
+    }),
+    second("dare", "DARE, 1 merge", "arXiv 2311.03099", |bench| {
+        let rule = MergeRule::Dare {
+            density_permille: 500,
+            scale_permille: 250,
+        };
+        private(bench, Merging::once(rule))
+    }),
+    second(
+        "sce",
+        "SCE, 1 merge",
+        "FuseChat, arXiv 2408.07990",
+        |bench| {
+            let rule = MergeRule::Sce {
+                select_permille: 100,
+            };
+            private(bench, Merging::once(rule))
+        },
+    ),
     arm(
         "centralised",
         "centralised (bound)",
@@ -187,6 +266,11 @@ pub(crate) static ARMS: &[Arm] = &[
         permuted,
     ),
 ];
+
+/// Half of the sum: between the mean of four and the sum.
+const ARITHMETIC: MergeRule = MergeRule::TaskArithmetic {
+    scale_permille: 500,
+};
 
 const SOFTMAX: FusionRule = FusionRule::Softmax {
     sharpness: SHARPNESS,
@@ -243,6 +327,15 @@ const fn method(
     make: fn(&Bench) -> Result<LoadedModel>,
 ) -> Arm {
     arm(id, label, origin, Role::Method, make)
+}
+
+const fn second(
+    id: &'static str,
+    label: &'static str,
+    origin: &'static str,
+    make: fn(&Bench) -> Result<LoadedModel>,
+) -> Arm {
+    arm(id, label, origin, Role::Private, make)
 }
 
 fn local(bench: &Bench, at: usize) -> Result<LoadedModel> {
@@ -325,6 +418,11 @@ fn sorted(bench: &Bench, loss: SortedLoss, symbols: usize) -> Result<LoadedModel
     };
     distiller.run(&plan, items, objective, &mut ())?;
     Ok(distiller.into_student())
+}
+
+/// Adapters trained on private text.
+fn private(bench: &Bench, merging: Merging) -> Result<LoadedModel> {
+    exchanged(bench, Lesson::Private, merging)
 }
 
 fn permuted(bench: &Bench) -> Result<LoadedModel> {

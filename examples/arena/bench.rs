@@ -21,12 +21,13 @@ use consilium_protocol::shard::{Header, Shard, Symbols};
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
 
 use crate::Regime;
+use crate::exchange::Kept;
 use crate::sites::{self, NAMES};
 
 /// Symbols of a record that leaves nothing out: more are hardly ever likely at once.
 const DENSE: u16 = 64;
 /// Peak learning rate of every arm: the best of the consortium example's grid for SFT and for the bound.
-const RATE: f64 = 6e-3;
+pub(crate) const RATE: f64 = 6e-3;
 
 /// One seed in one regime.
 #[derive(Debug)]
@@ -47,6 +48,8 @@ pub(crate) struct Bench {
     pub(crate) steps: u64,
     /// Records of every source with [`DENSE`] symbols.
     dense: Vec<(InstitutionId, Shard)>,
+    /// Adapters that several arms merge.
+    pub(crate) kept: Kept,
 }
 
 impl Bench {
@@ -96,6 +99,7 @@ impl Bench {
             training: OpenRequest::default().training,
             steps,
             dense,
+            kept: Kept::default(),
         })
     }
 
@@ -145,14 +149,18 @@ impl Bench {
         if symbols == DENSE {
             return Ok(self.dense.clone());
         }
-        let shape = RecordShape {
-            k: symbols.into(),
-            fill_permille: OpenRequest::default().fill_permille.into(),
-        };
         self.dense
             .iter()
-            .map(|(who, shard)| Ok((who.clone(), narrow(shard, shape)?)))
+            .map(|(who, shard)| Ok((who.clone(), narrow(shard, self.shape(symbols))?)))
             .collect()
+    }
+
+    /// Records of this many symbols as a round asks for them by default.
+    pub(crate) fn shape(&self, symbols: u16) -> RecordShape {
+        RecordShape {
+            k: symbols.into(),
+            fill_permille: OpenRequest::default().fill_permille.into(),
+        }
     }
 
     /// Targets from records of `symbols` symbols, for all items.

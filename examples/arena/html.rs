@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::Regime;
 use crate::arms::{ARMS, Role};
-use crate::attacks::RULES;
+use crate::costs;
 use crate::table::{COLUMNS, Column, Outcome, show};
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;\
@@ -55,27 +55,27 @@ pub(crate) fn render(outcome: &Outcome) -> String {
     page
 }
 
-/// What each attack costs under each rule.
+/// What each attack costs.
 fn attacks(page: &mut String, outcome: &Outcome) {
-    if outcome.attacks.is_empty() {
-        return;
-    }
-    page.push_str(
-        "<h2>One of five institutions lies</h2>\n<p>Bits more than without it, in per cent; in the first row than the default \
-         rule.</p>\n<table>\n<tr><th>attack</th>",
-    );
-    for rule in RULES {
-        let _ = write!(page, "<th>{rule}</th>");
-    }
-    page.push_str("</tr>\n");
-    for (label, costs) in outcome.attack_costs() {
-        let _ = write!(page, "<tr><td>{label}</td>");
-        for cost in costs {
-            let _ = write!(page, "<td>{cost:.1}</td>");
+    for costs in costs::tables(outcome) {
+        let _ = write!(
+            page,
+            "<h2>{}</h2>\n<p>{}</p>\n<table>\n<tr><th>attack</th>",
+            costs.heading, costs.note
+        );
+        for column in costs.columns {
+            let _ = write!(page, "<th>{column}</th>");
         }
         page.push_str("</tr>\n");
+        for (label, cells) in costs.rows {
+            let _ = write!(page, "<tr><td>{label}</td>");
+            for cell in cells {
+                let _ = write!(page, "<td>{cell}</td>");
+            }
+            page.push_str("</tr>\n");
+        }
+        page.push_str("</table>\n");
     }
-    page.push_str("</table>\n");
 }
 
 fn class(role: Role) -> &'static str {
@@ -83,7 +83,7 @@ fn class(role: Role) -> &'static str {
         Role::Ours => "ours",
         Role::Bound => "bound",
         Role::Control => "control",
-        Role::Source | Role::Baseline | Role::Method => "",
+        Role::Source | Role::Baseline | Role::Method | Role::Private => "",
     }
 }
 

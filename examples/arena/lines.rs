@@ -1,11 +1,13 @@
 //! What the comparison is held to: every line on every seed, from the same rows that are written.
 
+use consilium_examples::attacks::records::Attack;
 use serde::{Deserialize, Serialize};
 
 use crate::Regime;
+use crate::adapters::{AdapterAttack, DEFENCES, Exactness};
 use crate::arms::{ARMS, Role};
-use crate::attacks::AttackRow;
-use crate::table::Row;
+use crate::attacks::{AttackRow, RULES};
+use crate::table::{Outcome, Row};
 
 /// A promise and what was found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,8 +27,9 @@ type Found = Option<(bool, String)>;
 type Promise = (&'static str, fn(&Seed<'_>) -> Found);
 
 /// Every line that these rows can decide.
-pub(crate) fn check(rows: &[Row], attacks: &[AttackRow]) -> Vec<Line> {
-    let lines: [Promise; 9] = [
+pub(crate) fn check(outcome: &Outcome) -> Vec<Line> {
+    let (rows, attacks) = (&outcome.rows, &outcome.attacks);
+    let lines: [Promise; 10] = [
         ("ours: union bits at least 3 % below SFT", below_sft),
         ("ours: union bits below every source", below_sources),
         ("ours: facts at least .5, where chance is .083", facts),
@@ -36,8 +39,9 @@ pub(crate) fn check(rows: &[Row], attacks: &[AttackRow]) -> Vec<Line> {
         ),
         ("permuted records: facts at most .15", control),
         ("8 symbols and tail: within 1 % of 64", narrow),
-        ("12 drawn symbols: within 1 % of 64", drawn),
+        ("50 draws, about 12 symbols: within 1 % of 64", drawn),
         ("uniform mean: worse than routing", mean),
+        ("FedAvg of adapters: shown", fedavg),
         ("InfiFusion: fewer bits than plain ULD", infifusion),
     ];
     let seeds = seeds(rows);
@@ -57,7 +61,14 @@ pub(crate) fn check(rows: &[Row], attacks: &[AttackRow]) -> Vec<Line> {
                     .join(", "),
             }
         })
-        .chain([first(rows), bounded(attacks), harmless(attacks)])
+        .chain([
+            first(rows),
+            bounded(attacks),
+            harmless(attacks),
+            guarded(attacks),
+            exact(&outcome.exactness),
+        ])
+        .chain(defended(&outcome.adapter_attacks))
         .collect()
 }
 
@@ -150,6 +161,11 @@ fn mean(seed: &Seed<'_>) -> Found {
     Some((ratio > 1.0, format!("{ratio:.3}")))
 }
 
+fn fedavg(seed: &Seed<'_>) -> Found {
+    let (bits, facts) = (seed.bits("fedavg")?, seed.facts("fedavg")?);
+    Some((true, format!("{bits:.3} and {facts:.3}")))
+}
+
 fn infifusion(seed: &Seed<'_>) -> Found {
     let ratio = seed.ratio("infifusion", "uld")?;
     let sft = seed.ratio("infifusion", "sft")?;
@@ -187,6 +203,73 @@ fn harmless(attacks: &[AttackRow]) -> Line {
         holds: worst.map(|cost| cost <= 1.0),
         found: worst.map_or_else(String::new, |cost| format!("{cost:+.1} %")),
     }
+}
+
+/// Whether ExpGuard bears one liar who says the least likely byte, where the plain mean does not.
+fn guarded(attacks: &[AttackRow]) -> Line {
+    let flips = attacks
+        .iter()
+        .filter(|row| row.attack == Attack::LeastLikely.name() && !row.only_answers);
+    let of = |rule: &str| {
+        let at = RULES.iter().position(|name| *name == rule)?;
+        let costs = flips.clone().filter_map(|row| row.cost_permille.get(at));
+        costs.copied().reduce(f64::max).map(|most| most / 10.0)
+    };
+    let found = of("exp_guard").zip(of("uniform"));
+    Line {
+        promise: "least likely byte: ExpGuard within 2 %, the plain mean worse".to_owned(),
+        holds: found.map(|(guard, mean)| guard <= 2.0 && mean > guard),
+        found: found.map_or_else(String::new, |(guard, mean)| {
+            format!("{guard:.1} % against {mean:.1} %")
+        }),
+    }
+}
+
+/// Whether stacking and the residual give the weighted sum of products, and how far the mean of factors is from it.
+fn exact(found: &[Exactness]) -> Line {
+    let most = |of: fn(&Exactness) -> f64| found.iter().map(of).reduce(f64::max);
+    let figures = most(|of| of.stack)
+        .zip(most(|of| of.residual))
+        .zip(most(|of| of.factors));
+    Line {
+        promise: "merged products: stacking and residual within 1e-5 of the sum".to_owned(),
+        holds: figures.map(|((stack, residual), _)| stack <= 1e-5 && residual <= 1e-5),
+        found: figures.map_or_else(String::new, |((stack, residual), factors)| {
+            format!("{stack:.0e} and {residual:.0e}; bias of the mean of factors {factors:.2}")
+        }),
+    }
+}
+
+/// Whether attacks on adapters cost the default defence at most 5 %, and it costs 1 % where nobody lies.
+fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
+    let by_default = cells
+        .iter()
+        .map(|row| &row.cell)
+        .filter(|cell| cell.defence == DEFENCES[0].1.name());
+    let worst = |lies: bool| {
+        by_default
+            .clone()
+            .filter(|cell| (cell.attack != "none") == lies)
+            .filter_map(|cell| Some((100.0 * cell.cost?, cell.attack.as_str())))
+            .max_by(|a, b| a.0.total_cmp(&b.0))
+    };
+    let line = |promise: &str, worst: Option<(f64, &str)>, most: f64| Line {
+        promise: promise.to_owned(),
+        holds: worst.map(|(cost, _)| cost <= most),
+        found: worst.map_or_else(String::new, |(cost, by)| format!("{cost:.1} % by {by}")),
+    };
+    [
+        line(
+            "default defence: every attack of one in five on adapters costs at most 5 %",
+            worst(true),
+            5.0,
+        ),
+        line(
+            "default defence: costs at most 1 % where nobody lies",
+            worst(false),
+            1.0,
+        ),
+    ]
 }
 
 /// Whether the default is first among all arms that no bound and no control is, by mean bits and by mean facts.
@@ -232,7 +315,9 @@ fn first(rows: &[Row]) -> Line {
         _ => String::new(),
     };
     Line {
-        promise: "ours: first on bits and on facts, by the mean over the seeds".to_owned(),
+        promise:
+            "ours: first on bits and on facts where private text trains sources alone, by the mean"
+                .to_owned(),
         holds: ours
             .zip(best_bits)
             .zip(best_facts)

@@ -8,9 +8,12 @@
 //! Four institutions with four tokenizers. Everything runs in this process and calls the very functions that a round
 //! calls; what goes over the wire is the subject of the `consortium` example. A method that loses is printed like one that wins.
 
+mod adapters;
 mod arms;
 mod attacks;
 mod bench;
+mod costs;
+mod exchange;
 mod html;
 mod lines;
 mod sites;
@@ -83,7 +86,7 @@ struct Arguments {
     /// Folder that the run leaves behind; an earlier run's is replaced.
     #[arg(long, default_value = "arena-run")]
     out: PathBuf,
-    /// Leaves out the table of attacks against rules.
+    /// Leaves out the tables of attacks.
     #[arg(long)]
     no_attacks: bool,
     /// Prints the names of all arms and where they come from, and ends.
@@ -110,25 +113,26 @@ fn arena(arguments: &Arguments) -> Result<bool> {
     }
     let arms = chosen(&arguments.arm)?;
     claim(&arguments.out, "arena")?;
-    let (mut rows, mut attacks) = (Vec::new(), Vec::new());
+    let mut outcome = Outcome {
+        command: command(arguments),
+        steps: arguments.steps,
+        ..Outcome::default()
+    };
     for &regime in &arguments.regime {
         for &seed in &arguments.seeds {
             let name = format!("{}-{seed}", regime.true_answers_permille());
             let bench = Bench::prepare(seed, regime, arguments.steps, &arguments.out.join(name))?;
-            rows.extend(run(&bench, &arms)?);
+            outcome.rows.extend(run(&bench, &arms)?);
             if regime == Regime::Random && !arguments.no_attacks {
                 say("           attacks on records against rules");
-                attacks.extend(attacks::table(&bench)?);
+                outcome.attacks.extend(attacks::table(&bench)?);
+                say("           attacks on adapters against defences");
+                outcome.exactness.push(adapters::exactness(&bench)?);
+                outcome.adapter_attacks.extend(adapters::attacks(&bench)?);
             }
         }
     }
-    let outcome = Outcome {
-        command: command(arguments),
-        steps: arguments.steps,
-        lines: lines::check(&rows, &attacks),
-        rows,
-        attacks,
-    };
+    outcome.lines = lines::check(&outcome);
     let write = |name: &str, content: String| {
         let path = arguments.out.join(name);
         std::fs::write(&path, content).with_context(|| path.display().to_string())

@@ -6,8 +6,10 @@ use consilium_examples::report::{Scores, Spread};
 use serde::{Deserialize, Serialize};
 
 use crate::Regime;
+use crate::adapters::{AdapterAttack, Exactness};
 use crate::arms::{ARMS, Role, named};
-use crate::attacks::{AttackRow, RULES};
+use crate::attacks::AttackRow;
+use crate::costs;
 use crate::lines::Line;
 
 /// One arm on one seed.
@@ -25,7 +27,7 @@ pub(crate) struct Row {
 }
 
 /// Everything that a run found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     /// What makes it again.
     pub(crate) command: String,
@@ -35,8 +37,12 @@ pub(crate) struct Outcome {
     pub(crate) lines: Vec<Line>,
     /// Every arm on every seed.
     pub(crate) rows: Vec<Row>,
-    /// Every attack on every seed.
+    /// Every attack on records on every seed.
     pub(crate) attacks: Vec<AttackRow>,
+    /// Every attack on adapters on every seed.
+    pub(crate) adapter_attacks: Vec<AdapterAttack>,
+    /// How exact merge rules are, on every seed.
+    pub(crate) exactness: Vec<Exactness>,
 }
 
 /// A column: heading, value of an arm, decimals.
@@ -70,31 +76,6 @@ impl Outcome {
         regimes.sort_unstable();
         regimes.dedup();
         regimes
-    }
-
-    /// Attacks in the order in which they were made, with the mean cost under each rule in per cent.
-    pub(crate) fn attack_costs(&self) -> Vec<(String, Vec<f64>)> {
-        let mut found: Vec<(String, Vec<&AttackRow>)> = Vec::new();
-        for row in &self.attacks {
-            let label = row.label();
-            match found.iter_mut().find(|(known, _)| *known == label) {
-                Some((_, rows)) => rows.push(row),
-                None => found.push((label, vec![row])),
-            }
-        }
-        let mean = |rows: &[&AttackRow], rule: usize| {
-            let costs = rows.iter().filter_map(|row| row.cost_permille.get(rule));
-            costs.sum::<f64>() / 10.0 / rows.len() as f64
-        };
-        found
-            .into_iter()
-            .map(|(label, rows)| {
-                (
-                    label,
-                    (0..RULES.len()).map(|rule| mean(&rows, rule)).collect(),
-                )
-            })
-            .collect()
     }
 
     /// A column of an arm in a regime, over the seeds.
@@ -151,26 +132,25 @@ pub(crate) fn render(outcome: &Outcome) -> String {
     text
 }
 
-/// Costs of attacks, mean over the seeds.
+/// Costs of attacks.
 fn attacks(text: &mut String, outcome: &Outcome) {
-    if outcome.attacks.is_empty() {
-        return;
-    }
-    let _ = write!(
-        text,
-        "\nOne of five institutions lies: bits more than without it, in per cent; `none`: than the default rule\n{:<40}",
-        "attack"
-    );
-    for rule in RULES {
-        let _ = write!(text, "{rule:>14}");
-    }
-    text.push('\n');
-    for (label, costs) in outcome.attack_costs() {
-        let _ = write!(text, "{label:<40}");
-        for cost in costs {
-            let _ = write!(text, "{cost:>14.1}");
+    for costs in costs::tables(outcome) {
+        let _ = write!(
+            text,
+            "\n{}\n{}\n{:<32}",
+            costs.heading, costs.note, "attack"
+        );
+        for column in costs.columns {
+            let _ = write!(text, "{column:>18}");
         }
         text.push('\n');
+        for (label, cells) in costs.rows {
+            let _ = write!(text, "{label:<32}");
+            for cell in cells {
+                let _ = write!(text, "{cell:>18}");
+            }
+            text.push('\n');
+        }
     }
 }
 

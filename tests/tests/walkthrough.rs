@@ -40,7 +40,7 @@ fn the_commands_of_the_page_lead_to_a_release() {
     );
     let output = Command::new("timeout")
         .args([PATIENCE, "bash", "-euo", "pipefail", "-c"])
-        .arg(blocks.concat().replace("4433", &port))
+        .arg(format!("trap 'kill $(jobs -p)' ERR\n{}", blocks.concat()).replace("4433", &port))
         .current_dir(folder.path())
         .env("PATH", path.unwrap())
         .env("samples", &samples)
@@ -59,9 +59,9 @@ fn the_commands_of_the_page_lead_to_a_release() {
     );
     let stdout = String::from_utf8(output.stdout).unwrap();
     assert!(stdout.contains("adapter_model.safetensors"), "{stdout}");
-    let both = stdout.matches("artefacts_acknowledged: 4").count();
+    let both = stdout.matches("artefacts_acknowledged: 6").count();
     assert_eq!(
         both, 2,
-        "records, two adapters and an evaluation each: {stdout}"
+        "records, four adapters and an evaluation each: {stdout}"
     );
 }

@@ -14,6 +14,7 @@ use consilium_protocol::{Digest, InstitutionId, RejectCode};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::board::Board;
+use super::opening::Answer;
 use super::state::{Admitted, State};
 use super::work::WorkError;
 
@@ -247,8 +248,8 @@ impl Actor {
     }
 
     fn tick(&mut self) {
-        let opened = self.block(State::open_requested_rounds);
-        if opened {
+        let answers = self.block(State::open_requested_rounds);
+        if answers.iter().any(Answer::is_opened) {
             self.changed = true;
             let present: Vec<_> = self
                 .connections
@@ -261,6 +262,7 @@ impl Actor {
             }
         }
         self.advance();
+        self.block(|_, _| answers.iter().for_each(Answer::give));
     }
 
     fn join(&mut self, institution: InstitutionId, capacity: u32) {

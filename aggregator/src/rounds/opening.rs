@@ -1,5 +1,7 @@
 //! Opening a round: from the operator's request to the first entry in the log.
 
+use std::path::PathBuf;
+
 use consilium_protocol::decoys::DecoyKey;
 use consilium_protocol::event::Event;
 use consilium_protocol::manifest::{Manifest, Training};
@@ -10,32 +12,50 @@ use super::request::{self, Given, OpenRequest, OpenResponse};
 use super::state::{State, is_over};
 use crate::fusion;
 
+/// What becomes of a request.
+#[derive(Debug)]
+pub(super) struct Answer {
+    request: PathBuf,
+    response: OpenResponse,
+}
+
+impl Answer {
+    /// Whether a round was opened.
+    pub(super) const fn is_opened(&self) -> bool {
+        matches!(self.response, OpenResponse::Opened { .. })
+    }
+
+    /// Tells the operator and takes the request away.
+    pub(super) fn give(&self) {
+        let answered =
+            request::write_atomically(&request::response_path(&self.request), &self.response)
+                .and_then(|()| std::fs::remove_file(&self.request));
+        if let Err(error) = answered {
+            tracing::warn!(%error, "a request could not be answered");
+        }
+    }
+}
+
 impl State {
-    /// Opens the rounds that the operator asked for. True if one was opened.
-    pub fn open_requested_rounds(&mut self, at: UnixMillis) -> bool {
+    /// Opens the rounds that the operator asked for. The answers are to be given once others can see what was opened.
+    pub(super) fn open_requested_rounds(&mut self, at: UnixMillis) -> Vec<Answer> {
         let waiting = match request::waiting(&self.setup.data_dir) {
             Ok(waiting) => waiting,
             Err(error) => {
                 tracing::warn!(%error, "the folder of requests cannot be read");
-                return false;
+                return Vec::new();
             }
         };
-        let mut opened = false;
-        for (path, request) in waiting {
-            let response = match request.and_then(|request| self.open(at, request)) {
-                Ok((round, manifest)) => {
-                    opened = true;
-                    OpenResponse::Opened { round, manifest }
-                }
-                Err(problem) => OpenResponse::Refused { problem },
-            };
-            let answered = request::write_atomically(&request::response_path(&path), &response)
-                .and_then(|()| std::fs::remove_file(&path));
-            if let Err(error) = answered {
-                tracing::warn!(%error, "a request could not be answered");
-            }
-        }
-        opened
+        waiting
+            .into_iter()
+            .map(|(request, content)| {
+                let response = match content.and_then(|content| self.open(at, content)) {
+                    Ok((round, manifest)) => OpenResponse::Opened { round, manifest },
+                    Err(problem) => OpenResponse::Refused { problem },
+                };
+                Answer { request, response }
+            })
+            .collect()
     }
 
     fn open(

@@ -307,6 +307,20 @@ impl Bench {
         let evaluations = self.evaluations(evaluations)?;
         let before = self.evaluations(&so_far.last_release)?;
         let verdict: Verdict = release::judge(&self.charter, &evaluations, &before);
+        let Verdict {
+            candidate_mean,
+            compared_mean,
+            baseline_mean,
+            ..
+        } = verdict;
+        tracing::info!(
+            candidate_mean,
+            compared_mean,
+            baseline_mean,
+            baseline = ?verdict.baseline,
+            rejected = ?verdict.rejected,
+            "judged the candidate, in bits per byte"
+        );
         if let Some(reason) = verdict.rejected {
             return Ok(Event::Rejected {
                 reason,

@@ -5,21 +5,24 @@ use consilium_aggregator::fusion::{Content, MergeInput, merge_in_memory};
 use consilium_kernels::adapters::product::{Factors, gram};
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::{Defence, MergeRule, Training};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::adapters::{Adapter, Attack, factors, layers};
+use crate::lab::parallel::{Job, in_parallel};
 
 /// One cell of the table.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
     /// Name of the attack; `none` where everybody is honest.
     pub attack: String,
     /// Name of the merge rule.
-    pub merge: &'static str,
+    pub merge: String,
     /// Name of the defence.
-    pub defence: &'static str,
+    pub defence: String,
     /// `|merged - honest only| / |honest only - start|` in product space, whole modules included.
     pub error: Option<f64>,
+    /// The score of the merged adapter relative to that of the honest only, less one.
+    pub cost: Option<f64>,
     /// Why nothing was merged: the attack was refused.
     pub refused: Option<String>,
     /// Dishonest members that did not count.
@@ -41,59 +44,101 @@ pub struct Scene<'a> {
     pub seed: u64,
 }
 
+/// What a merged adapter is worth, the lower the better, such as bits per byte.
+pub type Score<'a> = &'a (dyn Fn(&Adapter) -> Result<f64> + Sync);
+
 /// Every attack under every rule, attacks in the outer loop. The first rows have no attack and every member, and show what the
 /// defence itself costs. What is compared with is the same merge rule over the honest members without a defence.
 ///
 /// # Errors
-/// Adapters that cannot be merged even if all are honest.
+/// Adapters that cannot be merged even if all are honest, or that cannot be scored.
 pub fn table(
     scene: Scene<'_>,
     attacks: &[Attack],
     rules: &[(MergeRule, Defence)],
+    score: Score<'_>,
 ) -> Result<Vec<Cell>> {
     ensure!(
         scene.dishonest < scene.adapters.len(),
         "at least one member stays honest"
     );
     let (own, honest) = scene.adapters.split_at(scene.dishonest);
-    let mut cells = Vec::with_capacity((attacks.len() + 1) * rules.len());
-    for attack in std::iter::once(None).chain(attacks.iter().map(Some)) {
-        let (sent, honest) = match attack {
-            None => (scene.adapters.to_vec(), scene.adapters),
-            Some(attack) => {
-                let mut sent = Vec::with_capacity(scene.adapters.len());
-                for (own, seed) in own.iter().zip(scene.seed..) {
-                    sent.push(attack.apply(scene.start, own, honest, seed)?);
-                }
-                sent.extend_from_slice(honest);
-                (sent, honest)
-            }
-        };
-        for &(merge, defence) in rules {
-            let alone = scene.merged(honest, merge, Defence::None)?.0;
-            let mut cell = Cell {
-                attack: attack.map_or_else(|| "none".to_owned(), Attack::name),
-                merge: merge.name(),
-                defence: defence.name(),
-                error: None,
-                refused: None,
-                excluded: 0,
-            };
-            match scene.merged(&sent, merge, defence) {
-                Ok((merged, excluded)) => {
-                    cell.error = Some(relative_error(scene.start, &alone, &merged)?);
-                    let liars = if attack.is_some() { scene.dishonest } else { 0 };
-                    cell.excluded = excluded.iter().take(liars).filter(|out| **out).count();
-                }
-                Err(error) => cell.refused = Some(format!("{error:#}")),
-            }
-            cells.push(cell);
-        }
-    }
-    Ok(cells)
+    let [of_all, of_honest] = [scene.adapters, honest].map(|adapters| {
+        let jobs = rules.iter().map(|&(merge, _)| -> Job<'_, (Adapter, f64)> {
+            Box::new(move || {
+                let alone = scene.merged(adapters, merge, Defence::None)?.0;
+                let value = score(&alone)?;
+                Ok((alone, value))
+            })
+        });
+        in_parallel(jobs.collect())
+    });
+    let (of_all, of_honest) = (of_all?, of_honest?);
+    let jobs =
+        std::iter::once(None)
+            .chain(attacks.iter().map(Some))
+            .map(|attack| -> Job<'_, Vec<Cell>> {
+                let alone = if attack.is_some() {
+                    &of_honest
+                } else {
+                    &of_all
+                };
+                Box::new(move || {
+                    let sent = match attack {
+                        None => scene.adapters.to_vec(),
+                        Some(attack) => scene.sent(attack, own, honest)?,
+                    };
+                    rules
+                        .iter()
+                        .zip(alone)
+                        .map(|(&rule, alone)| scene.cell(attack, &sent, rule, alone, score))
+                        .collect()
+                })
+            });
+    Ok(in_parallel(jobs.collect())?.into_iter().flatten().collect())
 }
 
 impl Scene<'_> {
+    /// What arrives: the lies first.
+    fn sent(&self, attack: &Attack, own: &[Adapter], honest: &[Adapter]) -> Result<Vec<Adapter>> {
+        let mut sent = own
+            .iter()
+            .zip(self.seed..)
+            .map(|(own, seed)| attack.apply(self.start, own, honest, seed))
+            .collect::<Result<Vec<_>>>()?;
+        sent.extend_from_slice(honest);
+        Ok(sent)
+    }
+
+    fn cell(
+        &self,
+        attack: Option<&Attack>,
+        sent: &[Adapter],
+        (merge, defence): (MergeRule, Defence),
+        (alone, worth): &(Adapter, f64),
+        score: Score<'_>,
+    ) -> Result<Cell> {
+        let mut cell = Cell {
+            attack: attack.map_or_else(|| "none".to_owned(), Attack::name),
+            merge: merge.name().to_owned(),
+            defence: defence.name().to_owned(),
+            error: None,
+            cost: None,
+            refused: None,
+            excluded: 0,
+        };
+        match self.merged(sent, merge, defence) {
+            Ok((merged, excluded)) => {
+                cell.error = Some(relative_error(self.start, alone, &merged)?);
+                cell.cost = Some(score(&merged)? / worth - 1.0);
+                let liars = if attack.is_some() { self.dishonest } else { 0 };
+                cell.excluded = excluded.iter().take(liars).filter(|out| **out).count();
+            }
+            Err(error) => cell.refused = Some(format!("{error:#}")),
+        }
+        Ok(cell)
+    }
+
     /// The merged adapter, and who did not count.
     fn merged(
         &self,
@@ -185,4 +230,41 @@ pub fn relative_error(start: &Adapter, reference: &Adapter, x: &Adapter) -> Resu
     } else {
         0.0
     })
+}
+
+/// `|x - sum B A / n| / |sum B A / n|` of the products of n adapters of one scale, without forming a product. Ranks may differ.
+///
+/// # Errors
+/// Adapters of other layers, or values that are not finite.
+pub fn error_of_sum(parts: &[Adapter], x: &Adapter) -> Result<f64> {
+    let first = parts.first().context("no adapters")?;
+    let [mut apart, mut whole] = [0.0, 0.0];
+    for layer in layers(first) {
+        let mut all = Vec::with_capacity(parts.len() + 1);
+        for adapter in parts.iter().chain([x]) {
+            let (b, a, rank) = factors(adapter, layer)?;
+            all.push(Factors {
+                b: b.values.as_slice(),
+                a: a.values.as_slice(),
+                rank,
+                scale: 1.0,
+            });
+        }
+        let (b, a, _) = factors(first, layer)?;
+        let side = |shape: Option<&usize>| shape.copied().unwrap_or(0);
+        let g = gram(&all, side(b.shape.first()), side(a.shape.get(1)))?;
+        let n = parts.len();
+        // Coefficients of the difference: x less the mean.
+        let share = |i: usize| if i == n { 1.0 } else { -1.0 / n as f64 };
+        for i in 0..=n {
+            for j in 0..=n {
+                let product = g[i * (n + 1) + j];
+                apart += share(i) * share(j) * product;
+                if i < n && j < n {
+                    whole += share(i) * share(j) * product;
+                }
+            }
+        }
+    }
+    Ok((apart.max(0.0) / whole).sqrt())
 }

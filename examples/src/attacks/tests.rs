@@ -151,7 +151,11 @@ fn defences_hold_where_the_plain_mean_does_not() {
     let product = MergeRule::Product;
     let rules = [(product, Defence::None), (product, Defence::Standard)];
     let attacks = Attack::all(5, 1);
-    let cells = table(scene, &attacks, &rules).unwrap();
+    let length = |adapter: &Adapter| {
+        let values = adapter.0.values().flat_map(|tensor| &tensor.values);
+        Ok(values.map(|value| f64::from(value.abs())).sum::<f64>())
+    };
+    let cells = table(scene, &attacks, &rules, &length).unwrap();
     assert_eq!(cells.len(), 2 * (attacks.len() + 1));
     let cell = |attack: &str, defence: &str| -> &Cell {
         let found = cells
@@ -164,13 +168,17 @@ fn defences_hold_where_the_plain_mean_does_not() {
         let [plain, guarded] = ["none", "standard"].map(|d| cell(attack, d).error.unwrap());
         assert!(plain > 0.3 && guarded < 0.3, "{attack}: {plain} {guarded}");
     }
+    for attack in ["noise x10", "scaled x100", "IPM 100"] {
+        let [plain, guarded] = ["none", "standard"].map(|d| cell(attack, d).cost.unwrap());
+        assert!(guarded.abs() < plain.abs(), "{attack}: {plain} {guarded}");
+    }
     assert_eq!(cell("zero (free rider)", "standard").excluded, 1);
     // Of two copies the later one is left out, here the honest one: what counts is the same.
     for attack in ["zero (free rider)", "copy"] {
         assert!(cell(attack, "standard").error.unwrap() < 0.1, "{attack}");
     }
     let bomb = cell("NaN bomb", "standard");
-    assert_eq!(bomb.error, None);
+    assert_eq!((bomb.error, bomb.cost), (None, None));
     assert!(
         bomb.refused.as_deref().unwrap().contains("member-0000"),
         "{bomb:?}"
