@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
 use crate::scorer::{RawServer, ScorerError, ScorerSettings};
+use crate::worker::device::DeviceChoice;
 
 /// The program at an institution: trains, scores, and takes part in rounds.
 #[derive(Debug, Parser)]
@@ -161,6 +162,15 @@ pub(crate) struct TrainArgs {
     /// Bad records that are skipped before the next one ends the run; 0 without it.
     #[arg(long, value_name = "N")]
     pub(crate) max_bad_rows: Option<u64>,
+    /// Where the model computes: cpu, cuda, or auto for an NVIDIA device where there is one; auto without it.
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    pub(crate) device: Option<DeviceChoice>,
+    /// Compute activations again in the backward pass: less memory, a third more work.
+    #[arg(long)]
+    pub(crate) checkpoint_activations: bool,
+    /// Keep the layers' frozen weights in the host's memory beside an NVIDIA device, so that a larger model fits.
+    #[arg(long, requires = "lora_rank")]
+    pub(crate) offload: bool,
     /// Memory that the run may take, such as 8GiB; what the machine and its control groups have left without it.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) memory: Option<u64>,
@@ -208,6 +218,9 @@ pub(crate) struct ScoreArgs {
     /// Wrap what an item gives in the model's own chat template.
     #[arg(long)]
     pub(crate) chat_template: bool,
+    /// Where the model computes: cpu, cuda, or auto for an NVIDIA device where there is one.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -261,6 +274,9 @@ pub(crate) struct EvaluateArgs {
     /// Items, JSON lines.
     #[arg(long)]
     pub(crate) data: PathBuf,
+    /// Where the model computes: cpu, cuda, or auto for an NVIDIA device where there is one.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -270,6 +286,11 @@ pub(crate) struct Threads {
     /// Threads; all cores without it.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+}
+
+/// A device by name.
+fn device(name: &str) -> Result<DeviceChoice, String> {
+    DeviceChoice::named(name).ok_or_else(|| "expected cpu, cuda or auto".to_owned())
 }
 
 /// A number of bytes with a unit: `512MiB`, `8GiB`, `16GB`; without one, bytes.

@@ -130,6 +130,7 @@ fn work(config: &Config, supervised: bool) -> Result<Reply, NodeError> {
     let folders = Folders::from(config);
     let options = RunOptions {
         threads: config.worker.threads,
+        device: config.worker.device,
         memory: config.worker.memory,
         end_with_parent: supervised,
     };
@@ -163,7 +164,8 @@ fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
             chat_template: args.chat_template,
         };
         let (reference, out) = (&args.reference, &args.out);
-        commands::score(&model, reference, items, &shape, out, &mut terminal)
+        let device = args.device;
+        commands::score(&model, device, reference, items, &shape, out, &mut terminal)
     })?;
     Ok(Reply::done(format!("wrote {}", args.out.display()))
         .with("shard", args.out.display().to_string())
@@ -178,6 +180,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<Reply, NodeError> {
         commands::evaluate(
             &args.model,
             adapter,
+            args.device,
             &args.data,
             &mut Terminal::new("items"),
         )

@@ -289,6 +289,9 @@ pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
     file.accumulate = args.accumulate.unwrap_or(file.accumulate);
     file.held_out = args.held_out.unwrap_or(file.held_out);
     file.checkpoint_every = args.checkpoint_every.unwrap_or(file.checkpoint_every);
+    file.device = args.device.unwrap_or(file.device);
+    file.checkpoint_activations |= args.checkpoint_activations;
+    file.offload |= args.offload;
     file.seed = args.seed.unwrap_or(file.seed);
     file.max_bad_rows = args.max_bad_rows.unwrap_or(file.max_bad_rows);
     if let Some(rank) = args.lora_rank {

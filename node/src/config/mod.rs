@@ -21,6 +21,7 @@ use raw::{RawConfig, RawExternal, server_key};
 
 use crate::scorer::ServerSettings;
 use crate::scorer::settings::WrongValue;
+use crate::worker::device::DeviceChoice;
 
 pub use template::template;
 
@@ -135,6 +136,8 @@ impl Policy {
 pub struct WorkerConfig {
     /// Threads; all cores if absent.
     pub threads: Option<NonZeroUsize>,
+    /// Where models compute.
+    pub device: DeviceChoice,
     /// How the pivot is held while an adapter of it is trained.
     pub memory: Memory,
 }
@@ -146,7 +149,8 @@ pub struct Memory {
     pub base: Format,
     /// Whether activations are computed again in the backward pass rather than kept.
     pub checkpoint_activations: bool,
-    /// Whether the layers' weights stay in a file in the spool and are read when they are computed.
+    /// Whether the layers' weights stay in a file in the spool, or beside an NVIDIA device in the host's memory, and are read when
+    /// they are computed.
     pub offload: bool,
 }
 

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::{ExternalCommand, Memory, Policy, WorkerConfig};
 use crate::scorer::RawServer;
 use crate::scorer::settings::WrongValue;
+use crate::worker::device::DeviceChoice;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -100,6 +101,7 @@ pub(super) struct RawWorker {
     pub(super) checkpoint_activations: bool,
     #[serde(default)]
     pub(super) offload: bool,
+    pub(super) device: Option<String>,
 }
 
 impl RawPolicy {
@@ -158,8 +160,16 @@ impl RawWorker {
                 wrong("worker.base", format!("{name:?}"), expected)
             })?,
         };
+        let device = match self.device.as_deref() {
+            None => DeviceChoice::default(),
+            Some(name) => DeviceChoice::named(name).ok_or_else(|| {
+                let expected = "\"cpu\", \"cuda\" or \"auto\"";
+                wrong("worker.device", format!("{name:?}"), expected)
+            })?,
+        };
         Ok(WorkerConfig {
             threads,
+            device,
             memory: Memory {
                 base,
                 checkpoint_activations: self.checkpoint_activations,

@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use consilium_kernels::RecordShape;
+use consilium_kernels::quant::Format;
 use consilium_protocol::evaluation::Evaluation;
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::{Clock as _, Digest, limits};
 
+use super::device::DeviceChoice;
 use super::error::WorkError;
 use super::evaluate::evaluate;
 use super::holdout;
@@ -72,6 +74,7 @@ pub struct Worker<'a> {
     source: Option<LoadedModel>,
     distiller: Option<Running>,
     memory: Memory,
+    device: DeviceChoice,
 }
 
 /// A distiller and where it is.
@@ -97,7 +100,14 @@ impl<'a> Worker<'a> {
             source: None,
             distiller: None,
             memory: Memory::default(),
+            device: DeviceChoice::Cpu,
         })
+    }
+
+    /// Computes elsewhere than on the processors.
+    #[must_use]
+    pub fn on(self, device: DeviceChoice) -> Self {
+        Self { device, ..self }
     }
 
     /// Holds the pivot in another way while an adapter of it is trained.
@@ -269,15 +279,22 @@ impl<'a> Worker<'a> {
 
     /// How the pivot is stored while its adapter is trained.
     fn storage(&self, settings: &Settings) -> Result<BaseStorage, WorkError> {
-        let offload = if self.memory.offload {
+        let placement = self.device.placement(self.memory.offload)?;
+        let offload = if self.memory.offload && placement.is_none() {
             Some(Arc::new(OffloadFile::create(&self.spool.state_path(""))?))
         } else {
             None
         };
+        // On a device the base has the placement's type, unless it is stored in fewer bits than that.
+        let format = match self.memory.base {
+            Format::Bf16 if placement.is_some() => Format::F32,
+            format => format,
+        };
         Ok(BaseStorage {
-            format: self.memory.base,
+            format,
             tables: !(settings.lora.saves_embedding || settings.lora.saves_head),
             offload,
+            placement,
         })
     }
 
@@ -329,7 +346,7 @@ impl<'a> Worker<'a> {
         let source_score = source
             .map(|source| evaluate(&source, &items, &mut watch))
             .transpose()?;
-        let pivot = LoadedModel::load(&self.folders.pivot.resolve()?)?;
+        let pivot = LoadedModel::load_on(&self.folders.pivot.resolve()?, self.device)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = pivot;
         candidate.apply_adapter(shape, &adapter)?;
@@ -359,7 +376,7 @@ impl<'a> Worker<'a> {
             (None, None) => return Ok(None),
         };
         let folder = place.resolve()?;
-        let mut source = LoadedModel::load(&folder)?;
+        let mut source = LoadedModel::load_on(&folder, self.device)?;
         if self.folders.source_chat_template {
             source.use_chat_template(&folder)?;
         }

@@ -9,6 +9,7 @@ use consilium_protocol::Clock as _;
 use consilium_protocol::time::SystemClock;
 
 use super::data::{Batch, Item};
+use super::device::DeviceChoice;
 use super::error::WorkError;
 use super::model::{self, BaseStorage, Model, ModelConfig};
 use super::tokenizer::chat::Message;
@@ -58,6 +59,19 @@ impl LoadedModel {
             vocab: Arc::new(vocab),
             chat: None,
         })
+    }
+
+    /// [`Self::load`], to compute where a setting says. Its weights are not to be trained.
+    ///
+    /// # Errors
+    /// As [`Self::load`], or where there is no such device.
+    pub fn load_on(folder: &Path, device: DeviceChoice) -> Result<Self, WorkError> {
+        let placement = device.placement(false)?;
+        let storage = BaseStorage {
+            placement,
+            ..BaseStorage::default()
+        };
+        Self::load_as(folder, &storage)
     }
 
     /// A new model of random weights. `config.vocab_size` must hold all tokens of the tokenizer.

@@ -14,7 +14,7 @@ use crate::worker::data::{
     Source, prepare,
 };
 use crate::worker::error::WorkError;
-use crate::worker::model::{LoraConfig, ModelConfig, save_adapter};
+use crate::worker::model::{BaseStorage, LoraConfig, ModelConfig, save_adapter};
 use crate::worker::source::LoadedModel;
 use crate::worker::tokenizer::chat::ChatError;
 use crate::worker::tokenizer::{ChatTemplate, Tokenizer, train_bpe};
@@ -52,7 +52,10 @@ pub fn train(
 ) -> Result<Trained, WorkError> {
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
-    refuse_what_does_not_fit(file, memory)?;
+    // The estimate is of the host's memory, with all weights as f32.
+    if file.device.placement(file.offload)?.is_none() {
+        refuse_what_does_not_fit(file, memory)?;
+    }
     // Every path is looked at before the first step.
     let sources = file
         .stages
@@ -102,8 +105,13 @@ impl Run<'_> {
     /// The model before the first step, ready to be trained.
     fn start(&self) -> Result<LoadedModel, WorkError> {
         let file = self.file;
+        let placement = file.device.placement(file.offload)?;
+        let storage = BaseStorage {
+            placement: placement.clone().filter(|_| file.lora.is_some()),
+            ..BaseStorage::default()
+        };
         let mut loaded = match (&file.start, &file.new, self.sources.first()) {
-            (Some(folder), _, _) => LoadedModel::load(folder)?,
+            (Some(folder), _, _) => LoadedModel::load_as(folder, &storage)?,
             (None, Some(new), Some(source)) => new_model(new, source, file)?,
             _ => {
                 return Err(WorkError::Setting {
@@ -122,6 +130,12 @@ impl Run<'_> {
                 };
                 loaded.model.attach_lora(config, file.seed)?;
             }
+        }
+        loaded
+            .model
+            .checkpoint_activations(file.checkpoint_activations);
+        if let Some(placement) = placement {
+            loaded.model.place(placement)?;
         }
         Ok(loaded)
     }

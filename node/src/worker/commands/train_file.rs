@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hub::ModelPlace;
 use crate::worker::data::{LongItems, Loss};
+use crate::worker::device::DeviceChoice;
 use crate::worker::error::WorkError;
 use crate::worker::train::{AdamWConfig, Decay, Schedule};
 
@@ -67,6 +68,15 @@ pub struct TrainFile {
     /// Constants of the optimiser.
     #[serde(default)]
     pub optimiser: AdamWConfig,
+    /// Where the model computes. On an NVIDIA device frozen weights and activations are bf16, and what is trained f32.
+    #[serde(default)]
+    pub device: DeviceChoice,
+    /// Whether activations are computed again in the backward pass rather than kept.
+    #[serde(default)]
+    pub checkpoint_activations: bool,
+    /// Whether frozen weights of the layers stay in the host's memory beside an NVIDIA device.
+    #[serde(default)]
+    pub offload: bool,
     /// Trained one after the other, each with a learning rate that rises and falls.
     pub stages: Vec<StageFile>,
 }
@@ -207,6 +217,9 @@ impl TrainFile {
             evaluate_every: interval(),
             checkpoint_every: interval(),
             optimiser: AdamWConfig::default(),
+            device: DeviceChoice::default(),
+            checkpoint_activations: false,
+            offload: false,
             stages: vec![stage],
         }
     }
@@ -266,6 +279,12 @@ impl TrainFile {
             return either(
                 "lora",
                 "adapters need a trained model: name its folder as `start`",
+            );
+        }
+        if self.offload && self.lora.is_none() {
+            return either(
+                "offload",
+                "only frozen weights can stay behind: train adapters, [lora]",
             );
         }
         if self.stages.is_empty() {

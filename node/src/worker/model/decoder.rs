@@ -19,7 +19,7 @@ use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
 use super::parameters::{Bank, Plan, Slot, Values, with_floats};
 use super::pass::Pass;
-use super::{ModelError, NamedTensors};
+use super::{ModelError, NamedTensors, Placement};
 
 /// A decoder with its weights and, after [`attach_lora`](Model::attach_lora), its adapters.
 #[derive(Debug)]
@@ -35,6 +35,8 @@ pub struct Model {
     pub(crate) scratch: Scratch,
     pub(crate) checkpoint_activations: bool,
     rope: Mutex<Arc<RopeTable>>,
+    /// Where the model computes, if not with the host's own operations.
+    pub(crate) placement: Option<Placement>,
 }
 
 /// Blocks of a layer with their weights.
@@ -109,6 +111,10 @@ impl Model {
             if let Some(layer) = layers.last_mut() {
                 layer.attention.1.store(format, file)?;
                 layer.feed_forward.1.store(format, file)?;
+                if let Some(placement) = &storage.placement {
+                    placement.take_layer(&mut layer.attention.1)?;
+                    placement.take_layer(&mut layer.feed_forward.1)?;
+                }
             }
         }
         let norm = single("model.norm.weight", &[config.hidden_size]).build(&mut fill)?;
@@ -138,9 +144,11 @@ impl Model {
             scratch: Scratch::default(),
             checkpoint_activations: false,
             rope: Mutex::new(Arc::new(rope)),
+            placement: storage.placement.clone(),
         };
         model.order_tied_head()?;
         model.store_tables(tables)?;
+        model.follow_placement()?;
         Ok(model)
     }
 
@@ -232,8 +240,10 @@ impl Model {
             scratch: Scratch::default(),
             checkpoint_activations: self.checkpoint_activations,
             rope: Mutex::new(rope),
+            placement: self.placement.clone(),
         };
         copy.order_tied_head()?;
+        copy.follow_placement()?;
         Ok(copy)
     }
 
@@ -254,7 +264,7 @@ impl Model {
             Head::Own(bank) => bank.train()?,
             Head::Tied { ordered } => *ordered = None,
         }
-        Ok(())
+        self.follow_placement()
     }
 
     /// Runs a batch and keeps what a backward pass needs. The `rows` of the batch, which must be ascending,
@@ -264,6 +274,10 @@ impl Model {
             return Err(ModelError::Frozen);
         }
         self.check(batch, &rows)?;
+        if let Some(placement) = &self.placement {
+            let pass = self.forward_on(placement, batch, &rows)?;
+            return Ok(Pass::on_device(self, placement, pass));
+        }
         let context = self.context(batch);
         let trains_embedding = self.embedding.is_trainable();
         let mut x = self.embedded(batch)?;
@@ -278,12 +292,7 @@ impl Model {
             self.norm
                 .read(|weight| normalise(&self.scratch, x, &rows, weight, eps))
         })??;
-        Ok(Pass {
-            model: self,
-            hidden: x,
-            rows,
-            normed,
-        })
+        Ok(Pass::on_host(self, x, rows, normed))
     }
 
     /// Rows of the embedding, in the graph where that is trained.
@@ -406,6 +415,12 @@ impl Model {
             Head::Tied {
                 ordered: Some(ordered),
             } => ordered.clone(),
+            Head::Tied { ordered: None } if self.placement.is_some() => {
+                let table = self.embedding.tensor()?.detach();
+                let ids = Tensor::new(&*self.id_of_rank, table.device())?;
+                let rows = table.reshape(((), self.config.hidden_size))?;
+                Values::Floats(rows.index_select(&ids, 0)?.flatten_all()?)
+            }
             Head::Tied { ordered: None } => {
                 let ids = Arc::clone(&self.id_of_rank);
                 Values::Floats(self.embedding.tensor()?.apply_op1(Gather {
@@ -465,7 +480,7 @@ impl Model {
         })
     }
 
-    fn rope(&self, positions: usize) -> Arc<RopeTable> {
+    pub(crate) fn rope(&self, positions: usize) -> Arc<RopeTable> {
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {
             let positions = positions.next_power_of_two();

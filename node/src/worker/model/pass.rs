@@ -6,24 +6,63 @@ use candle_core::{DType, Device, Tensor};
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
+use super::device::DevicePass;
 use super::head::{HeadGradients, HeadLoss, Normed};
-use super::parameters::{Bank, Values, with_floats};
-use super::{Model, ModelError};
+use super::parameters::{Bank, Values, is_plain, with_floats};
+use super::{Model, ModelError, Placement};
 
 /// A forward pass that waits for its loss.
 #[derive(Debug)]
 pub struct Pass<'m> {
-    pub(crate) model: &'m Model,
-    pub(crate) hidden: Tensor,
-    pub(crate) rows: Vec<u32>,
-    pub(crate) normed: Normed,
+    model: &'m Model,
+    trace: Trace<'m>,
 }
 
-impl Pass<'_> {
+/// What the backward pass needs.
+#[derive(Debug)]
+enum Trace<'m> {
+    Host(HostPass),
+    Device(&'m Placement, DevicePass),
+}
+
+/// A graph of candle whose blocks are operations of our own.
+#[derive(Debug)]
+struct HostPass {
+    hidden: Tensor,
+    rows: Vec<u32>,
+    normed: Normed,
+}
+
+impl<'m> Pass<'m> {
+    pub(crate) fn on_host(
+        model: &'m Model,
+        hidden: Tensor,
+        rows: Vec<u32>,
+        normed: Normed,
+    ) -> Self {
+        let trace = Trace::Host(HostPass {
+            hidden,
+            rows,
+            normed,
+        });
+        Self { model, trace }
+    }
+
+    pub(crate) fn on_device(model: &'m Model, placement: &'m Placement, pass: DevicePass) -> Self {
+        let trace = Trace::Device(placement, pass);
+        Self { model, trace }
+    }
+
     /// Hidden states of the rows after the final norm.
     #[cfg(test)]
-    pub(crate) fn hidden_rows(&self) -> &[f32] {
-        &self.normed.values
+    pub(crate) fn hidden_rows(&self) -> Vec<f32> {
+        match &self.trace {
+            Trace::Host(pass) => pass.normed.values.clone(),
+            Trace::Device(_, pass) => {
+                let normed = pass.normed().flatten_all().unwrap();
+                with_floats(&normed, <[f32]>::to_vec).unwrap()
+            }
+        }
     }
 
     /// The loss of `items`, whose rows are those of the pass one after the other, and the gradients of all
@@ -33,7 +72,20 @@ impl Pass<'_> {
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
-        let model = self.model;
+        match self.trace {
+            Trace::Host(pass) => pass.backward(self.model, vocab, items),
+            Trace::Device(placement, pass) => pass.backward(self.model, placement, vocab, items),
+        }
+    }
+}
+
+impl HostPass {
+    fn backward<E: From<ModelError> + From<LossError>>(
+        self,
+        model: &Model,
+        vocab: &Vocab,
+        items: &[ItemLoss<'_>],
+    ) -> Result<(f64, Gradients), E> {
         let table = model.head_values()?;
         let mut dnormed = model.scratch.take(self.normed.values.len());
         let mut dhead = model.trains_head().then(|| vec![0f32; table.len()]);
@@ -45,7 +97,7 @@ impl Pass<'_> {
                 dhead.as_deref_mut(),
             )
         })??;
-        let gradients = self.gradients(loss, &table, dnormed, dhead)?;
+        let gradients = self.gradients(model, loss, &table, dnormed, dhead)?;
         Ok((loss, gradients))
     }
 
@@ -55,12 +107,12 @@ impl Pass<'_> {
     )]
     fn gradients(
         self,
+        model: &Model,
         value: f64,
         table: &Values,
         dnormed: Vec<f32>,
         dhead: Option<Vec<f32>>,
     ) -> Result<Gradients, ModelError> {
-        let model = self.model;
         let norm = model.norm.tensor()?;
         // A head that is not trained takes no part in the graph.
         let table = match table {
@@ -121,7 +173,11 @@ impl Gradients {
 
     /// Adds the gradients of another batch.
     pub fn add(&mut self, other: &Self) -> Result<(), ModelError> {
-        for (sum, term) in self.tensors.iter().zip(&other.tensors) {
+        for (sum, term) in self.tensors.iter_mut().zip(&other.tensors) {
+            if !is_plain(sum) {
+                *sum = (&*sum + term)?;
+                continue;
+            }
             with_floats(term, |term| {
                 super::edit(sum, |sum| {
                     for (sum, term) in sum.iter_mut().zip(term) {

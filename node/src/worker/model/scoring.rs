@@ -9,6 +9,7 @@ use consilium_kernels::matmul::{View, ViewMut, Write, abt};
 use super::ModelError;
 use super::block::{Block, Context};
 use super::decoder::{Layer, Model, Packed};
+use super::device::DeviceKeyValues;
 use super::feed_forward::FeedForwardBlock;
 use super::frozen::BaseMatrix;
 use super::head::{gather, normalise};
@@ -26,8 +27,15 @@ pub struct ScoringPass {
 /// Keys and values of a batch, for branches of its items.
 #[derive(Debug)]
 pub struct KeyValues {
-    layers: Vec<Vec<f32>>,
+    cache: Cache,
     context: Arc<Context>,
+}
+
+/// Keys and values by layer.
+#[derive(Debug)]
+enum Cache {
+    Host(Vec<Vec<f32>>),
+    Device(DeviceKeyValues),
 }
 
 /// A token after a prefix of an item, in place of the item's own.
@@ -46,6 +54,12 @@ impl Model {
     pub fn score(&self, batch: &Packed, rows: &[u32]) -> Result<ScoringPass, ModelError> {
         self.check(batch, rows)?;
         let context = self.context(batch);
+        if let Some(placement) = &self.placement {
+            let (hidden, cache) = self.score_on(placement, batch, rows)?;
+            let cache = Cache::Device(cache);
+            let kv = KeyValues { cache, context };
+            return Ok(ScoringPass { hidden, kv });
+        }
         let mut x = self.embed(&batch.tokens)?;
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
@@ -61,7 +75,10 @@ impl Model {
         let hidden = self.normed(&x, rows)?;
         Ok(ScoringPass {
             hidden,
-            kv: KeyValues { layers, context },
+            kv: KeyValues {
+                cache: Cache::Host(layers),
+                context,
+            },
         })
     }
 
@@ -77,9 +94,19 @@ impl Model {
         }
         let places = self.places(kv, branches)?;
         let tokens: Vec<u32> = branches.iter().map(|branch| branch.token).collect();
+        let layers = match (&kv.cache, &self.placement) {
+            (Cache::Host(layers), _) => layers,
+            (Cache::Device(cache), Some(placement)) => {
+                return self.branches_on(placement, cache, &places, &tokens);
+            }
+            (Cache::Device(_), None) => {
+                let reason = "the batch was scored on a device that the model is not on".into();
+                return Err(ModelError::BadBatch { reason });
+            }
+        };
         let mut x = self.embed(&tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = self.branch_layer(kv, index, layer, &places, &x)?;
+        for ((index, layer), cache) in self.layers.iter().enumerate().zip(layers) {
+            x = self.branch_layer((&kv.context, cache), index, layer, &places, &x)?;
         }
         let rows: Vec<u32> = (0u32..).take(branches.len()).collect();
         self.normed(&x, &rows)
@@ -111,19 +138,17 @@ impl Model {
 
     fn branch_layer(
         &self,
-        kv: &KeyValues,
+        (context, cache): (&Context, &[f32]),
         index: usize,
         layer: &Layer,
         places: &[Branch],
         x: &[f32],
     ) -> Result<Vec<f32>, ModelError> {
-        let context = &*kv.context;
         let (attention, feed_forward) = self.banks(index, layer);
         let y = attention.read(|weights| {
             let block = &layer.attention.0;
             let projected = block.qkv(context, weights, x);
             let mut mixed = context.scratch.take(places.len() * block.heads.out());
-            let cache = &kv.layers[index];
             let (rope, qkv) = (&context.rope, &projected.qkv);
             attention::branches(block.heads, places, rope, cache, qkv, &mut mixed);
             let y = block.finish(context, weights, x, &mixed);

@@ -166,7 +166,7 @@ impl Distiller {
         pivot
             .model
             .attach_lora(settings.lora.clone(), settings.seed)?;
-        let optimiser = AdamW::new(&pivot.model, settings.optimiser);
+        let optimiser = AdamW::new(&pivot.model, settings.optimiser)?;
         Ok(Self {
             student: pivot,
             optimiser,
