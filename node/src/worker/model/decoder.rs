@@ -1,6 +1,6 @@
 //! The decoder and its training pass.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{Device, Tensor};
 use consilium_kernels::Vocab;
@@ -37,6 +37,8 @@ pub struct Model {
     rope: Mutex<Arc<RopeTable>>,
     /// Where the model computes, if not with the host's own operations.
     pub(crate) placement: Option<Placement>,
+    /// A frozen head of a model on a device, in the host's memory, once scoring has asked for it.
+    pub(crate) host_head: OnceLock<Values>,
 }
 
 /// Blocks of a layer with their weights.
@@ -145,6 +147,7 @@ impl Model {
             checkpoint_activations: false,
             rope: Mutex::new(Arc::new(rope)),
             placement: storage.placement.clone(),
+            host_head: OnceLock::new(),
         };
         model.order_tied_head()?;
         model.store_tables(tables)?;
@@ -241,6 +244,7 @@ impl Model {
             checkpoint_activations: self.checkpoint_activations,
             rope: Mutex::new(rope),
             placement: self.placement.clone(),
+            host_head: OnceLock::new(),
         };
         copy.order_tied_head()?;
         copy.follow_placement()?;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use candle_core::{DType, Device};
 use consilium_kernels::Vocab;
 use consilium_kernels::head::Head;
 use consilium_kernels::matmul::{View, ViewMut, Write, abt};
@@ -14,6 +15,7 @@ use super::feed_forward::FeedForwardBlock;
 use super::frozen::BaseMatrix;
 use super::head::{gather, normalise};
 use super::ops::attention::{self, Branch, Segment};
+use super::parameters::Values;
 
 /// Hidden states of a batch and what branches of it need.
 #[derive(Debug)]
@@ -118,7 +120,26 @@ impl Model {
         vocab: &Vocab,
         work: impl FnOnce(&Head<'_>) -> R,
     ) -> Result<R, ModelError> {
-        self.with_head(&self.head_values()?, vocab, work)
+        self.with_head(&self.head_on_host()?, vocab, work)
+    }
+
+    /// The head's rows in rank order, in the host's memory.
+    fn head_on_host(&self) -> Result<Values, ModelError> {
+        let stays = self.placement.is_none() || self.trains_head();
+        if stays {
+            return self.head_values();
+        }
+        if let Some(table) = self.host_head.get() {
+            return Ok(table.clone());
+        }
+        let table = match self.head_values()? {
+            Values::Floats(table) => {
+                let table = table.detach().to_device(&Device::Cpu)?;
+                Values::Floats(table.to_dtype(DType::F32)?)
+            }
+            packed @ Values::Frozen(_) => packed,
+        };
+        Ok(self.host_head.get_or_init(|| table).clone())
     }
 
     /// Logits `[rows, vocabulary]`, columns in rank order, of hidden states: for comparison with other

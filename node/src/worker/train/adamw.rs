@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn steps_on_a_device_are_those_on_the_host() {
         let values =
-            |seed: u32| (0..1000u32).map(|i| ((i * 37 + seed * 11) % 101) as f32 / 50.0 - 1.0);
+            |seed: u32| (0..1000u32).map(move |i| ((i * 37 + seed * 11) % 101) as f32 / 50.0 - 1.0);
         let tensor = |seed| Tensor::from_iter(values(seed), &Device::Cpu).unwrap();
         let weights = [tensor(1), tensor(1)];
         let mut moments = weights.each_ref().map(|like| Moments::zeros(like).unwrap());

@@ -1,5 +1,7 @@
 //! Where tensors lie, and moving a model there.
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Device};
 
 use crate::worker::model::parameters::{Bank, Values};
@@ -62,6 +64,7 @@ impl Model {
 
     /// Moves what has come into being since the model was placed.
     pub(crate) fn follow_placement(&mut self) -> Result<(), ModelError> {
+        self.host_head = OnceLock::new();
         let Some(placement) = self.placement.clone() else {
             return Ok(());
         };
