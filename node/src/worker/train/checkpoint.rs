@@ -216,7 +216,7 @@ pub fn restore(path: &Path, model: &mut Model, optimiser: &mut AdamW) -> Result<
         {
             let mut read = Ok(());
             edit(tensor, |values| {
-                read = opened.read(part, bank.slots(), values)
+                read = opened.read(part, bank.slots(), values);
             })
             .map_err(ModelError::from)?;
             read.map_err(|source| ModelError::Read {

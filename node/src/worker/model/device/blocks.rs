@@ -113,7 +113,13 @@ impl AttentionBlock {
     ) -> Result<Option<Tensor>> {
         let trains_base = weights.trains_base();
         let output = weights.layers(&self.output)?;
-        let dmixed = backward_all(&output, &kept.mixed, &[dy.clone()], gradient, true)?;
+        let dmixed = backward_all(
+            &output,
+            &kept.mixed,
+            std::slice::from_ref(dy),
+            gradient,
+            true,
+        )?;
         let dmixed = dmixed.ok_or_else(lost)?;
         let [dq, dk, dv] = shared.packing.backward(self.heads, &kept.groups, &dmixed)?;
         let (mut dq, mut dk) = (shared.queries.turn_back(&dq)?, shared.keys.turn_back(&dk)?);
@@ -131,7 +137,7 @@ impl AttentionBlock {
         }
         let rows = x.dim(0)?;
         let [dq, dk, dv] = [dq, dk, dv].map(|d| d.reshape((rows, ())));
-        let outputs = self.joined([dq?, dk?, dv?])?;
+        let outputs = self.joined(&[dq?, dk?, dv?])?;
         let wants = wants_dx || trains_base;
         let dnormed = backward_all(
             &weights.layers(&self.qkv)?,
@@ -172,9 +178,9 @@ impl AttentionBlock {
     }
 
     /// The inverse of [`split`](Self::split), rows flat.
-    fn joined(&self, parts: [Tensor; 3]) -> Result<Vec<Tensor>> {
+    fn joined(&self, parts: &[Tensor; 3]) -> Result<Vec<Tensor>> {
         match self.qkv.outputs.len() {
-            1 => Ok(vec![Tensor::cat(&parts, 1)?]),
+            1 => Ok(vec![Tensor::cat(parts, 1)?]),
             _ => Ok(parts.to_vec()),
         }
     }
@@ -221,7 +227,7 @@ impl FeedForwardBlock {
         let KeptFeedForward { normed, gate, up } = kept;
         let active = swiglu(gate, up)?;
         let down = weights.layers(&self.down)?;
-        let dactive = backward_all(&down, &active, &[dy.clone()], gradient, true)?;
+        let dactive = backward_all(&down, &active, std::slice::from_ref(dy), gradient, true)?;
         let halves = swiglu_backward(gate, up, &dactive.ok_or_else(lost)?)?;
         let outputs = match self.gate_up.outputs.len() {
             1 => vec![Tensor::cat(&halves, D::Minus1)?],

@@ -197,8 +197,8 @@ fn with_gradient(
     let mut gradient = BankGradient::default();
     let dx = backward(&weights, &mut gradient)?;
     let factors = banks.lora.and_then(|lora| lora.bank);
-    let trained = [Some(banks.base), factors].into_iter().flatten();
-    let trained = trained.filter(|bank| bank.is_trainable()).next_back();
+    let mut trained = [Some(banks.base), factors].into_iter().flatten();
+    let trained = trained.rfind(|bank| bank.is_trainable());
     let gradient = trained.map(|bank: &Bank| gradient.into_tensor(bank));
     Ok((dx, gradient.transpose()?))
 }

@@ -24,6 +24,15 @@ fn vocabulary() -> Vocab {
     vocab
 }
 
+/// Items of very different and of almost the same length.
+fn packed(config: &ModelConfig) -> Packed {
+    let mut batch = batch(config);
+    for (item, len) in [(4, 17u32), (5, 30), (6, 28)] {
+        batch.push((0..len).map(|i| (item * 13 + i * i * 3 + i) % 29));
+    }
+    batch
+}
+
 fn on_host_memory(dtype: DType) -> Placement {
     Placement::new(Device::Cpu, dtype)
 }
@@ -46,7 +55,7 @@ fn difference(got: &[f32], want: &[f32]) -> f32 {
 
 /// Loss and gradients of an item of plain labels and, after it, one of two terms, which takes the way over the host.
 fn gradients(model: &Model, vocab: &Vocab) -> (f64, Gradients) {
-    let batch = batch(model.config());
+    let batch = packed(model.config());
     let rows: Vec<u32> = (0u32..)
         .take(batch.tokens.len())
         .filter(|row| row % 4 != 1)
@@ -105,7 +114,7 @@ fn compare(host: &Model, device: &Model) {
 }
 
 fn compare_scores(host: &Model, device: &Model, tolerance: f32) {
-    let batch = batch(host.config());
+    let batch = packed(host.config());
     let rows: Vec<u32> = (0u32..).take(batch.tokens.len()).step_by(3).collect();
     let want = host.score(&batch, &rows).unwrap();
     let got = device.score(&batch, &rows).unwrap();
