@@ -266,8 +266,8 @@ fn run(settings: &Settings) -> Result<(), String> {
         100.0 * achieved / peak
     );
     if settings.device == "cuda"
-        && let Ok(bytes) =
-            consilium_kernels::cuda::device().and_then(|device| device.memory_in_use())
+        && let Ok(bytes) = consilium_kernels::cuda::device()
+            .and_then(consilium_kernels::cuda::Device::memory_in_use)
     {
         println!("{bytes} bytes of the device are in use");
     }
