@@ -7,17 +7,21 @@
 )]
 
 use std::ffi::OsString;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::time::{Clock, SystemClock};
 use tracing_subscriber::EnvFilter;
 
 use crate::app;
 use crate::config::{Config, ConfigError};
+use crate::decoys::{self, Shares};
 use crate::rounds::driver::overview_path;
 use crate::rounds::request::{self, OpenRequest, OpenResponse};
 
@@ -44,6 +48,8 @@ enum Command {
     /// Rounds.
     #[command(subcommand)]
     Round(Round),
+    /// Writes a copy of a reference set with decoys, and the secret key that says where they are.
+    Decoys(Decoys),
     /// Shows the newest round and its members.
     Status(Status),
     /// Rebuilds the index from log and artefacts; the server must not be running.
@@ -87,9 +93,31 @@ struct Open {
     /// Changes one setting of the manifest, for example training.inner_rounds=4 or fusion.rule=min_ce.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Key of the reference set's decoys, as `decoys` wrote it; its digest goes into the manifest.
+    #[arg(long, value_name = "FILE")]
+    decoys: Option<PathBuf>,
     /// Prints the settings instead of opening a round.
     #[arg(long)]
     dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+struct Decoys {
+    /// Reference set to copy.
+    #[arg(long, value_name = "FILE")]
+    reference: PathBuf,
+    /// Where the set with decoys is written; this one goes to the members.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Where the key is written; keep it to yourself until the round's records are closed.
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// Items that get a decoy, in thousandths.
+    #[arg(long, value_name = "PERMILLE", default_value_t = 20)]
+    decoys: u32,
+    /// Items that nobody trains on and that contributions are measured on, in thousandths.
+    #[arg(long, value_name = "PERMILLE", default_value_t = 0)]
+    holdout: u32,
 }
 
 #[derive(Debug, Args)]
@@ -140,6 +168,7 @@ fn run(arguments: Arguments) -> Result<()> {
             served
         }
         Command::Round(Round::Open(open)) => open_round(&open),
+        Command::Decoys(decoys) => plant_decoys(&decoys),
         Command::Status(status) => show_status(&status),
         Command::Reindex(common) => {
             let slots = app::reindex(&Config::load(&common.config)?)?;
@@ -164,6 +193,10 @@ fn open_round(open: &Open) -> Result<()> {
     let mut wanted = OpenRequest::default();
     for assignment in &open.set {
         wanted = wanted.set(assignment).map_err(Usage)?;
+    }
+    if let Some(path) = &open.decoys {
+        let key = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        wanted.decoy_key = Some(key);
     }
     if open.dry_run {
         println!("{}", serde_json::to_string_pretty(&wanted)?);
@@ -192,6 +225,38 @@ fn open_round(open: &Open) -> Result<()> {
         }
         OpenResponse::Refused { problem } => bail!("the round was not opened: {problem}"),
     }
+}
+
+fn plant_decoys(wanted: &Decoys) -> Result<()> {
+    let shown = |path: &PathBuf| path.display().to_string();
+    let bytes = std::fs::read(&wanted.reference).with_context(|| shown(&wanted.reference))?;
+    let set = ReferenceSet::parse(&bytes).with_context(|| shown(&wanted.reference))?;
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).context("random numbers of the system")?;
+    let shares = Shares {
+        decoy_permille: wanted.decoys,
+        holdout_permille: wanted.holdout,
+    };
+    let (text, key) =
+        decoys::plant(&set, shares, secret).map_err(|error| Usage(error.to_string()))?;
+    let json = serde_json::to_vec_pretty(&key)?;
+    for (path, bytes) in [(&wanted.out, &text), (&wanted.key, &json)] {
+        let mut options = std::fs::OpenOptions::new();
+        // Never over a set or key that a round may need.
+        let file = options.write(true).create_new(true).mode(0o600).open(path);
+        let mut file = file.with_context(|| shown(path))?;
+        file.write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .with_context(|| shown(path))?;
+    }
+    println!(
+        "reference {}\nitems {}\ndecoys {}\nholdout {}",
+        key.reference,
+        set.items().len(),
+        key.decoys.len(),
+        key.holdout.len()
+    );
+    Ok(())
 }
 
 #[expect(

@@ -5,6 +5,7 @@
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod decoys;
 pub mod fusion;
 pub mod log;
 pub mod release;

@@ -107,9 +107,10 @@ fn the_initial_adapter_has_the_layout_that_peft_writes_and_pefts_own_can_be_merg
         check_adapter(&training, start.path(), &clinic, &path).unwrap();
         let input = MergeInput {
             training: &training,
-            start: start.path(),
+            seed: 1,
+            start: start.path().into(),
             momentum: None,
-            adapters: &[(clinic, &path, 1)],
+            adapters: &[(clinic, path.as_path().into(), 1)],
         };
         let output = MergeOutput {
             adapter: adapter.as_file(),

@@ -12,7 +12,8 @@ use consilium_protocol::artefact::Kind;
 use consilium_protocol::charter::Charter;
 use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
 use serde_json::Value;
@@ -35,6 +36,8 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 1,
         fusion: FusionRule::MinCe,
+        targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 8,
             local_steps: 30,
@@ -61,6 +64,7 @@ fn manifest() -> Manifest {
             distil_seconds: 1,
             evaluate_seconds: 1,
         },
+        max_weight: None,
         seed: 1,
         previous_release: None,
     }
@@ -110,11 +114,13 @@ fn publish_into(
         manifest: &manifest(),
         manifest_digest: Digest::of(b"manifest"),
         targets: Some(Digest::of(b"targets")),
+        records: None,
         contributions: &contributions,
         truncation_ppm: &[174_000, 12_000],
         verdict,
         adapter: &file,
         adapter_digest: Digest::of(adapter),
+        rank: 32,
         base_model: "north/pivot \"small\"",
         license: "apache-2.0",
         key: &key,

@@ -10,12 +10,7 @@
 //! The program starts itself as `consilium-aggregator` and `consilium-node`: real processes, real certificates, real QUIC
 //! on loopback. What it prints is measured on test sets that no training saw.
 
-mod arms;
-mod clock;
 mod given;
-mod measure;
-mod models;
-mod parallel;
 mod run;
 mod transcript;
 mod tune;
@@ -24,17 +19,16 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
+use consilium_examples::lab::clock;
+use consilium_examples::lab::folder::claim;
 use consilium_examples::report::Report;
 
 use crate::given::{Given, NamedFolder};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// Folders with this file are ours to replace.
-const MARK: &str = ".consilium-consortium";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -82,7 +76,7 @@ fn consortium(arguments: &Arguments) -> Result<bool> {
         &arguments.source,
         &arguments.out,
     )?;
-    claim(&arguments.out)?;
+    claim(&arguments.out, "consortium")?;
     if !arguments.tune.is_empty() {
         for &seed in &arguments.seeds {
             let folder = arguments.out.join(format!("tune-{seed}"));
@@ -123,22 +117,4 @@ fn command(arguments: &Arguments) -> String {
         command += &format!(" --source {}={}", domain.name(), folder.display());
     }
     command
-}
-
-/// Makes the output folder, replacing one that an earlier run made.
-fn claim(out: &Path) -> Result<()> {
-    if out.join(MARK).exists() {
-        std::fs::remove_dir_all(out).with_context(|| out.display().to_string())?;
-    } else if out.exists() && out.read_dir()?.next().is_some() {
-        bail!(
-            "{} is not empty and no earlier run made it; choose another --out",
-            out.display()
-        );
-    }
-    std::fs::create_dir_all(out)?;
-    std::fs::write(
-        out.join(MARK),
-        "made by the consortium example; may be replaced\n",
-    )?;
-    Ok(())
 }

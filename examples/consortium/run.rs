@@ -6,20 +6,20 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use consilium_aggregator::rounds::request::OpenRequest;
 use consilium_examples::cluster::{Cluster, Process, Program, Site, Spec, wait_until};
+use consilium_examples::lab::clock::{Clock, say};
+use consilium_examples::lab::measure::measure;
+use consilium_examples::lab::models::{train_pivot, train_source};
+use consilium_examples::lab::parallel::{Job, in_parallel};
+use consilium_examples::lab::trainer::{Trainer, items_of, permuted_targets, targets_of};
 use consilium_examples::report::{Arm, ArmResult, SeedReport};
 use consilium_examples::world::{Domain, Files, Sizes, World};
 use consilium_node::worker::LoadedModel;
-use consilium_node::worker::train::targets::Targets;
-use consilium_protocol::manifest::Training;
+use consilium_node::worker::model::ModelConfig;
+use consilium_protocol::manifest::{Mode, Training};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
-use crate::arms::{Trainer, permuted_targets, union_of_private_text};
-use crate::clock::{Clock, say};
 use crate::given::Given;
-use crate::measure::measure;
-use crate::models::{train_pivot, train_source};
-use crate::parallel::{Job, in_parallel};
 use crate::transcript::Transcript;
 
 /// Longest wait for a round; nothing here takes a tenth of it.
@@ -99,7 +99,8 @@ fn prepare(seed: u64, given: &Given, folder: &Path, clock: &mut Clock) -> Result
                 let folder = models.join(domain.name());
                 let (world, target) = (&world, folder.clone());
                 jobs.push(Box::new(move || {
-                    train_source(world, domain.index(), &target)
+                    let at = domain.index();
+                    train_source(world, &world.institutions[at].private, at, &target)
                 }));
                 folder
             },
@@ -139,6 +140,7 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
                 source,
                 holdout,
                 capacity: 1,
+                train_data: None,
             })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -149,6 +151,7 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         pivot: prepared.pivot.clone(),
         reference: prepared.files.public.clone(),
         sites: sites.clone(),
+        modes: vec![Mode::Unified],
         threads: 1,
     };
     let cluster = Cluster::prepare(
@@ -163,12 +166,12 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
         .map(|site| cluster.start_node(&site.name))
         .collect::<Result<Vec<_>>>()?;
     clock.begin("round: score, fuse, distil, merge, evaluate");
-    cluster.operator(&[
-        "round",
-        "open",
-        "--set",
-        &format!("seed={}", prepared.world.seed),
-    ])?;
+    let settings = settings(prepared)?;
+    let settings = settings
+        .iter()
+        .flat_map(|setting| ["--set", setting.as_str()]);
+    let open: Vec<&str> = ["round", "open"].into_iter().chain(settings).collect();
+    cluster.operator(&open)?;
     follow(&cluster, &mut aggregator, &mut nodes)?;
     clock.end("round, over QUIC");
     for node in &mut nodes {
@@ -184,6 +187,15 @@ fn round(prepared: &Prepared, folder: &Path, clock: &mut Clock) -> Result<(Clust
     );
     let transcript = Transcript::read(&cluster)?;
     Ok((cluster, transcript))
+}
+
+/// What the operator asks for beside the defaults. A pivot whose head is its embedding has no head to be trained whole.
+fn settings(prepared: &Prepared) -> Result<Vec<String>> {
+    let mut settings = vec![format!("seed={}", prepared.world.seed)];
+    if ModelConfig::load(&prepared.pivot)?.tied {
+        settings.push("training.modules_to_save=[\"embed_tokens\"]".to_owned());
+    }
+    Ok(settings)
 }
 
 /// Waits for the release and says what goes on.
@@ -222,13 +234,7 @@ fn arms(
     let manifest = transcript.manifest();
     let reference = reference(prepared)?;
     let permuted = permuted_targets(manifest, &reference, &transcript.records()?, world.seed)?;
-    let all: Vec<u64> = (0..manifest.items).collect();
-    let permuted = Targets::gather(&reference, &all, manifest.shard_items, |index| {
-        let shard = permuted
-            .get(index as usize)
-            .map(consilium_protocol::shard::Shard::to_bytes);
-        Ok(shard.transpose().ok().flatten().unwrap_or_default())
-    })?;
+    let permuted = targets_of(&reference, manifest.shard_items, &permuted)?;
     let training = OpenRequest::default().training;
     let trainer = |rate| Trainer {
         pivot: &prepared.pivot,
@@ -237,28 +243,30 @@ fn arms(
         rate,
         seed: world.seed,
     };
-    let private = union_of_private_text(world);
+    let private = items_of(world.institutions.iter().flat_map(|site| &site.private));
+    let arm = |arm, model: &LoadedModel| {
+        Ok(ArmResult {
+            arm,
+            scores: measure(model, world)?,
+        })
+    };
     let mut jobs: Vec<Job<'_, ArmResult>> = vec![
+        Box::new(|| arm(Arm::Sft, &trainer(SFT_RATE).on_labels(reference.items())?)),
         Box::new(|| {
-            let model = trainer(SFT_RATE).on_labels(reference.items())?;
-            measure(Arm::Sft, &model, world)
-        }),
-        Box::new(|| {
-            let model = trainer(CENTRALISED_RATE).on_labels(&private)?;
-            measure(Arm::Centralised, &model, world)
-        }),
-        Box::new(|| {
-            let model = trainer(round_rate(&training)).on_targets(reference.items(), &permuted)?;
-            measure(Arm::Permuted, &model, world)
-        }),
-        Box::new(|| measure(Arm::Fused, &released(prepared, cluster, transcript)?, world)),
-        Box::new(|| {
-            measure(
-                Arm::PivotBefore,
-                &LoadedModel::load(&prepared.pivot)?,
-                world,
+            arm(
+                Arm::Centralised,
+                &trainer(CENTRALISED_RATE).on_labels(&private)?,
             )
         }),
+        Box::new(|| {
+            let trainer = trainer(round_rate(&training));
+            arm(
+                Arm::Permuted,
+                &trainer.on_targets(reference.items(), &permuted)?,
+            )
+        }),
+        Box::new(|| arm(Arm::Fused, &released(prepared, cluster, transcript)?)),
+        Box::new(|| arm(Arm::PivotBefore, &LoadedModel::load(&prepared.pivot)?)),
     ];
     for domain in Domain::ALL {
         let folder = prepared
@@ -266,7 +274,7 @@ fn arms(
             .get(domain.index())
             .context("a source for each domain")?;
         jobs.push(Box::new(move || {
-            measure(Arm::Source(domain), &LoadedModel::load(folder)?, world)
+            arm(Arm::Source(domain), &LoadedModel::load(folder)?)
         }));
     }
     let results = in_parallel(jobs)?;

@@ -9,16 +9,16 @@ use std::path::Path;
 
 use anyhow::Result;
 use consilium_aggregator::rounds::request::OpenRequest;
-use consilium_examples::report::{Arm, ArmResult};
+use consilium_examples::lab::clock::say;
+use consilium_examples::lab::measure::measure;
+use consilium_examples::lab::models::train_pivot;
+use consilium_examples::lab::parallel::{Job, in_parallel};
+use consilium_examples::lab::trainer::{Trainer, items_of};
+use consilium_examples::report::{Arm, Scores};
 use consilium_examples::world::{Sizes, World};
 use consilium_protocol::reference::ReferenceSet;
 
-use crate::arms::{Trainer, union_of_private_text};
-use crate::clock::say;
 use crate::given::Given;
-use crate::measure::measure;
-use crate::models::train_pivot;
-use crate::parallel::{Job, in_parallel};
 
 /// Peak learning rates of the grid.
 const RATES: [f64; 4] = [3e-3, 6e-3, 1e-2, 2e-2];
@@ -28,7 +28,7 @@ struct Trial {
     arm: Arm,
     rate: f64,
     steps: u64,
-    result: Result<ArmResult>,
+    result: Result<Scores>,
 }
 
 /// Trains both arms of one seed for each count of steps at each rate below `folder`, and returns the table.
@@ -45,7 +45,7 @@ pub(crate) fn tune(seed: u64, steps: &[u64], given: &Given, folder: &Path) -> Re
         }
     };
     let reference = ReferenceSet::parse(&std::fs::read(&files.public)?)?;
-    let private = union_of_private_text(&world);
+    let private = items_of(world.institutions.iter().flat_map(|site| &site.private));
     let training = OpenRequest::default().training;
     let mut jobs: Vec<Job<'_, Trial>> = Vec::new();
     for &steps in steps {
@@ -68,7 +68,7 @@ pub(crate) fn tune(seed: u64, steps: &[u64], given: &Given, folder: &Path) -> Re
                         arm,
                         rate,
                         steps,
-                        result: model.and_then(|model| measure(arm, &model, world)),
+                        result: model.and_then(|model| measure(&model, world)),
                     };
                     say(&trial.row());
                     Ok(trial)
@@ -94,7 +94,7 @@ impl Trial {
     }
 
     fn bits(&self) -> f64 {
-        self.result.as_ref().map_or(f64::INFINITY, ArmResult::union)
+        self.result.as_ref().map_or(f64::INFINITY, Scores::union)
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod attacks;
 pub mod cluster;
+pub mod lab;
 pub mod report;
 pub mod world;

@@ -20,11 +20,17 @@ const SHAPE: RecordShape = RecordShape {
 
 fn main() {
     common::one_thread();
+    // The word `copy` limits the run to the floor of one source.
+    let only_copy = std::env::args().any(|word| word == "copy");
     let target: Vec<u8> = (0..POSITIONS - 1).map(|i| observed(i as u64)).collect();
     let sources: Vec<Records> = (0..SOURCES as u64)
         .map(|seed| records(seed, &target))
         .collect();
     let views: Vec<RecordView<'_>> = sources.iter().map(Records::view).collect();
+    if only_copy {
+        copy_floor(views[0]);
+        return;
+    }
     println!(
         "{:<26} {:>9} {:>11} {:>11} {:>8} {:>8}",
         "operation", "ns/pos", "numpy ns", "torch ns", "x numpy", "x torch"

@@ -8,7 +8,7 @@
 pub const FLOOR: u8 = 255;
 
 /// `round(2^(63 - j/16))` for j = 0..16.
-const BASE: [u64; 16] = [
+pub(crate) const BASE: [u64; 16] = [
     0x8000_0000_0000_0000,
     0x7a92_be8a_9243_6616,
     0x7560_6373_ee92_1c97,

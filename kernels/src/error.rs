@@ -248,6 +248,9 @@ pub enum FusionError {
         /// Trim asked for.
         permille: u32,
     },
+    /// A sample of nothing.
+    #[error("no draws: a sampled target needs at least one")]
+    Draws,
     /// Weights are shares of 2^16.
     #[error("weights sum to {sum}, expected 65536")]
     WeightSum {

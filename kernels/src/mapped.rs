@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 /// A file mapped for reading.
 ///
@@ -45,6 +46,29 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
+
+    /// Gives the pages of a range back that were read and are not needed soon: they no longer count as this process's memory.
+    /// A later look reads them again. What the system refuses stays as it is: this is a matter of memory alone.
+    ///
+    /// # Panics
+    /// Where the range does not lie in the file.
+    pub fn forget(&self, range: Range<usize>) {
+        let bytes = &self.0[range.clone()];
+        if bytes.is_empty() {
+            return;
+        }
+        #[expect(
+            unsafe_code,
+            reason = "the memmap2 crate leaves to the caller what becomes of the pages' contents"
+        )]
+        // SAFETY: the map is read-only and of a file, so a page that is dropped has no contents of its own: the next access
+        // reads the same bytes of the file again (madvise(2), MADV_DONTNEED). Slices into it stay valid.
+        let advised = unsafe {
+            self.0
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, bytes.len())
+        };
+        drop(advised);
+    }
 }
 
 #[cfg(test)]
@@ -55,7 +79,11 @@ mod tests {
     fn a_mapped_file_is_its_bytes_and_an_empty_one_is_refused() {
         let path = std::env::temp_dir().join(format!("consilium-mapped-{}", std::process::id()));
         std::fs::write(&path, b"bytes").unwrap();
-        assert_eq!(MappedFile::open(&path).unwrap().bytes(), b"bytes");
+        let file = MappedFile::open(&path).unwrap();
+        assert_eq!(file.bytes(), b"bytes");
+        file.forget(1..4);
+        file.forget(5..5);
+        assert_eq!(file.bytes(), b"bytes", "read again");
         std::fs::write(&path, b"").unwrap();
         assert!(MappedFile::open(&path).is_err());
         std::fs::remove_file(&path).unwrap();

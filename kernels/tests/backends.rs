@@ -192,6 +192,7 @@ fn every_backend_present_fuses_to_the_same_bytes() {
     for mixing in [
         Mixing::Item(&item),
         Mixing::Positions(&positions),
+        Mixing::Geometric(&positions),
         Mixing::Robust(Robust::Median),
         Mixing::Robust(Robust::TrimmedMean { trim_permille: 334 }),
     ] {

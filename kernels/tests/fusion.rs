@@ -2,7 +2,8 @@
 #![cfg(test)]
 
 use consilium_kernels::fusion::{
-    Bits, Mixing, Robust, Routing, WEIGHT_UNITY, fuse, fuse_item, item_bits, route, route_causal,
+    Bits, Confidence, Evidence, Mixing, Robust, Routing, Scope, WEIGHT_UNITY, competent, entropies,
+    fuse, fuse_item, item_bits, route, route_causal, route_positions,
 };
 use consilium_kernels::{Backend, FusionError, RecordShape, RecordView, Records, Symbol};
 use proptest::prelude::*;
@@ -339,6 +340,83 @@ fn causal_weights_know_only_what_came_before() {
     assert_eq!(route_causal(20, &[], &[98]), Ok(vec![]));
 }
 
+#[test]
+fn a_geometric_mean_is_that_of_the_distributions() {
+    // Halves and eighths: the products are powers of two that codes say exactly.
+    let first = records(2, &[(vec![(97, 16), (98, 16)], 255, 255)]);
+    let second = records(2, &[(vec![(97, 48), (98, 16)], 255, 255)]);
+    let shape = RecordShape {
+        k: 2,
+        fill_permille: 1000,
+    };
+    let mut out = Records::new(2).unwrap();
+    let views = [first.view(), second.view()];
+    fuse(
+        Mixing::Geometric(&[32_768, 32_768]),
+        &views,
+        &shape,
+        &mut out,
+    )
+    .unwrap();
+    // sqrt(1/2 1/8) = 1/4 against sqrt(1/2 1/2) = 1/2: a third and two thirds.
+    let expected = [1.0_f64 / 3.0, 2.0 / 3.0].map(consilium_kernels::code::encode);
+    assert_eq!(out.view().codes(), expected);
+    // All weight on one source is that source.
+    out.clear();
+    fuse(Mixing::Geometric(&[65_536, 0]), &views, &shape, &mut out).unwrap();
+    assert_eq!(out.view().codes(), [16, 16]);
+    assert_eq!(
+        fuse(Mixing::Geometric(&[1, 2, 3]), &views, &shape, &mut out),
+        Err(FusionError::Weights {
+            weights: 3,
+            expected: 2
+        })
+    );
+}
+
+#[test]
+fn confidence_prefers_the_surer_of_equals_and_scope_says_what_is_known() {
+    let sure = records(2, &[(vec![(97, 16)], 255, 16), (vec![(97, 0)], 255, 255)]);
+    let broad = records(
+        2,
+        &[
+            (vec![(97, 16), (98, 16)], 255, 255),
+            (vec![(97, 48), (98, 3)], 255, 255),
+        ],
+    );
+    let views = [sure.view(), broad.view()];
+    let evidence = Evidence::of_bytes(&views, b"a", &[]).unwrap();
+    let measured: Vec<Vec<u64>> = views.iter().map(|view| entropies(*view)).collect();
+    let rows: Vec<u64> = (0..2)
+        .flat_map(|p| [measured[0][p], measured[1][p]])
+        .collect();
+    let confidence = Confidence {
+        permille: 2000,
+        entropies: &rows,
+    };
+    let plain = route_positions(20, Scope::Before, &evidence, None);
+    assert_eq!(plain, route_causal(20, &views, b"a").unwrap());
+    let factored = route_positions(20, Scope::Before, &evidence, Some(confidence));
+    // Nothing is known at the first position: exp(-2 H) alone, H = 5 and 1 bits.
+    assert_eq!(plain[..2], [32_768, 32_768]);
+    assert!(factored[0] < 100, "{factored:?}");
+    // Entropies of .00 and .54 bits: exp(-1.08) is a quarter of the sum.
+    assert!((16_500..16_800).contains(&factored[3]), "{factored:?}");
+    let item = route_positions(20, Scope::Item, &evidence, None);
+    assert_eq!(item[..2], item[2..]);
+    assert_eq!(
+        item[..2],
+        route(Routing::Softmax { sharpness: 20 }, &evidence.totals())
+    );
+    // Half a bit and one bit per byte.
+    let apart = [16, 32].map(|sixteenths| Bits {
+        sixteenths,
+        bytes: 2,
+    });
+    assert_eq!(competent(&apart, 499), [0]);
+    assert_eq!(competent(&apart, 500), [0, 1]);
+}
+
 /// Any codes at all: masses far from one, ties, certain ends.
 fn wild() -> impl Strategy<Value = Position> {
     let listed = prop::collection::btree_map(any::<u8>(), any::<u8>(), 1..9);
@@ -432,6 +510,10 @@ fn always_the_same<S: Symbol>(
             Mixing::Positions(by_position),
             Mixing::Positions(&by_position_then),
         ),
+        (
+            Mixing::Geometric(by_position),
+            Mixing::Geometric(&by_position_then),
+        ),
     ];
     let robust = robust.map(|rule| (Mixing::Robust(rule), Mixing::Robust(rule)));
     for (mixing, mixing_then) in mixings.into_iter().chain(robust) {
@@ -460,9 +542,9 @@ proptest! {
         bits in prop::collection::vec(0_u64..4000, 9),
         shuffle in any::<prop::sample::Index>(),
         k in 1_usize..12,
+        slots in prop_oneof![Just(8_usize), Just(16)],
         fill_permille in prop_oneof![Just(1000_u32), Just(995), 0_u32..1000],
     ) {
-        let slots = 8;
         let shape = RecordShape { k, fill_permille };
         let bits = bits[..sources.len()].iter().map(|&sixteenths| Bits { sixteenths, bytes: 90 });
         let weights = route(Routing::Softmax { sharpness: 3 }, &bits.collect::<Vec<_>>());
@@ -477,6 +559,7 @@ proptest! {
         // The slots of the sources and of the result are the same: what can be copied is copied.
         let shape = RecordShape { k: slots, fill_permille };
         always_the_same(&bytes, &weights, &by_position, &shape, shuffle)?;
+        always_the_same(&tokens, &weights, &by_position, &shape, shuffle)?;
     }
 
     #[test]

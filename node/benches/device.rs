@@ -13,7 +13,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use consilium_kernels::loss::{ItemLoss, NO_LABEL, Term};
 use consilium_kernels::{TokenKind, Vocab};
-use consilium_node::worker::device::DeviceChoice;
+use consilium_node::config::DeviceChoice;
 use consilium_node::worker::model::{
     BaseStorage, LoraConfig, Model, ModelConfig, Packed, Placement, random_as,
 };
@@ -90,9 +90,10 @@ impl Settings {
     fn placement(&self) -> Result<Placement, String> {
         match self.device.as_str() {
             "cuda" => {
-                let placement = DeviceChoice::Cuda.placement(self.offload);
+                let placement = DeviceChoice::Cuda.placement();
                 let placement = placement.map_err(|error| error.to_string())?;
-                placement.ok_or_else(|| "no device".to_owned())
+                let placement = placement.ok_or_else(|| "no device".to_owned())?;
+                Ok(placement.with_offload(self.offload))
             }
             "cpu" => Ok(Placement::new(Device::Cpu, DType::F32).with_offload(self.offload)),
             other => Err(format!("--device {other}: cpu or cuda")),

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use consilium_kernels::quant::Format;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
+use crate::config::{DeviceChoice, format};
 use crate::scorer::{RawServer, ScorerError, ScorerSettings};
-use crate::worker::device::DeviceChoice;
 
 /// The program at an institution: trains, scores, and takes part in rounds.
 #[derive(Debug, Parser)]
@@ -115,7 +116,7 @@ pub(crate) struct InitArgs {
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// The training run: a TOML file with the text, the model to start from and the stages.
-    #[arg(required_unless_present_all = ["start", "data", "output", "steps"])]
+    #[arg(required_unless_present_all = ["start", "data", "output"])]
     pub(crate) file: Option<PathBuf>,
     /// Folder of the model to start from.
     #[arg(long, value_name = "FOLDER")]
@@ -132,6 +133,9 @@ pub(crate) struct TrainArgs {
     /// Steps of the optimiser.
     #[arg(long)]
     pub(crate) steps: Option<u64>,
+    /// How often every record is learned, in place of a number of steps.
+    #[arg(long, conflicts_with = "steps")]
+    pub(crate) epochs: Option<f64>,
     /// Highest learning rate; 1e-4 without it, 2e-4 for adapters.
     #[arg(long)]
     pub(crate) learning_rate: Option<f64>,
@@ -150,6 +154,19 @@ pub(crate) struct TrainArgs {
     /// Scale of the adapters times their rank; twice the rank without it.
     #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
     pub(crate) lora_alpha: Option<f64>,
+    /// How the weights of the model are stored while adapters of it are trained: f32, bf16, int8 or nf4 (4 bits).
+    #[arg(long, value_name = "FORMAT", value_parser = format::parse)]
+    pub(crate) base: Option<Format>,
+    /// Compute activations again in the backward pass rather than keep them: less memory, a third more work.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) checkpoint_activations: Option<bool>,
+    /// Leave the weights of the layers in a file in the run's folder, beside an NVIDIA device in the host's memory, and read one
+    /// layer at a time.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) offload: Option<bool>,
+    /// Where the model computes; auto without it.
+    #[arg(long, value_enum, value_name = "DEVICE")]
+    pub(crate) device: Option<DeviceChoice>,
     /// Share of the records that is held out; the weights that do best on it are kept.
     #[arg(long, value_name = "SHARE")]
     pub(crate) held_out: Option<f64>,
@@ -162,15 +179,6 @@ pub(crate) struct TrainArgs {
     /// Bad records that are skipped before the next one ends the run; 0 without it.
     #[arg(long, value_name = "N")]
     pub(crate) max_bad_rows: Option<u64>,
-    /// Where the model computes: cpu, cuda, or auto for an NVIDIA device where there is one; auto without it.
-    #[arg(long, value_name = "DEVICE", value_parser = device)]
-    pub(crate) device: Option<DeviceChoice>,
-    /// Compute activations again in the backward pass: less memory, a third more work.
-    #[arg(long)]
-    pub(crate) checkpoint_activations: bool,
-    /// Keep the layers' frozen weights in the host's memory beside an NVIDIA device, so that a larger model fits.
-    #[arg(long, requires = "lora_rank")]
-    pub(crate) offload: bool,
     /// Memory that the run may take, such as 8GiB; what the machine and its control groups have left without it.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) memory: Option<u64>,
@@ -218,8 +226,8 @@ pub(crate) struct ScoreArgs {
     /// Wrap what an item gives in the model's own chat template.
     #[arg(long)]
     pub(crate) chat_template: bool,
-    /// Where the model computes: cpu, cuda, or auto for an NVIDIA device where there is one.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    /// Where the model computes.
+    #[arg(long, value_enum, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
@@ -233,6 +241,9 @@ pub(crate) struct ScorerArgs {
     /// Folder with the source's config.json and tokenizer.
     #[arg(long)]
     pub(crate) source: PathBuf,
+    /// Wrap what an item gives in the source's own chat template.
+    #[arg(long)]
+    pub(crate) chat_template: bool,
     #[command(flatten)]
     pub(crate) server: RawServer,
     /// Ask about three tokens, say what the server gives, and end.
@@ -258,6 +269,7 @@ impl ScorerArgs {
         Ok(ScorerSettings {
             spool: self.spool.clone(),
             source: self.source.clone(),
+            chat_template: self.chat_template,
             server,
         })
     }
@@ -274,8 +286,8 @@ pub(crate) struct EvaluateArgs {
     /// Items, JSON lines.
     #[arg(long)]
     pub(crate) data: PathBuf,
-    /// Where the model computes: cpu, cuda, or auto for an NVIDIA device where there is one.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    /// Where the model computes.
+    #[arg(long, value_enum, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
@@ -286,11 +298,6 @@ pub(crate) struct Threads {
     /// Threads; all cores without it.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
-}
-
-/// A device by name.
-fn device(name: &str) -> Result<DeviceChoice, String> {
-    DeviceChoice::named(name).ok_or_else(|| "expected cpu, cuda or auto".to_owned())
 }
 
 /// A number of bytes with a unit: `512MiB`, `8GiB`, `16GB`; without one, bytes.

@@ -88,6 +88,9 @@ fn scorer_of(
     for (option, path) in [("--spool", &config.spool), ("--source", &source)] {
         arguments.extend([option.into(), path.clone().into_os_string()]);
     }
+    if config.source_chat_template {
+        arguments.push("--chat-template".into());
+    }
     arguments.extend(server.arguments());
     ChildProgram {
         name: "scorer",
@@ -198,6 +201,10 @@ mod tests {
             &consilium_protocol::InstitutionId::new("clinic").unwrap(),
             "127.0.0.1:4433",
         ) + text;
+        let text = text.replace(
+            "# source_chat_template = false",
+            "source_chat_template = true",
+        );
         let config = Config::parse(&text, Path::new("/site/private/node.toml")).unwrap();
         let mut children = children_of(&config, "text").unwrap();
         assert_eq!(children.len(), 2);
@@ -225,6 +232,7 @@ mod tests {
         };
         let settings = args.settings().unwrap();
         assert_eq!((settings.server.top, args.supervised), (64, true));
+        assert!(settings.chat_template);
         assert_eq!(
             settings.server.key_file.unwrap(),
             Path::new("/site/private/key")

@@ -197,6 +197,9 @@ const SETTINGS: &[Case] = &[
         fs::remove_file(f.join("config.json")).unwrap();
         symlink("config.json", f.join("config.json")).unwrap();
     }),
+    ("not UTF-8", &["config.json: not a JSON object"], |f| {
+        fs::write(f.join("config.json"), b"{\"model_type\":\"ll\xffma\"}").unwrap();
+    }),
     (
         "nested too deep",
         &["config.json: not a JSON object"],
@@ -310,6 +313,15 @@ const TOKENIZERS: &[Case] = &[
             fs::write(f.join("tokenizer.json"), twice).unwrap();
         },
     ),
+    ("not UTF-8", &["tokenizer.json"], |f| {
+        let mut bytes = fs::read(f.join("tokenizer.json")).unwrap();
+        let at = bytes
+            .windows(7)
+            .position(|part| part == b"\"vocab\"")
+            .unwrap();
+        bytes[at + 1] = 0xff;
+        fs::write(f.join("tokenizer.json"), bytes).unwrap();
+    }),
     (
         "an added token over another",
         &["tokenizer.json: added_tokens: id"],
@@ -436,6 +448,74 @@ const ADAPTERS: &[Case] = &[
         },
     ),
 ];
+
+const TEMPLATES: &[Case] = &[
+    (
+        "a template without end",
+        &["chat_template.jinja: ", "does not end within"],
+        |f| {
+            let endless =
+                "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}";
+            fs::write(f.join("chat_template.jinja"), endless).unwrap();
+        },
+    ),
+    (
+        "a template that calls itself",
+        &["chat_template.jinja: "],
+        |f| {
+            let circle = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
+            fs::write(f.join("chat_template.jinja"), circle).unwrap();
+        },
+    ),
+    (
+        "a template that fails",
+        &["chat_template.jinja: line 2: "],
+        |f| fs::write(f.join("chat_template.jinja"), "ok\n{{ nothing() }}").unwrap(),
+    ),
+    (
+        "a template that is cut",
+        &["chat_template.jinja: line 1: ", "syntax error"],
+        |f| fs::write(f.join("chat_template.jinja"), "{% for m in messages %}").unwrap(),
+    ),
+    ("not UTF-8", &["chat_template.jinja", "utf-8"], |f| {
+        fs::write(f.join("chat_template.jinja"), b"a\xff").unwrap();
+    }),
+    ("a cut file", &["tokenizer_config.json"], |f| {
+        fs::write(f.join("tokenizer_config.json"), b"{\"chat_template\":\"a").unwrap();
+    }),
+    (
+        "a template that is no text",
+        &["no chat template", "chat_template"],
+        |f| fs::write(f.join("tokenizer_config.json"), r#"{"chat_template":7}"#).unwrap(),
+    ),
+];
+
+/// Wraps a context in the folder's template.
+fn wrap(folder: &Path) -> Result<(), String> {
+    let mut loaded = LoadedModel::load(folder).map_err(|error| error.to_string())?;
+    loaded
+        .use_chat_template(folder)
+        .and_then(|()| loaded.whole_item("a context", "a target"))
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn every_damage_of_a_chat_template_names_file_and_field() {
+    for (what, named, damage) in TEMPLATES {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path());
+        let good = "{{ messages[0].content }}";
+        fs::write(folder.path().join("chat_template.jinja"), good).unwrap();
+        wrap(folder.path()).unwrap();
+        fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
+        damage(folder.path());
+        let error = wrap(folder.path()).expect_err(what);
+        for part in *named {
+            assert!(error.contains(part), "{what}: {part:?} is not in {error:?}");
+        }
+    }
+}
 
 #[test]
 fn every_damage_names_file_and_field() {

@@ -51,7 +51,7 @@ steps = 12
 learning_rate = 5e-3
 [[stages]]
 text = ["chat.jsonl", "notes.txt"]
-steps = 16
+epochs = 2.5
 learning_rate = 3e-3
 decay = "cosine"
 "#;

@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use consilium_kernels::quant::Format;
-use consilium_node::config::Memory;
-use consilium_node::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
+use consilium_node::config::{DeviceChoice, Memory};
+use consilium_node::spool::{
+    DistilJob, EvaluateJob, Job, JobId, Lesson, Outcome, RecordFiles, Rival, ScoreJob, Spool,
+};
 use consilium_node::worker::model::ModelConfig;
 use consilium_node::worker::tokenizer::train_bpe;
 use consilium_node::worker::{Folders, LoadedModel, Worker};
@@ -49,6 +51,7 @@ fn folders(folder: &Path) -> Folders {
         source: Some(folder.join("source").into()),
         source_chat_template: false,
         holdout: folder.join("holdout.jsonl"),
+        train_data: vec![folder.join("private.jsonl")],
     }
 }
 
@@ -132,18 +135,28 @@ fn distil(reference: Digest, inner: u32, start: Digest, targets: &[Digest], step
         manifest: Digest::of(b"manifest"),
         inner,
         start,
-        targets: targets.to_vec(),
-        reference,
-        part: Part {
-            seed: 77 + u64::from(inner),
-            from: 5,
-            to: 33,
+        lesson: Lesson::Fused {
+            records: records(reference, targets),
+            part: Part {
+                seed: 77 + u64::from(inner),
+                from: 5,
+                to: 33,
+            },
+            rival: None,
         },
         training: training(steps),
         seed: 4,
-        shard_items: SHARD_ITEMS,
-        items: ITEMS,
     })
+}
+
+fn records(reference: Digest, shards: &[Digest]) -> RecordFiles {
+    RecordFiles {
+        reference,
+        items: ITEMS,
+        shards: shards.to_vec(),
+        shard_items: SHARD_ITEMS,
+        withheld: Vec::new(),
+    }
 }
 
 /// A fresh adapter, as the aggregator would make one.
@@ -387,7 +400,10 @@ fn a_worker_that_restarts_repeats_or_holds_less_gives_the_same_adapters() {
         assert!(!worker.work().unwrap(), "nothing is left to do");
         adapters
     };
-    let plain = Memory::default();
+    let plain = Memory {
+        device: DeviceChoice::Cpu,
+        ..Memory::default()
+    };
     let less = Memory {
         checkpoint_activations: true,
         offload: true,
@@ -402,4 +418,104 @@ fn a_worker_that_restarts_repeats_or_holds_less_gives_the_same_adapters() {
     assert_eq!(adapters(true, plain), uninterrupted);
     assert_eq!(adapters(true, less), uninterrupted);
     assert_ne!(adapters(false, four_bits), uninterrupted);
+}
+
+/// A worker in this process, as the jobs of one round of another mode find it.
+#[test]
+fn each_lesson_and_each_loss_gives_an_adapter_of_its_own_that_repeats() {
+    let never = || false;
+    let folder = tempfile::tempdir().unwrap();
+    let reference = site(folder.path());
+    let folders = folders(folder.path());
+    let private: String = lines()[..9]
+        .iter()
+        .map(|line| format!("{{\"text\":\"{line}\"}}\n"))
+        .collect();
+    fs::write(&folders.train_data[0], private).unwrap();
+    let spool = Spool::open(&folders.spool).unwrap();
+    let start = first_adapter(folder.path(), &spool);
+    let done = |worker: &mut Worker<'_>, job: &Job| {
+        let id = spool.submit(job).unwrap();
+        spool.reset(&id).unwrap();
+        assert!(worker.work().unwrap());
+        artefact(spool.outcome(&id).unwrap())
+    };
+    let mut worker = Worker::new(folders.clone(), &never).unwrap();
+    let shards = [0, 1].map(|shard| done(&mut worker, &score(reference, shard, 8)));
+    let own = || Lesson::Own {
+        records: records(reference, &shards),
+        rival: Rival {
+            adapter: start,
+            symbols: 8,
+            fill_permille: 995,
+        },
+    };
+    let symbols = 5;
+    let temperature_permille = 1000;
+    let cases = [
+        (own(), Distillation::Trie),
+        (own(), Distillation::TrieListed),
+        (own(), Distillation::Uld { symbols }),
+        (
+            own(),
+            Distillation::Infifusion {
+                symbols,
+                temperature_permille,
+            },
+        ),
+        (
+            own(),
+            Distillation::Infigfusion {
+                symbols,
+                temperature_permille,
+                graph_permille: 500,
+            },
+        ),
+        (
+            Lesson::Public {
+                records: records(reference, &[]),
+            },
+            Distillation::Labels,
+        ),
+        (Lesson::Private, Distillation::Labels),
+    ];
+    let mut adapters = Vec::new();
+    for (index, (lesson, distillation)) in cases.into_iter().enumerate() {
+        let job = |inner| {
+            Job::Distil(DistilJob {
+                round: RoundId(1),
+                manifest: Digest::of(&[u8::try_from(index).unwrap()]),
+                inner,
+                start,
+                lesson: lesson.clone(),
+                training: Training {
+                    distillation,
+                    ..training(3)
+                },
+                seed: 4,
+            })
+        };
+        let first = done(&mut worker, &job(0));
+        let second = done(&mut worker, &job(1));
+        let mut restarted = Worker::new(folders.clone(), &never).unwrap();
+        assert_eq!(done(&mut restarted, &job(1)), second, "{distillation:?}");
+        adapters.extend([first, second]);
+    }
+    let different: std::collections::BTreeSet<_> = adapters.iter().collect();
+    assert_eq!(different.len(), adapters.len(), "{adapters:?}");
+
+    fs::remove_file(&folders.train_data[0]).unwrap();
+    let nowhere = Job::Distil(DistilJob {
+        round: RoundId(1),
+        manifest: Digest::of(b"nowhere"),
+        inner: 0,
+        start,
+        lesson: Lesson::Private,
+        training: training(3),
+        seed: 4,
+    });
+    let id = spool.submit(&nowhere).unwrap();
+    assert!(worker.work().unwrap());
+    let text = problem(spool.outcome(&id).unwrap());
+    assert!(text.contains("private.jsonl"), "{text}");
 }

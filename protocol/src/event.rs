@@ -84,6 +84,9 @@ pub enum Event {
         targets: Digest,
         /// Routing document.
         routing: Digest,
+        /// What screening and accounting found; none in old logs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        report: Option<Digest>,
     },
     /// An inner round was merged.
     Merged {
@@ -107,6 +110,12 @@ pub enum Event {
     Rejected {
         /// Why, in a few words of a fixed list.
         reason: Reason,
+        /// Members whose records the reason lies in: those kept out, or the one without which the fusion is better.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        blamed: Vec<InstitutionId>,
+        /// What screening and accounting found, where the reason is theirs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        report: Option<Digest>,
     },
 }
 
@@ -137,6 +146,10 @@ pub enum Reason {
     NoGain,
     /// The operator ended it.
     Operator,
+    /// Screening keeps so many sources out that the quorum is missed.
+    Screening,
+    /// On the public holdout the fusion of all is worse than without one member by more than the manifest allows.
+    PublicGate,
 }
 
 /// The fused targets of a round: digests of the shards in order.
@@ -145,6 +158,12 @@ pub enum Reason {
 pub struct TargetIndex {
     /// Shard `i` covers the items that [`crate::manifest::Manifest::shard_range`] says.
     pub shards: Vec<Digest>,
+    /// Items that no node trains on, ascending: decoys and the holdout.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<u64>,
+    /// The key of the decoys, which the manifest committed to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<Digest>,
 }
 
 /// Why bytes are no entry.

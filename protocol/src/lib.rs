@@ -9,6 +9,7 @@ pub mod artefact;
 pub mod charter;
 pub mod codec;
 pub mod contribution;
+pub mod decoys;
 pub mod evaluation;
 pub mod event;
 pub mod frame;

@@ -32,3 +32,5 @@ pub const SYMBOLS: u16 = 256;
 pub const SHARD_ITEMS: u32 = 1 << 20;
 /// Inner rounds of one round.
 pub const INNER_ROUNDS: u32 = 1024;
+/// Weight of one member's adapter in a merge of mode `adapters`.
+pub const WEIGHT: u32 = 1_000_000;

@@ -169,6 +169,14 @@ pub enum Task {
         /// `Released` or `Rejected` entry.
         outcome: Logged,
     },
+    /// In a round without shared records: train the adapter for one inner round on what lies at the site, as the manifest's
+    /// mode says, and hand it over.
+    Train {
+        /// Inner round, from 0.
+        inner: u32,
+        /// Entry with the adapter to start from: `Opened` or `Merged`.
+        start: Logged,
+    },
 }
 
 /// A random part of the reference set: positions `from..to` of the permutation that `seed` gives.

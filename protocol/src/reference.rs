@@ -6,6 +6,10 @@
 //!
 //! `context` and `unlabeled` may be left out. Ranges are byte offsets into the target; their bytes are no label and
 //! routing scores leave them out. The set's identity is the SHA-256 of the file.
+//!
+//! Two more fields are optional. `domain` names what an item is about; reports of contributions are broken down by it.
+//! `tokens` is for rounds in token space, whose aggregator has no tokenizer: pairs of a token's id and the bytes of the
+//! target that it spells, in order, with the token that ends a record as `[id, 0]`. Records then have one position for each.
 
 use std::ops::Range;
 
@@ -15,7 +19,7 @@ use crate::ids::Digest;
 use crate::limits;
 
 /// One item: text that is given, and text whose bytes are predicted.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Item {
     /// Text before the target; each source wraps it in its own template.
     pub context: String,
@@ -23,6 +27,10 @@ pub struct Item {
     pub target: String,
     /// Byte ranges of the target that are no label: ascending, disjoint, inside of the target.
     pub unlabeled: Vec<Range<usize>>,
+    /// What the item is about, if the set says so: 1 to 64 bytes.
+    pub domain: Option<String>,
+    /// Tokens of the target with the bytes that each spells; empty where the set does not say.
+    pub tokens: Vec<(u32, u32)>,
 }
 
 impl Item {
@@ -58,6 +66,10 @@ struct Line {
     target: String,
     #[serde(default)]
     unlabeled: Vec<[usize; 2]>,
+    #[serde(default)]
+    domain: Option<String>,
+    #[serde(default)]
+    tokens: Vec<(u32, u32)>,
 }
 
 impl ReferenceSet {
@@ -125,10 +137,28 @@ fn item(line: &[u8]) -> Result<Item, String> {
         end = to;
         unlabeled.push(from..to);
     }
+    if line
+        .domain
+        .as_ref()
+        .is_some_and(|domain| !(1..=64).contains(&domain.len()))
+    {
+        return Err("domain must have 1 to 64 bytes".to_owned());
+    }
+    let spelled = line.tokens.iter().fold(0_u64, |sum, (_, bytes)| {
+        sum.saturating_add(u64::from(*bytes))
+    });
+    if !line.tokens.is_empty() && u64::try_from(line.target.len()) != Ok(spelled) {
+        return Err(format!(
+            "tokens spell {spelled} bytes, the target has {}",
+            line.target.len()
+        ));
+    }
     Ok(Item {
         context: line.context,
         target: line.target,
         unlabeled,
+        domain: line.domain,
+        tokens: line.tokens,
     })
 }
 
@@ -148,11 +178,17 @@ mod tests {
             "{\"target\":\"abc\",\"unlabeled\":[[0,4]]}",
             "{\"target\":\"abc\",\"unlabeled\":[[0,2],[1,3]]}",
             "{\"target\":\"abc\",\"answer\":1}",
+            "{\"target\":\"abc\",\"domain\":\"\"}",
+            "{\"target\":\"abc\",\"tokens\":[[5,2]]}",
             "abc",
         ] {
             let error = ReferenceSet::parse(format!("{good}{bad}").as_bytes()).unwrap_err();
             assert_eq!(error.line, 2, "{bad}: {error}");
         }
         assert!(ReferenceSet::parse(b"\n\n").is_err());
+        let line = "{\"target\":\"abc\",\"domain\":\"law\",\"tokens\":[[5,2],[7,1],[0,0]]}";
+        let set = ReferenceSet::parse(line.as_bytes()).unwrap();
+        assert_eq!(set.items()[0].domain.as_deref(), Some("law"));
+        assert_eq!(set.items()[0].tokens, [(5, 2), (7, 1), (0, 0)]);
     }
 }

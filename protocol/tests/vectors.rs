@@ -14,7 +14,8 @@ use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::event::{Entry, Event, Phase, Reason, TargetIndex};
 use consilium_protocol::frame::{FrameHeader, HEADER};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::message::{
     Content, Download, Hello, Logged, Message, Part, Ready, Receipt, Reject, Status, Task, Upload,
@@ -50,6 +51,8 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 1024,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 8,
             local_steps: 30,
@@ -76,6 +79,7 @@ fn manifest() -> Manifest {
             distil_seconds: 61,
             evaluate_seconds: 62,
         },
+        max_weight: None,
         seed: u64::MAX,
         previous_release: None,
     }
@@ -122,6 +126,7 @@ fn events() -> Vec<Event> {
         Event::Fused {
             targets: digest("targets"),
             routing: digest("routing"),
+            report: None,
         },
         Event::Merged {
             inner: 5,
@@ -135,15 +140,23 @@ fn events() -> Vec<Event> {
         },
         Event::Rejected {
             reason: Reason::Quorum,
+            blamed: Vec::new(),
+            report: None,
         },
         Event::Rejected {
             reason: Reason::Gate,
+            blamed: Vec::new(),
+            report: None,
         },
         Event::Rejected {
             reason: Reason::NoGain,
+            blamed: Vec::new(),
+            report: None,
         },
         Event::Rejected {
             reason: Reason::Operator,
+            blamed: Vec::new(),
+            report: None,
         },
     ]
 }
@@ -169,9 +182,30 @@ fn a_manifest_is_signed_as_its_vector() {
         previous_release: Some(digest("release")),
         ..manifest()
     };
-    let bytes = include_str!("vectors/manifest.txt");
-    let with_tokens = include_str!("vectors/manifest-tokens.txt");
-    for (manifest, vector) in [(manifest(), bytes), (tokens, with_tokens)] {
+    let learning = |mode, distillation| Manifest {
+        mode,
+        training: Training {
+            distillation,
+            ..manifest().training
+        },
+        ..manifest()
+    };
+    let graph = Distillation::Infigfusion {
+        symbols: 10,
+        temperature_permille: 1000,
+        graph_permille: 500,
+    };
+    let pairwise = learning(Mode::Pairwise, graph);
+    let adapters = Manifest {
+        max_weight: Some(4),
+        ..learning(Mode::Adapters, Distillation::Labels)
+    };
+    for (manifest, vector) in [
+        (manifest(), include_str!("vectors/manifest.txt")),
+        (tokens, include_str!("vectors/manifest-tokens.txt")),
+        (pairwise, include_str!("vectors/manifest-pairwise.txt")),
+        (adapters, include_str!("vectors/manifest-adapters.txt")),
+    ] {
         assert_eq!(manifest.to_text().unwrap(), vector, "a manifest {HINT}");
         assert_eq!(Manifest::parse(vector).unwrap(), manifest);
     }
@@ -190,7 +224,7 @@ fn a_charter_is_signed_as_its_vector() {
     let charter = Charter {
         consortium: north(),
         log_key: "north-log+00000000+AAAA".to_owned(),
-        modes: vec![Mode::Unified],
+        modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
         quorum: 2,
         max_symbols: 16,
         gate_bound_permille: 250,
@@ -233,7 +267,12 @@ fn documents_that_the_log_knows_by_digest_have_the_bytes_of_their_vectors() {
     assert_eq!(Evaluation::parse(vector).unwrap(), evaluation);
 
     let shards = vec![digest("shard 0"), digest("shard 1")];
-    let targets = serde_json::to_string(&TargetIndex { shards }).unwrap();
+    let targets = serde_json::to_string(&TargetIndex {
+        shards,
+        withheld: Vec::new(),
+        key: None,
+    })
+    .unwrap();
     assert_eq!(
         targets,
         include_str!("vectors/targets.json"),
@@ -317,6 +356,8 @@ fn every_kind_of_frame_is_sent_as_its_vector() {
     frames.next("status evaluate", &status(Task::Evaluate { candidate }));
     let outcome = logged(9, "proof 4");
     frames.next("status finished", &status(Task::Finished { outcome }));
+    let start = logged(8, "proof 2");
+    frames.next("status train", &status(Task::Train { inner: 5, start }));
     let upload = Upload {
         statement: Unverified::new(statement, signature),
         length: 1234,

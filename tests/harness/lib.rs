@@ -13,6 +13,7 @@ use consilium_examples::world::{Domain, Sizes, World};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::model::ModelConfig;
 use consilium_node::worker::tokenizer::train_bpe;
+use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 use serde_json::Value;
 
@@ -51,6 +52,7 @@ impl Consortium {
         let sizes = Sizes {
             private_lines: 120,
             public_items: 60,
+            true_answers_permille: 0,
             holdout_items: 12,
             test_lines: 10,
             rule_questions: 1,
@@ -76,6 +78,7 @@ impl Consortium {
                 source,
                 holdout,
                 capacity: 1,
+                train_data: Some(files.private.get(at).context("three texts")?.clone()),
             });
         }
         let names = Domain::ALL.map(Domain::name).map(InstitutionId::new);
@@ -90,6 +93,7 @@ impl Consortium {
             pivot,
             reference: files.public,
             sites,
+            modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
             threads: 1,
         };
         let programs = binaries()?;
@@ -116,6 +120,53 @@ impl Consortium {
             arguments.extend(["--set", *setting]);
         }
         self.cluster.operator(&arguments).map(|_| ())
+    }
+
+    /// What a site's own ledger says has left, in order: kind, sequence and mode of the round.
+    ///
+    /// # Errors
+    /// The ledger cannot be read, or a line is none.
+    pub fn left(&self, name: &InstitutionId) -> Result<Vec<(String, u64, String)>> {
+        let path = self.cluster.site_dir(name).join("spool/state/ledger.jsonl");
+        let text = std::fs::read_to_string(&path).context("a node without a ledger")?;
+        let mut left = Vec::new();
+        for line in text.lines() {
+            let line: Value = serde_json::from_str(line)?;
+            let event = &line["event"];
+            if event["type"] == "released" {
+                let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                let slot = &event["slot"];
+                let sequence = slot["sequence"].as_u64().unwrap_or(u64::MAX);
+                left.push((text(&slot["kind"]), sequence, text(&event["mode"])));
+            }
+        }
+        Ok(left)
+    }
+
+    /// Runs a small round with more settings of its own to its release, with all members, and returns it.
+    ///
+    /// # Errors
+    /// The round does not end in a release, or a process fails.
+    pub fn run_round(&self, settings: &[&str]) -> Result<Value> {
+        let mut aggregator = self.cluster.start_aggregator()?;
+        let mut nodes = self
+            .names
+            .iter()
+            .map(|name| self.cluster.start_node(name))
+            .collect::<Result<Vec<_>>>()?;
+        self.open_round(settings)?;
+        let mut processes: Vec<_> = nodes.iter_mut().collect();
+        processes.push(&mut aggregator);
+        let round = self.wait_for("the round is released", &mut processes, is_released)?;
+        for process in nodes.iter_mut().chain([&mut aggregator]) {
+            let status = process.terminate()?;
+            ensure!(
+                status.success(),
+                "a process ended with {status}\n{}",
+                self.logs()
+            );
+        }
+        Ok(round)
     }
 
     /// The newest round as `status --json` shows it.

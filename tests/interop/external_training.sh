@@ -4,19 +4,13 @@
 #
 #   tests/interop/external_training.sh
 #
-# Makes a Python environment in target/interop from PyPI (torch: some gigabytes) and builds the program; PYTHON and NODE name
-# those that are there already.
+# python.sh makes the Python environment; builds the program, or takes the one that NODE names.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-if [[ -z ${PYTHON:-} ]]; then
-  venv=$PWD/target/interop/external
-  [[ -x $venv/bin/python ]] || python3 -m venv "$venv"
-  "$venv/bin/pip" install --quiet torch transformers peft tokenizers safetensors
-  PYTHON=$venv/bin/python
-fi
+PYTHON=$(tests/interop/python.sh)
 node=${NODE:-$PWD/target/debug/consilium-node}
-[[ -n ${NODE:-} ]] || cargo build --locked --bin consilium-node
+[[ -n ${NODE:-} ]] || cargo build --locked --workspace --bin consilium-node
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp examples/external/train_lora.py "$run"

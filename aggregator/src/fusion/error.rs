@@ -49,6 +49,19 @@ pub enum TensorProblem {
         /// Shape that the start adapter asks for; 0 stands for any length.
         expected: Vec<usize>,
     },
+    /// A rank that no rule takes.
+    #[error("has rank {got}, expected 1 to {most}")]
+    Rank {
+        /// Rank found.
+        got: usize,
+        /// Four times the manifest's.
+        most: usize,
+    },
+    /// Not the start's, where the merge rule keeps that.
+    #[error(
+        "differs from the start adapter's at element {0}; merge rule ffa averages B alone, train with A frozen"
+    )]
+    Moved(usize),
     /// NaN or infinite.
     #[error("is not finite at element {0}")]
     NotFinite(usize),
@@ -128,6 +141,14 @@ pub enum FusionError {
     /// Nobody contributed, or all weights are zero.
     #[error("no contribution with a weight above zero")]
     Nothing,
+    /// Entries of updates that cannot be merged.
+    #[error("tensor {tensor}: {source}")]
+    Entries {
+        /// Layer or tensor.
+        tensor: String,
+        /// What the kernel said.
+        source: consilium_kernels::AdapterError,
+    },
     /// The singular values of a matrix were not found.
     #[error("tensor {0}: the decomposition did not converge")]
     Diverged(String),

@@ -13,6 +13,7 @@ use super::card::{Report, adapter_config, card};
 use super::error::ReleaseError;
 use super::gate::Verdict;
 use super::signature::{ReleaseKey, SIGNATURE, file_digest};
+use crate::rounds::RecordsReport;
 
 /// Name of the log proof, which the caller adds once the release is logged; neither signature nor digest cover it.
 pub const PROOF: &str = "release.tlog-proof";
@@ -48,6 +49,8 @@ pub struct ReleaseInput<'a> {
     pub manifest_digest: Digest,
     /// Index of the target shards, in modes that have targets.
     pub targets: Option<Digest>,
+    /// What the records showed, in modes that have records.
+    pub records: Option<&'a RecordsReport>,
     /// Contributions that counted, in log order.
     pub contributions: &'a [Artefact],
     /// Truncation error of each inner round, as logged.
@@ -58,6 +61,8 @@ pub struct ReleaseInput<'a> {
     pub adapter: &'a Path,
     /// Its digest.
     pub adapter_digest: Digest,
+    /// Rank of its matrices: the manifest's, or more where the merge rule stacks factors.
+    pub rank: usize,
     /// Where users find the pivot: a hub name or a path.
     pub base_model: &'a str,
     /// SPDX identifier of the licence.
@@ -92,7 +97,7 @@ pub fn publish(input: ReleaseInput<'_>) -> Result<Release, ReleaseError> {
     let name = format!("round-{}", input.manifest.round);
     let config = pretty(
         CONFIG,
-        &adapter_config(&input.manifest.training, input.base_model),
+        &adapter_config(&input.manifest.training, input.rank, input.base_model),
     )?;
     let report = pretty(REPORT, &Report::of(&input))?;
     let card = card(&input);

@@ -56,6 +56,8 @@ pub struct RoundOverview {
     pub targets: Option<Digest>,
     /// Routing document.
     pub routing: Option<Digest>,
+    /// What screening and accounting found.
+    pub records: Option<Digest>,
     /// The last merged adapter.
     pub adapter: Option<Digest>,
     /// Folder digest of the release.

@@ -11,4 +11,4 @@ pub mod work;
 pub use board::Board;
 pub use driver::Driver;
 pub use state::{Admitted, Setup, State, StateError};
-pub use work::{Bench, SoFar};
+pub use work::{Bench, RecordsReport, SoFar};

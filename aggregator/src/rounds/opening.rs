@@ -1,5 +1,6 @@
 //! Opening a round: from the operator's request to the first entry in the log.
 
+use consilium_protocol::decoys::DecoyKey;
 use consilium_protocol::event::Event;
 use consilium_protocol::manifest::{Manifest, Training};
 use consilium_protocol::transcript::note::SignedNote;
@@ -37,7 +38,11 @@ impl State {
         opened
     }
 
-    fn open(&mut self, at: UnixMillis, request: OpenRequest) -> Result<(RoundId, Digest), String> {
+    fn open(
+        &mut self,
+        at: UnixMillis,
+        mut request: OpenRequest,
+    ) -> Result<(RoundId, Digest), String> {
         if let Some(active) = &self.active
             && !is_over(active.round.phase())
         {
@@ -52,6 +57,12 @@ impl State {
             .clone()
             .filter(|last| last.pivot == self.setup.pivot_digest);
         let reference = &self.bench.reference;
+        if request.screening.decoys.is_some() {
+            return Err(
+                "screening.decoys follows from the key; give the key with --decoys".to_owned(),
+            );
+        }
+        request.screening.decoys = self.decoy_key(request.decoy_key.take())?;
         let manifest = request::manifest(
             request,
             Given {
@@ -68,6 +79,7 @@ impl State {
         manifest
             .obeys(&self.bench.charter)
             .map_err(|error| text(&error))?;
+        fusion::check_reference(&manifest, reference).map_err(|error| text(&error))?;
         let note = SignedNote::sign(
             manifest.to_text().map_err(|error| text(&error))?,
             &self.setup.signer,
@@ -95,6 +107,15 @@ impl State {
         Ok((round, digest))
     }
 
+    /// Stores the key of the decoys, which nobody may fetch until the records are closed.
+    fn decoy_key(&self, key: Option<String>) -> Result<Option<Digest>, String> {
+        let Some(key) = key else { return Ok(None) };
+        DecoyKey::parse(key.as_bytes(), &self.bench.reference)
+            .map_err(|error| error.to_string())?;
+        let stored = self.bench.blobs.put_bytes(key.as_bytes());
+        stored.map(Some).map_err(|error| error.to_string())
+    }
+
     /// Stores an untrained adapter on the pivot.
     fn untrained(&self, manifest: &Manifest) -> Result<Digest, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
@@ -108,7 +129,8 @@ impl State {
 
 /// Whether an adapter of one can be trained on as one of the other, and means the same.
 fn has_same_tensors(a: &Training, b: &Training) -> bool {
-    (a.rank, a.alpha) == (b.rank, b.alpha)
+    a.merge.keeps_rank()
+        && (a.rank, a.alpha) == (b.rank, b.alpha)
         && a.target_modules == b.target_modules
         && a.modules_to_save == b.modules_to_save
 }

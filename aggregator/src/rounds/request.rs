@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::{Digest, RoundId};
 use serde::{Deserialize, Serialize};
@@ -25,12 +26,20 @@ pub struct OpenRequest {
     pub shard_items: u32,
     /// How records become targets.
     pub fusion: FusionRule,
+    /// What becomes of a fused record before it is sent back.
+    pub targets: TargetForm,
+    /// What is done about records that give their source away.
+    pub screening: Screening,
+    /// The key of the reference set's decoys, as JSON; its digest becomes `screening.decoys`.
+    pub decoy_key: Option<String>,
     /// How the adapter is trained and merged.
     pub training: Training,
     /// Members that a phase needs; the charter's quorum if absent.
     pub quorum: Option<u32>,
     /// Longest wait for each phase.
     pub deadlines: Deadlines,
+    /// In mode `adapters`, the most that a member's declared capacity counts; all alike if absent.
+    pub max_weight: Option<u32>,
     /// Seed of parts and initial factors.
     pub seed: u64,
 }
@@ -45,6 +54,9 @@ impl Default for OpenRequest {
             fill_permille: 995,
             shard_items: 1024,
             fusion: FusionRule::Softmax { sharpness: 20 },
+            targets: TargetForm::default(),
+            screening: Screening::default(),
+            decoy_key: None,
             training: Training {
                 inner_rounds: 8,
                 local_steps: 30,
@@ -78,6 +90,7 @@ impl Default for OpenRequest {
                 distil_seconds: 86_400,
                 evaluate_seconds: 86_400,
             },
+            max_weight: None,
             seed: 1,
         }
     }
@@ -99,9 +112,19 @@ impl OpenRequest {
             .ok_or_else(|| format!("no setting is called {path:?}"))?;
         *slot = serde_json::from_str(value)
             .unwrap_or_else(|_| serde_json::Value::String(value.to_owned()));
-        // A rule's own parameters differ from rule to rule.
-        if path == "fusion.rule" && value != "softmax" {
-            *document.pointer_mut("/fusion").ok_or("no rule")? = serde_json::json!({"rule": value});
+        // A rule's own parameters differ from rule to rule: a name alone brings its defaults.
+        if path == "fusion.rule" {
+            let rule = FusionRule::named(value)
+                .ok_or_else(|| format!("{assignment}: no fusion rule is called {value:?}"))?;
+            *document.pointer_mut("/fusion").ok_or("no rule")? =
+                serde_json::to_value(rule).map_err(|error| error.to_string())?;
+        }
+        // On private text there is nothing to distil.
+        if path == "mode" && value == Mode::Adapters.name() {
+            let labels = serde_json::json!({"loss": "labels"});
+            *document
+                .pointer_mut("/training/distillation")
+                .ok_or("no loss")? = labels;
         }
         serde_json::from_value(document).map_err(|error| format!("{assignment}: {error}"))
     }
@@ -195,6 +218,8 @@ pub fn manifest(request: OpenRequest, given: Given) -> Manifest {
         fill_permille: request.fill_permille,
         shard_items: request.shard_items,
         fusion: request.fusion,
+        targets: request.targets,
+        screening: request.screening,
         training: request.training,
         quorum: request.quorum.unwrap_or(given.charter.quorum),
         members: {
@@ -208,6 +233,7 @@ pub fn manifest(request: OpenRequest, given: Given) -> Manifest {
             members
         },
         deadlines: request.deadlines,
+        max_weight: request.max_weight,
         seed: request.seed,
         previous_release: given.previous_release,
     }
@@ -244,8 +270,49 @@ mod tests {
         assert_eq!(changed.fusion, FusionRule::MinCe);
         let changed = OpenRequest::default().set("fusion.sharpness=5").unwrap();
         assert_eq!(changed.fusion, FusionRule::Softmax { sharpness: 5 });
+        let adapters = OpenRequest::default().set("mode=adapters").unwrap();
+        assert_eq!(adapters.training.distillation, Distillation::Labels);
+        let graph = r#"training.distillation={"loss":"infifusion","symbols":10,"temperature_permille":900}"#;
+        let changed = OpenRequest::default().set(graph).unwrap();
+        let expected = Distillation::Infifusion {
+            symbols: 10,
+            temperature_permille: 900,
+        };
+        assert_eq!(changed.training.distillation, expected);
+        let changed = OpenRequest::default()
+            .set(r#"training.merge={"rule":"ties","density_permille":200,"scale_permille":1000}"#)
+            .unwrap()
+            .set(r#"training.defence={"rule":"standard"}"#)
+            .unwrap();
+        let ties = MergeRule::Ties {
+            density_permille: 200,
+            scale_permille: 1000,
+        };
+        assert_eq!(changed.training.merge, ties);
+        assert_eq!(changed.training.defence, Defence::Standard);
+        let changed = OpenRequest::default().set("training.merge.rule=stack");
+        assert_eq!(changed.unwrap().training.merge, MergeRule::Stack);
+        let changed = OpenRequest::default()
+            .set("fusion={\"rule\":\"trimmed_mean\",\"trim_permille\":300}")
+            .and_then(|changed| changed.set("fusion.competence_millibits=700"))
+            .and_then(|changed| changed.set("targets.symbols=8"))
+            .and_then(|changed| changed.set("targets.draws=50"))
+            .unwrap();
+        let trimmed = FusionRule::TrimmedMean {
+            competence_millibits: 700,
+            trim_permille: 300,
+        };
+        assert_eq!(changed.fusion, trimmed);
+        assert_eq!(
+            (changed.targets.symbols, changed.targets.draws),
+            (Some(8), 50)
+        );
+        let changed = changed.set("fusion.rule=exp_guard").unwrap();
+        assert_eq!(Some(changed.fusion), FusionRule::named("exp_guard"));
         for bad in [
+            "mode=gossip",
             "training.rang=16",
+            "fusion.trim_permille=3",
             "training.rank=many",
             "fusion.rule=best",
             "rank",

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use consilium_protocol::contribution::{Statement, Verified};
-use consilium_protocol::event::{Entry, Event, TargetIndex};
+use consilium_protocol::event::{Entry, Event, Reason, TargetIndex};
 use consilium_protocol::manifest::{self, Manifest, Training};
 use consilium_protocol::message::Logged;
 use consilium_protocol::quic::chunk::Stride;
@@ -88,6 +88,7 @@ pub(super) struct Active {
     pub(super) outcome: Option<u64>,
     pub(super) truncation_ppm: Vec<u32>,
     pub(super) routing: Option<Digest>,
+    pub(super) records: Option<Digest>,
     pub(super) targets: Option<Digest>,
     pub(super) adapter: Option<Digest>,
     pub(super) release: Option<Digest>,
@@ -199,6 +200,7 @@ impl State {
         let last = self.last_release.as_ref();
         let so_far = SoFar {
             targets: active.targets,
+            records: active.records,
             truncation_ppm: active.truncation_ppm.clone(),
             last_release: last
                 .filter(|last| Some(last.release) == previous)
@@ -320,6 +322,7 @@ impl State {
                 outcome: None,
                 truncation_ppm: Vec::new(),
                 routing: None,
+                records: None,
                 targets: None,
                 adapter: Some(start),
                 release: None,
@@ -332,7 +335,12 @@ impl State {
         let work = active.round.work();
         active.round.step(entry.at, &entry.event)?;
         match &entry.event {
-            Event::Fused { targets, routing } => {
+            Event::Fused {
+                targets,
+                routing,
+                report,
+            } => {
+                active.records = *report;
                 active.fused = Some(index);
                 active.targets = Some(*targets);
                 active.routing = Some(*routing);
@@ -344,6 +352,9 @@ impl State {
                 let shards: TargetIndex =
                     serde_json::from_slice(&bytes).map_err(|error| problem(error.to_string()))?;
                 self.public.insert(*targets, Stride::BYTES);
+                let documents = shards.key.into_iter().chain(*report);
+                self.public
+                    .extend(documents.map(|digest| (digest, Stride::BYTES)));
                 let shards = shards.shards.into_iter();
                 self.public
                     .extend(shards.map(|shard| (shard, Stride::BYTES)));
@@ -380,9 +391,16 @@ impl State {
                     tracing::error!(%error, "the proof of the release could not be written");
                 }
             }
-            Event::Rejected { reason } => {
+            Event::Rejected {
+                reason,
+                blamed,
+                report,
+            } => {
+                active.records = active.records.or(*report);
+                let report = report.iter().map(|digest| (*digest, Stride::BYTES));
+                self.public.extend(report);
                 active.outcome = Some(index);
-                active.rejected = Some(format!("{reason:?}"));
+                active.rejected = Some(verdict(*reason, blamed));
             }
             Event::Opened { .. }
             | Event::Joined { .. }
@@ -428,4 +446,13 @@ fn name(event: &Event) -> String {
         .ok()
         .and_then(|value| Some(value.get("type")?.as_str()?.to_owned()))
         .unwrap_or_default()
+}
+/// Why a round ended without a release, and through whom.
+fn verdict(reason: Reason, blamed: &[InstitutionId]) -> String {
+    let names: Vec<&str> = blamed.iter().map(InstitutionId::as_str).collect();
+    if names.is_empty() {
+        format!("{reason:?}")
+    } else {
+        format!("{reason:?}: {}", names.join(", "))
+    }
 }

@@ -56,6 +56,10 @@ impl State {
                 targets: logged(active.fused?)?,
                 part,
             },
+            RoundTask::Train { inner, .. } => Task::Train {
+                inner,
+                start: logged(*active.merged.last().unwrap_or(&active.opened))?,
+            },
             RoundTask::Evaluate { .. } => Task::Evaluate {
                 candidate: logged(*active.merged.last()?)?,
             },
@@ -108,6 +112,7 @@ fn overview(active: &Active, connections: &BTreeMap<InstitutionId, usize>) -> Ro
         truncation_ppm: active.truncation_ppm.clone(),
         targets: active.targets,
         routing: active.routing,
+        records: active.records,
         adapter: active.adapter,
         release: active.release,
         rejected: active.rejected.clone(),

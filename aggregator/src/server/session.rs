@@ -152,6 +152,13 @@ fn same(a: &Status, b: &Status) -> bool {
                 && start.entry == start_b.entry
                 && targets.entry == targets_b.entry
         }
+        (
+            Task::Train { inner, start },
+            Task::Train {
+                inner: other,
+                start: start_b,
+            },
+        ) => inner == other && start.entry == start_b.entry,
         (Task::Evaluate { candidate: a }, Task::Evaluate { candidate: b })
         | (Task::Finished { outcome: a }, Task::Finished { outcome: b }) => a.entry == b.entry,
         (a, b) => a == b,

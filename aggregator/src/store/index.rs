@@ -181,7 +181,7 @@ impl Index {
         // One database at a time may hold the folder.
         let open = match self.open.take() {
             Some(open) => open,
-            None => Open::load_again(&self.path).map_err(|error| index_error(&self.path, error))?,
+            None => Open::load(&self.path).map_err(|error| index_error(&self.path, error))?,
         };
         open.insert(slot, filled)
             .map_err(|error| index_error(&self.path, error))?;
@@ -217,14 +217,14 @@ impl Index {
     fn read<T>(&self, f: impl FnOnce(&Open) -> sled::Result<T>) -> Result<T, StoreError> {
         let read = match &self.open {
             Some(open) => f(open),
-            None => Open::load_again(&self.path).and_then(|open| f(&open)),
+            None => Open::load(&self.path).and_then(|open| f(&open)),
         };
         read.map_err(|error| index_error(&self.path, error))
     }
 }
 
 impl Open {
-    fn load(folder: &Path) -> sled::Result<Self> {
+    fn load_once(folder: &Path) -> sled::Result<Self> {
         let db = sled::Config::new()
             .path(folder)
             .cache_capacity(CACHE)
@@ -236,15 +236,15 @@ impl Open {
         })
     }
 
-    /// Opens a database that this process let go of: sled's own threads may hold its lock a little longer.
+    /// Opens the database. Where one was let go of just now, sled's own threads may hold its lock a little longer.
     #[expect(
         clippy::disallowed_methods,
         reason = "sled does not tell when its threads have let go of the lock"
     )]
-    fn load_again(folder: &Path) -> sled::Result<Self> {
+    fn load(folder: &Path) -> sled::Result<Self> {
         let mut tries = 1..UNLOCK_TRIES;
         loop {
-            match Self::load(folder) {
+            match Self::load_once(folder) {
                 Err(error) if is_locked(&error) && tries.next().is_some() => {
                     thread::sleep(UNLOCK_WAIT);
                 }

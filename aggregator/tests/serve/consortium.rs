@@ -64,7 +64,7 @@ impl Consortium {
         let mut charter = Charter {
             consortium: name.clone(),
             log_key: log.to_string(),
-            modes: vec![Mode::Unified],
+            modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
             quorum,
             max_symbols: 16,
             gate_bound_permille: 100,
@@ -159,7 +159,13 @@ impl Consortium {
 
     /// Opens a small round; `settings` beyond [`SMALL`] win.
     pub(crate) fn open_round(&self, settings: &[&str]) {
+        self.open_round_with(&[], settings);
+    }
+
+    /// The same with more options.
+    pub(crate) fn open_round_with(&self, options: &[&str], settings: &[&str]) {
         let mut arguments = vec!["round", "open"];
+        arguments.extend(options);
         for setting in SMALL.iter().chain(settings) {
             arguments.extend(["--set", setting]);
         }
@@ -195,7 +201,7 @@ impl Consortium {
     }
 
     /// What the server said, for a failing test.
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.path("server.log")).unwrap_or_default()
     }
 }

@@ -44,6 +44,8 @@ pub(crate) struct Node {
     pub(crate) seen: Seen,
     /// What it says that a candidate has on its holdout, in bits per byte.
     pub(crate) measures: f64,
+    /// Item of the reference set that it did not expect.
+    pub(crate) surprised: Option<u64>,
     status: Option<Status>,
     receipts: RefCell<Vec<Vec<u8>>>,
 }
@@ -80,6 +82,7 @@ impl Node {
             control,
             seen: Some((now.size, now.root)),
             measures: 0.8,
+            surprised: None,
             status: None,
             receipts: RefCell::default(),
         }
@@ -133,6 +136,12 @@ impl Node {
                     ..
                 } => {
                     self.fetch_targets(targets).await;
+                    let adapter = self.trained(start).await;
+                    self.hand_over(Kind::Adapter, *inner, &adapter)
+                        .await
+                        .unwrap();
+                }
+                Task::Train { inner, start } => {
                     let adapter = self.trained(start).await;
                     self.hand_over(Kind::Adapter, *inner, &adapter)
                         .await
@@ -267,11 +276,18 @@ impl Node {
         })
     }
 
-    /// Records that give every byte the same probability, one for each node.
+    /// Records that give every byte the same probability, one for each node, but for the item that surprises it.
     pub(crate) fn records(&self, shard: u32) -> Vec<u8> {
         let first = u64::from(shard) * 2;
         let probability = 0.5 + f64::from(self.name.as_str().as_bytes()[0]) / 512.0;
-        records(first..(first + 2).min(5), probability)
+        let of = |item| {
+            if self.surprised == Some(item) {
+                0.1
+            } else {
+                probability
+            }
+        };
+        records_by(first..(first + 2).min(5), of)
             .to_bytes()
             .unwrap()
     }
@@ -314,6 +330,10 @@ pub(crate) fn hello(consortium: &Consortium, name: &str, capacity: u32, log_size
 }
 
 pub(crate) fn records(items: Range<u64>, probability: f64) -> Shard {
+    records_by(items, |_| probability)
+}
+
+fn records_by(items: Range<u64>, probability: impl Fn(u64) -> f64) -> Shard {
     let set = ReferenceSet::parse(REFERENCE.as_bytes()).unwrap();
     let mut shard = Shard {
         header: Header::new(set.digest(), items.clone(), SymbolSpace::Bytes, 2),
@@ -324,9 +344,10 @@ pub(crate) fn records(items: Range<u64>, probability: f64) -> Shard {
         missed: Vec::new(),
         offsets: vec![0],
     };
-    let (sure, rest) = (code::encode(probability), code::encode(1.0 - probability));
     let mut symbols = Vec::new();
     for item in items {
+        let probability = probability(item);
+        let (sure, rest) = (code::encode(probability), code::encode(1.0 - probability));
         for byte in set.items()[usize::try_from(item).unwrap()].target.bytes() {
             symbols.extend([byte, byte]);
             shard.codes.extend([sure, u8::MAX]);
@@ -361,18 +382,28 @@ pub(crate) fn evaluation(candidate: f64) -> Vec<u8> {
 
 /// The same safetensors file with other values; `change` gets the value and its place in the tensor.
 pub(crate) fn map_values(bytes: &[u8], change: impl Fn(f32, usize) -> f32) -> Vec<u8> {
+    map_tensors(bytes, |name, shape, values| {
+        let values = values.iter().enumerate();
+        let values = values.map(|(place, value)| change(*value, place));
+        (name.to_owned(), shape.to_vec(), values.collect())
+    })
+}
+
+/// The same file with every tensor replaced: name, shape, values.
+pub(crate) fn map_tensors(
+    bytes: &[u8],
+    change: impl Fn(&str, &[usize], &[f32]) -> (String, Vec<usize>, Vec<f32>),
+) -> Vec<u8> {
     let tensors = SafeTensors::deserialize(bytes).unwrap();
     let changed: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
         .tensors()
         .into_iter()
         .map(|(name, view)| {
             let (values, _) = view.data().as_chunks::<4>();
-            let values = values
-                .iter()
-                .enumerate()
-                .flat_map(|(place, value)| change(f32::from_le_bytes(*value), place).to_le_bytes())
-                .collect();
-            (name, view.shape().to_vec(), values)
+            let values: Vec<f32> = values.iter().map(|v| f32::from_le_bytes(*v)).collect();
+            let (name, shape, values) = change(&name, view.shape(), &values);
+            let data = values.iter().flat_map(|value| value.to_le_bytes());
+            (name, shape, data.collect())
         })
         .collect();
     let views = changed.iter().map(|(name, shape, data)| {

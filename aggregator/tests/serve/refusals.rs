@@ -11,7 +11,7 @@ use consilium_protocol::{Digest, RejectCode, RoundId};
 
 use crate::accepted;
 use crate::consortium::Consortium;
-use crate::node::{Node, dial, evaluation, hello, map_values, records};
+use crate::node::{Node, dial, evaluation, hello, map_tensors, map_values, records};
 
 const PAIR: [&str; 2] = ["bank", "clinic"];
 
@@ -163,6 +163,63 @@ async fn content_that_breaks_a_rule_is_refused_and_the_round_goes_on() {
     }
     assert_eq!(logged_refusals(&consortium).len(), 5 + 3 + 1);
     assert_eq!(accepted(&consortium).len(), 2 * 3 + 2 + 2);
+}
+
+/// In a round without records nothing but adapters and evaluations comes in, and an adapter only with the tensors of the
+/// one that all start from.
+#[tokio::test]
+async fn an_adapter_of_other_layers_or_of_a_rank_that_the_rule_cannot_merge_is_refused_by_name() {
+    let mut consortium = Consortium::new(&PAIR, &[], 2);
+    consortium.start().await;
+    // A mean of factors takes one rank.
+    consortium.open_round(&[
+        "training.inner_rounds=1",
+        "mode=adapters",
+        "training.merge.rule=factors",
+    ]);
+    let mut bank = Node::join(&consortium, "bank", 10, None).await;
+    let mut clinic = Node::join(&consortium, "clinic", 10, None).await;
+    let train = |task: &Task| matches!(task, Task::Train { .. });
+    let (task, _) = tokio::join!(bank.play(train), clinic.play(train));
+    let Task::Train { inner: 0, start } = task else {
+        panic!("{task:?}")
+    };
+    let shard = bank.records(0);
+    let statement = bank.statement(Kind::Records, 0, Digest::of(&shard));
+    refuse(&bank, statement, &shard, RejectCode::Content).await;
+
+    let trained = bank.trained(&start).await;
+    // One row or column less in every factor, and a layer under another name.
+    let narrower = map_tensors(&trained, |name, shape, values| {
+        let (name, mut shape, mut values) = (name.to_owned(), shape.to_vec(), values.to_vec());
+        let rank = usize::from(name.ends_with("lora_B.weight"));
+        if name.contains("lora_") {
+            shape[rank] -= 1;
+            values.truncate(shape.iter().product());
+        }
+        (name, shape, values)
+    });
+    let elsewhere = map_tensors(&trained, |name, shape, values| {
+        let name = name.replace("q_proj", "z_proj");
+        (name, shape.to_vec(), values.to_vec())
+    });
+    for (bytes, named) in [(narrower, "has shape"), (elsewhere, "q_proj")] {
+        assert_ne!(bytes, trained);
+        let statement = bank.statement(Kind::Adapter, 0, Digest::of(&bytes));
+        refuse(&bank, statement, &bytes, RejectCode::Content).await;
+        let said = consortium.said();
+        assert!(
+            said.contains(named) && said.contains("contribution of bank"),
+            "{said}"
+        );
+    }
+    let (a, b) = tokio::join!(bank.play(|_| false), clinic.play(|_| false));
+    for task in [a, b] {
+        assert!(matches!(task, Task::Finished { .. }), "{task:?}");
+    }
+    assert_eq!(logged_refusals(&consortium).len(), 2);
+    // No records: two adapters and two evaluations.
+    assert_eq!(accepted(&consortium).len(), 2 + 2);
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ pub struct Site {
     pub holdout: PathBuf,
     /// Relative training speed; 0 contributes records only.
     pub capacity: u32,
+    /// Private text that rounds of mode `adapters` train on; without it the site takes part in none.
+    pub train_data: Option<PathBuf>,
 }
 
 /// What a consortium is made of.
@@ -45,6 +47,8 @@ pub struct Spec {
     pub reference: PathBuf,
     /// The members.
     pub sites: Vec<Site>,
+    /// Modes that the charter and every site's policy allow.
+    pub modes: Vec<Mode>,
     /// Threads of each worker.
     pub threads: usize,
 }
@@ -116,7 +120,7 @@ impl Cluster {
         let charter = Charter {
             consortium: cluster.spec.consortium.clone(),
             log_key,
-            modes: vec![Mode::Unified],
+            modes: cluster.spec.modes.clone(),
             quorum: cluster.spec.quorum,
             max_symbols: 16,
             gate_bound_permille: cluster.spec.gate_bound_permille,
@@ -261,14 +265,24 @@ impl Cluster {
             reference = path(&spec.reference)?,
         );
         fs::write(self.aggregator_config(), text)?;
+        let modes: Vec<_> = spec
+            .modes
+            .iter()
+            .map(|mode| toml::Value::from(mode.name()))
+            .collect();
+        let modes = toml::Value::from(modes);
         for site in &spec.sites {
+            let train = match &site.train_data {
+                Some(data) => format!("\n[train]\ndata = [{}]\n", path(data)?),
+                None => String::new(),
+            };
             let text = format!(
                 "consortium = \"{consortium}\"\ninstitution = \"{name}\"\n\
                  aggregator = \"127.0.0.1:{port}\"\nserver_name = \"localhost\"\n\
                  identity = \"identity\"\ncharter = \"../../charter.signed\"\nspool = \"spool\"\n\
                  pivot = {pivot}\nsource = {source}\nholdout = {holdout}\ncapacity = {capacity}\n\n\
-                 [policy]\nmodes = [\"unified\"]\nmax_symbols = 16\nmax_rounds = 100\nmax_bytes = 1_000_000_000\n\n\
-                 [worker]\nthreads = {threads}\n",
+                 [policy]\nmodes = {modes}\nmax_symbols = 16\nmax_rounds = 100\nmax_bytes = 1_000_000_000\n\n\
+                 [worker]\nthreads = {threads}\n{train}",
                 name = site.name,
                 port = self.port,
                 pivot = path(&spec.pivot)?,

@@ -137,7 +137,7 @@ fn cell(report: &Report, arm: Arm, metric: Metric) -> Cell {
     let interval = match report.seeds.as_slice() {
         [seed] => seed
             .arm(arm)
-            .and_then(|result| metric.tally(result))
+            .and_then(|result| metric.tally(&result.scores))
             .and_then(wilson),
         _ => None,
     };

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Arm, ArmResult, Report, SeedReport, Tally};
+use super::{Arm, Report, Scores, SeedReport, Tally};
 use crate::world::{ANSWERS, Domain, NUMBERS, RuleSet};
 
 /// A column of the table.
@@ -52,22 +52,22 @@ impl Metric {
     }
 
     /// Value for an arm.
-    pub fn of(self, result: &ArmResult) -> Option<f64> {
+    pub fn of(self, scores: &Scores) -> Option<f64> {
         match self {
-            Self::Bits(domain) => Some(result.bits[domain.index()]),
-            Self::Union => Some(result.union()),
-            _ => self.tally(result).and_then(Tally::rate),
+            Self::Bits(domain) => Some(scores.bits[domain.index()]),
+            Self::Union => Some(scores.union()),
+            _ => self.tally(scores).and_then(Tally::rate),
         }
     }
 
     /// The count behind an accuracy.
-    pub(super) fn tally(self, result: &ArmResult) -> Option<Tally> {
+    pub(super) fn tally(self, scores: &Scores) -> Option<Tally> {
         match self {
             Self::Bits(_) | Self::Union => None,
-            Self::Facts => Some(result.facts()),
-            Self::OneOwner => Some(result.one_owner),
-            Self::TwoOwners => Some(result.two_owners),
-            Self::Rule(set) => Some(result.rules[RuleSet::ALL.iter().position(|&s| s == set)?]),
+            Self::Facts => Some(scores.facts()),
+            Self::OneOwner => Some(scores.one_owner),
+            Self::TwoOwners => Some(scores.two_owners),
+            Self::Rule(set) => Some(scores.rules[RuleSet::ALL.iter().position(|&s| s == set)?]),
         }
     }
 

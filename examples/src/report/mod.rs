@@ -16,7 +16,7 @@ mod text;
 
 use std::{fs, io, path::Path};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::world::Domain;
 
@@ -87,7 +87,7 @@ impl Serialize for Arm {
 }
 
 /// Questions answered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// How many rightly.
     pub right: u32,
@@ -122,6 +122,14 @@ impl Tally {
 pub struct ArmResult {
     /// The arm.
     pub arm: Arm,
+    /// Its answers.
+    #[serde(flatten)]
+    pub scores: Scores,
+}
+
+/// What a model scored on the test sets of a world.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
     /// Bits per byte on the test lines of each domain, in the order of [`Domain::ALL`].
     pub bits: [f64; 3],
     /// Facts that one institution knows.
@@ -132,7 +140,7 @@ pub struct ArmResult {
     pub rules: [Tally; 3],
 }
 
-impl ArmResult {
+impl Scores {
     /// Bits per byte on the union: the mean of the domains.
     pub fn union(&self) -> f64 {
         self.bits.iter().sum::<f64>() / 3.0
@@ -223,7 +231,7 @@ impl SeedReport {
     /// A metric of an arm; none when it is missing or not a number.
     pub fn value(&self, arm: Arm, metric: Metric) -> Option<f64> {
         self.arm(arm)
-            .and_then(|result| metric.of(result))
+            .and_then(|result| metric.of(&result.scores))
             .filter(|value| value.is_finite())
     }
 }

@@ -3,8 +3,8 @@
 use std::fs;
 
 use super::{
-    Arm, ArmResult, Metric, Phase, RULE_NOTE, Report, RoutingRow, SeedReport, Tally, Traffic, bars,
-    format, metrics::wilson, recovered,
+    Arm, ArmResult, Metric, Phase, RULE_NOTE, Report, RoutingRow, Scores, SeedReport, Tally,
+    Traffic, bars, format, metrics::wilson, recovered,
 };
 use crate::world::{Domain, RuleSet};
 
@@ -19,10 +19,12 @@ fn tally(rate: f64, asked: u32) -> Tally {
 fn arms(shift: f64, worse: f64) -> Vec<ArmResult> {
     let arm = |arm, bits: [f64; 3], facts: f64, rules: [f64; 3]| ArmResult {
         arm,
-        bits,
-        one_owner: tally(facts, 117),
-        two_owners: tally(facts, 63),
-        rules: rules.map(|rate| tally(rate, 150)),
+        scores: Scores {
+            bits,
+            one_owner: tally(facts, 117),
+            two_owners: tally(facts, 63),
+            rules: rules.map(|rate| tally(rate, 150)),
+        },
     };
     let fused = [0.625, 0.62 + worse, 0.63].map(|bits| bits + shift);
     vec![
@@ -171,24 +173,24 @@ fn good_numbers_pass_and_each_bar_fails_alone() {
             .collect()
     };
     assert_eq!(
-        failing(&|seed| seed.arms[4].bits = [0.66; 3])[0],
+        failing(&|seed| seed.arms[4].scores.bits = [0.66; 3])[0],
         "union bits saved against SFT"
     );
     assert_eq!(
-        failing(&|seed| seed.arms[1].bits = [0.6; 3]),
+        failing(&|seed| seed.arms[1].scores.bits = [0.6; 3]),
         ["union bits, below the best source"]
     );
     let right = |seed: &mut SeedReport, arm: usize, rate: f64| {
-        seed.arms[arm].one_owner = tally(rate, 117);
-        seed.arms[arm].two_owners = tally(rate, 63);
+        seed.arms[arm].scores.one_owner = tally(rate, 117);
+        seed.arms[arm].scores.two_owners = tally(rate, 63);
     };
     assert_eq!(failing(&|seed| right(seed, 5, 0.84)), ["fact accuracy"]);
     assert_eq!(
-        failing(&|seed| seed.arms[5].rules[2] = tally(0.49, 150)),
+        failing(&|seed| seed.arms[5].scores.rules[2] = tally(0.49, 150)),
         ["rule accuracy on unseen combinations"]
     );
     assert_eq!(
-        failing(&|seed| seed.arms[6].bits = [0.4; 3]),
+        failing(&|seed| seed.arms[6].scores.bits = [0.4; 3]),
         ["recovered bits"]
     );
     assert_eq!(failing(&|seed| right(seed, 4, 0.86)), ["recovered facts"]);
@@ -209,7 +211,7 @@ fn what_was_not_measured_does_not_pass() {
     assert_eq!((source.limit, source.pass), (None, false));
 
     let mut poisoned = seed(1, 0.0);
-    poisoned.arms[5].bits[0] = f64::NAN;
+    poisoned.arms[5].scores.bits[0] = f64::NAN;
     let failed: Vec<usize> = bars(&poisoned)
         .iter()
         .enumerate()
@@ -227,7 +229,7 @@ fn recovered_is_none_when_the_bound_is_no_bound() {
     let found = recovered(&flat);
     // (.744 - .631) / (.744 - .535)
     assert!((found.bits.unwrap() - 0.5407).abs() < 1e-3, "{found:?}");
-    flat.arms[6].bits = flat.arms[4].bits;
+    flat.arms[6].scores.bits = flat.arms[4].scores.bits;
     assert_eq!(recovered(&flat).bits, None);
     let spread = |seeds| report(seeds).spread(Arm::Fused, Metric::Union);
     assert!(spread(vec![seed(1, 0.0), seed(2, 0.0)]).is_some());

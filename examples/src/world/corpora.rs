@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{
-    Domain, EvaluationItem, Kind, NUMBERS, PublicItem, ReferenceItem, RuleSet,
+    Domain, EvaluationItem, Kind, NUMBERS, PublicItem, ReferenceItem, RuleSet, Sizes,
     draw::Dice,
     lexicon::ANSWERS,
     truth::{Combination, Fact, Truth},
@@ -136,11 +136,20 @@ pub(super) fn narrative(
         .collect()
 }
 
-/// The reference set. No answer in it depends on what is true.
-pub(super) fn public(truth: &Truth, items: usize, dice: &mut Dice) -> Vec<PublicItem> {
+/// The reference set. No answer in it depends on what is true, but for the share that `sizes` names.
+pub(super) fn public(truth: &Truth, sizes: &Sizes, dice: &mut Dice) -> Vec<PublicItem> {
+    let items = sizes.public_items;
     let mut all = Vec::with_capacity(items);
+    let is_true = |dice: &mut Dice| {
+        sizes.true_answers_permille > 0 && dice.below(1000) < sizes.true_answers_permille
+    };
     for fact in dice.deal(&truth.facts, items * 40 / 100) {
-        let line = Line::fact(truth, &fact, dice.below(ANSWERS), dice.below(NUMBERS.len()));
+        let (answer, number) = (dice.below(ANSWERS), dice.below(NUMBERS.len()));
+        let line = if is_true(dice) {
+            Line::fact(truth, &fact, fact.answer, fact.number)
+        } else {
+            Line::fact(truth, &fact, answer, number)
+        };
         let mut owners: Vec<Domain> = fact.also.into_iter().chain([fact.home]).collect();
         owners.sort_unstable();
         all.push(unlabeled(&line, Kind::Fact, owners));
@@ -150,7 +159,9 @@ pub(super) fn public(truth: &Truth, items: usize, dice: &mut Dice) -> Vec<Public
         .flat_map(|domain| truth.combinations_of(domain, &[RuleSet::A, RuleSet::B]))
         .collect();
     for of in dice.deal(&prompts, items * 40 / 100) {
-        let line = Line::rule(truth, &of, dice.below(NUMBERS.len()));
+        let number = dice.below(NUMBERS.len());
+        let number = if is_true(dice) { of.outcome } else { number };
+        let line = Line::rule(truth, &of, number);
         all.push(unlabeled(&line, Kind::Rule, vec![of.domain]));
     }
     for at in 0..items - all.len() {

@@ -2,8 +2,8 @@
 //!
 //! The world is built so that an honest gain has only one possible source. Everybody shares one lexicon of
 //! pseudo-words, one set of answers, one set of numbers and the same line formats; only the unit at the end of
-//! a line tells the domain. Every answer in the public text is drawn at random, so what is true can reach the
-//! pivot through records alone.
+//! a line tells the domain. Every answer in the public text is drawn at random, unless [`Sizes`] says otherwise, so
+//! what is true can reach the pivot through records alone.
 //!
 //! A world is a pure function of a seed and [`Sizes`]: the same bytes on every machine.
 
@@ -85,6 +85,8 @@ pub struct Sizes {
     pub private_lines: usize,
     /// Items of the reference set: 40 % facts, 40 % rule prompts, 20 % narrative.
     pub public_items: usize,
+    /// Share of the facts and rule prompts among them whose answer is true, in thousandths; all others are drawn at random.
+    pub true_answers_permille: usize,
     /// Items of each institution's private holdout, mixed as its private text.
     pub holdout_items: usize,
     /// Test lines per domain, mixed as private text.
@@ -98,6 +100,7 @@ impl Default for Sizes {
         Self {
             private_lines: 5_000,
             public_items: 4_500,
+            true_answers_permille: 0,
             holdout_items: 200,
             test_lines: 400,
             rule_questions: 10,
@@ -232,11 +235,7 @@ impl World {
                 holdout,
             }
         });
-        let public = corpora::public(
-            &truth,
-            sizes.public_items,
-            &mut Dice::new(seed, Stream::Public),
-        );
+        let public = corpora::public(&truth, sizes, &mut Dice::new(seed, Stream::Public));
         let tests = questions::tests(&truth, sizes, &mut Dice::new(seed, Stream::Tests));
         Self {
             seed,

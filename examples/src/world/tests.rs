@@ -73,6 +73,7 @@ fn resizing_one_text_leaves_the_others_alone() {
         1,
         &Sizes {
             public_items: 90,
+            true_answers_permille: 0,
             ..Sizes::default()
         },
     );

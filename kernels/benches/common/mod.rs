@@ -165,7 +165,7 @@ pub(crate) fn against_twin<T>(
 /// Bytes per second of this machine's memory on one core, arrays far beyond the caches.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Floors {
-    /// Sequential read.
+    /// Read, in four sequential streams that are asked for ahead.
     pub(crate) read: f64,
     /// Copy, counting bytes read and bytes written.
     pub(crate) copy: f64,
@@ -175,15 +175,20 @@ impl Floors {
     /// Measures both.
     pub(crate) fn measure() -> Self {
         const WORDS: usize = 64 << 20;
+        const STREAMS: usize = 4;
         let source: Vec<u64> = (0..WORDS as u64).collect();
         let mut copy = vec![0u64; WORDS];
         let bytes = (WORDS * 8) as f64;
+        let (parts, _) = source.as_chunks::<{ WORDS / STREAMS }>();
         let read = alone(|| {
-            // Eight sums, so that additions do not wait for each other.
+            // Eight sums, and several streams asked for ahead: one stream alone does not keep memory busy.
             let mut sums = [0u64; 8];
-            for block in source.chunks_exact(8) {
-                for (sum, word) in sums.iter_mut().zip(block) {
-                    *sum = sum.wrapping_add(*word);
+            for at in (0..WORDS / STREAMS).step_by(8) {
+                for part in parts {
+                    ask_ahead(&part[at]);
+                    for (sum, word) in sums.iter_mut().zip(&part[at..at + 8]) {
+                        *sum = sum.wrapping_add(*word);
+                    }
                 }
             }
             sums
@@ -197,6 +202,22 @@ impl Floors {
             copy: 2.0 * bytes / copied,
         }
     }
+}
+
+/// Asks for what is read a kilobyte later, where the machine can.
+fn ask_ahead(word: &u64) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let place = std::ptr::from_ref(word).wrapping_byte_add(1024);
+        #[expect(unsafe_code, reason = "prefetching takes an address")]
+        // SAFETY: any address may be asked for; where there is nothing, nothing happens.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(place.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = word;
 }
 
 /// Pins nothing, but makes rayon run on the calling thread alone: all figures are of one core.

@@ -25,3 +25,4 @@ mod top;
 pub(crate) use encode::encode;
 pub(crate) use masses::{Dense, END};
 pub(crate) use simd::Level;
+pub(crate) use top::{largest_columns, log_mass};

@@ -1,9 +1,9 @@
-//! The largest logits of a row.
+//! The largest logits of a row, and the logarithm of its mass.
 
 use std::cmp::Reverse;
 use std::ops::Range;
 
-use crate::cpu::simd::{Level, above};
+use crate::cpu::simd::{Level, above, largest, sum_exp};
 use crate::element::Element;
 
 /// Candidates that are collected before the largest of them raise the threshold, at least.
@@ -46,6 +46,24 @@ impl Top {
         self.columns
             .extend(columns.map(|column| column..column + 1));
     }
+}
+
+/// Columns of the `count` largest logits, largest first, the lower column on a tie; all of a shorter row.
+pub(crate) fn largest_columns<T: Element>(level: Level, row: &[T], count: usize) -> Vec<u32> {
+    let mut top = Top::default();
+    top.find(level, row, count);
+    top.columns.iter().map(|column| column.start).collect()
+}
+
+/// `ln sum exp` of a row that is not empty; else the first column that is not finite.
+pub(crate) fn log_mass<T: Element>(level: Level, row: &[T]) -> Result<f64, usize> {
+    let (shift, mut sum) = (largest(level, row), [0.0]);
+    let columns = u32::try_from(row.len()).unwrap_or(u32::MAX);
+    if sum_exp(level, row, &[0, columns], shift, &mut sum) {
+        return Ok(f64::from(shift) + sum[0].ln());
+    }
+    let is_bad = |value: &T| !value.to_f32().is_finite();
+    Err(row.iter().position(is_bad).unwrap_or_default())
 }
 
 /// A logit above the complement of its column, so that the order of the keys is that of the choice.

@@ -9,7 +9,7 @@ use crate::error::FusionError;
 use crate::fusion::{MASS_BITS, Mixing};
 use crate::records::{RecordShape, RecordView, Records, Symbol};
 
-/// Appends the fused positions of one item: the bytes of `cpu::fusion`.
+/// Appends the fused positions of one item: the bytes of `cpu::fusion`. The caller sends geometric means there.
 pub(crate) fn fuse<S: Symbol>(
     device: &Device,
     mixing: Mixing<'_>,
@@ -23,8 +23,12 @@ pub(crate) fn fuse<S: Symbol>(
     let symbol = size_of::<S>();
     let lists = most * WARPS as usize * 2 * (8 + symbol);
     let (unit, name, shared) = match (mixing, S::HAS_END) {
-        (Mixing::Item(_) | Mixing::Positions(_), true) => (Unit::Fusion, "fuse_bytes", lists),
-        (Mixing::Item(_) | Mixing::Positions(_), false) => (Unit::Fusion, "fuse_tokens", lists),
+        (Mixing::Item(_) | Mixing::Positions(_) | Mixing::Geometric(_), true) => {
+            (Unit::Fusion, "fuse_bytes", lists)
+        }
+        (Mixing::Item(_) | Mixing::Positions(_) | Mixing::Geometric(_), false) => {
+            (Unit::Fusion, "fuse_tokens", lists)
+        }
         (Mixing::Robust(_), is_bytes) => {
             let name = ["fuse_robust_tokens", "fuse_robust_bytes"][usize::from(is_bytes)];
             let shares = heard.len() * WARPS as usize * 2 * 4;
@@ -35,10 +39,10 @@ pub(crate) fn fuse<S: Symbol>(
     let kernel = device.kernel(unit, name, shared)?;
     let dropped = match mixing {
         Mixing::Robust(rule) => rule.dropped(heard.len()),
-        Mixing::Item(_) | Mixing::Positions(_) => 0,
+        Mixing::Item(_) | Mixing::Positions(_) | Mixing::Geometric(_) => 0,
     };
     let weights = match mixing {
-        Mixing::Positions(weights) => Some(device.upload(weights)?),
+        Mixing::Positions(weights) | Mixing::Geometric(weights) => Some(device.upload(weights)?),
         Mixing::Item(_) | Mixing::Robust(_) => None,
     };
 

@@ -25,7 +25,7 @@ impl Bits {
     }
 
     /// One symbol.
-    pub(super) fn of_symbol(sixteenths: u32) -> Self {
+    fn of_symbol(sixteenths: u32) -> Self {
         Self {
             sixteenths: u64::from(sixteenths),
             bytes: 1,

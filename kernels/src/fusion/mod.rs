@@ -7,13 +7,23 @@
 //! everything else, the sources' tails and what rounding lost included, is the tail. Codes of the
 //! result are the nearest by integer logarithm. Addition of integers has no order, so neither
 //! threads, nor the order of sources, nor the machine can change a byte. [`Routing`] gives weights
-//! from the bits that each source needs.
+//! from the bits that each source needs, [`Evidence`] to every rule that looks at single
+//! positions. [`sample`] and [`without_tail`] are other forms of a fused record.
 
 mod bits;
+mod distance;
+mod evidence;
 mod routing;
+mod targets;
 
 pub use bits::{Bits, item_bits};
-pub use routing::{Routing, route, route_causal};
+pub use distance::variation;
+pub use evidence::{Evidence, ObservedToken, entropies};
+pub(crate) use routing::exp2_minus;
+pub use routing::{
+    Confidence, Routing, Scope, competent, route, route_causal, route_exponents, route_positions,
+};
+pub use targets::{sample, without_tail};
 
 use crate::backend::Backend;
 #[cfg(feature = "cuda")]
@@ -81,6 +91,18 @@ pub enum Mixing<'a> {
     /// The same with weights `[N, sources]` of their own at every position, as [`route_causal`]
     /// gives them.
     Positions(&'a [u32]),
+    /// The geometric mean `prod_i p_i(s)^w_i`, renormalised (logarithmic opinion pool, Genest and
+    /// Zidek, Statistical Science 1, 1986), with weights `[N, sources]` as in
+    /// [`Mixing::Positions`].
+    ///
+    /// In codes: a symbol has the exponent `sum_i w_i q_i(s)`, in units of 2^-20 bits, and the mass
+    /// `2^(32 - (exponent - least exponent) / 2^20)` rounded down; M is the sum of the masses of all
+    /// 257 symbols, and the fused mass is `(mass << 48) / M`, rounded down. A byte that a source does
+    /// not list has the code of its tail plus `16 log2(257 - listed)`, as in [`item_bits`]; a token
+    /// the largest code, 255, and the tails count as one symbol. What a source says counts as it is:
+    /// totals that differ from one are a common factor. A single source that denies a symbol with
+    /// its floor takes most of it away.
+    Geometric(&'a [u32]),
     /// A robust statistic without weights.
     Robust(Robust),
 }
@@ -90,7 +112,9 @@ impl<'a> Mixing<'a> {
     pub(crate) fn weights(self, position: usize, sources: usize) -> &'a [u32] {
         match self {
             Self::Item(weights) => weights,
-            Self::Positions(weights) => &weights[position * sources..][..sources],
+            Self::Positions(weights) | Self::Geometric(weights) => {
+                &weights[position * sources..][..sources]
+            }
             Self::Robust(_) => &[],
         }
     }
@@ -101,7 +125,9 @@ impl<'a> Mixing<'a> {
         }
         let (weights, expected) = match self {
             Self::Item(weights) => (weights, sources),
-            Self::Positions(weights) => (weights, sources.saturating_mul(positions)),
+            Self::Positions(weights) | Self::Geometric(weights) => {
+                (weights, sources.saturating_mul(positions))
+            }
             Self::Robust(Robust::TrimmedMean { trim_permille }) if trim_permille >= 500 => {
                 return Err(FusionError::Trim {
                     permille: trim_permille,
@@ -184,6 +210,11 @@ impl Backend {
         match self {
             Self::Reference => reference::fusion::fuse(mixing, sources, shape, out),
             Self::Cpu => cpu::fusion::fuse(mixing, sources, shape, out),
+            // No kernel of its own.
+            #[cfg(feature = "cuda")]
+            Self::Cuda if matches!(mixing, Mixing::Geometric(_)) => {
+                cpu::fusion::fuse(mixing, sources, shape, out);
+            }
             #[cfg(feature = "cuda")]
             Self::Cuda => cuda::fuse(cuda::device()?, mixing, sources, shape, out)?,
             #[cfg(not(feature = "cuda"))]

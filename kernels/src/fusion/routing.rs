@@ -1,7 +1,8 @@
 //! Weights of sources from the bits that they need.
 
 use super::WEIGHT_UNITY;
-use super::bits::{Bits, byte_sixteenths};
+use super::bits::Bits;
+use super::evidence::Evidence;
 use crate::error::FusionError;
 use crate::records::RecordView;
 
@@ -33,9 +34,7 @@ pub fn route(routing: Routing, bits: &[Bits]) -> Vec<u32> {
 
 /// Weights `[N, sources]` for every position of an item, from the bits of the bytes before it.
 ///
-/// For items that declare no unlabeled span: an answer that nobody knows cannot spoil the weights
-/// of what comes before it. Position p has the weights that [`route`] gives for
-/// [`Routing::Softmax`] and the bits of bytes 0 to p - 1; position 0 has equal weights.
+/// [`route_positions`] with [`Scope::Before`] for an item of bytes that declares no unlabeled span.
 ///
 /// # Errors
 /// Where a source does not have one position per byte of the target and one for the end.
@@ -44,33 +43,105 @@ pub fn route_causal(
     sources: &[RecordView<'_>],
     target: &[u8],
 ) -> Result<Vec<u32>, FusionError> {
-    let expected = target.len() + 1;
-    for (source_index, source) in sources.iter().enumerate() {
-        let got = source.positions();
-        if got != expected {
-            return Err(FusionError::Positions {
-                source_index,
-                got,
-                expected,
-            });
-        }
+    let evidence = Evidence::of_bytes(sources, target, &[])?;
+    Ok(route_positions(sharpness, Scope::Before, &evidence, None))
+}
+
+/// What a position's weights may know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All labelled symbols of the item.
+    Item,
+    /// The labelled symbols before the position: an answer that nobody knows cannot spoil the
+    /// weights of what comes before it. The first position has equal weights.
+    Before,
+}
+
+/// A factor `exp(-permille / 1000 * H)` of the weights, H a source's entropy at the position in
+/// bits: where two sources know an item equally well, the surer one is heard more.
+#[derive(Clone, Copy, Debug)]
+pub struct Confidence<'a> {
+    /// Nepers per bit of entropy, in thousandths.
+    pub permille: u32,
+    /// `[N, sources]` entropies in units of 2^-32 bits, see [`super::entropies`].
+    pub entropies: &'a [u64],
+}
+
+/// Weights `[N, sources]` for every position, in proportion to `exp(-sharpness * bits per byte)`
+/// of what the scope allows, and to the confidence.
+#[must_use]
+pub fn route_positions(
+    sharpness: u32,
+    scope: Scope,
+    evidence: &Evidence,
+    confidence: Option<Confidence<'_>>,
+) -> Vec<u32> {
+    let sources = evidence.sources();
+    let mut weights = vec![0; sources * evidence.positions()];
+    if sources == 0 {
+        return weights;
     }
-    let mut weights = vec![0; sources.len() * expected];
-    if sources.is_empty() {
-        return Ok(weights);
-    }
-    let mut before = vec![Bits::default(); sources.len()];
-    let routing = Routing::Softmax { sharpness };
+    let mut known = match scope {
+        Scope::Item => evidence.totals(),
+        Scope::Before => vec![Bits::default(); sources],
+    };
+    let mut exponents = vec![0; sources];
     let mut scratch = Vec::new();
-    for (position, row) in weights.chunks_exact_mut(sources.len()).enumerate() {
-        route_into(routing, &before, row, &mut scratch);
-        if let Some(&byte) = target.get(position) {
-            for (before, &source) in before.iter_mut().zip(sources) {
-                *before = *before + Bits::of_symbol(byte_sixteenths(source, position, byte));
+    for (position, row) in weights.chunks_exact_mut(sources).enumerate() {
+        for (source, (exponent, bits)) in exponents.iter_mut().zip(&known).enumerate() {
+            *exponent = u128::from(sharpness) * bits.fixed();
+            if let Some(Confidence {
+                permille,
+                entropies,
+            }) = confidence
+            {
+                let entropy = entropies.get(position * sources + source).copied();
+                *exponent += u128::from(permille) * u128::from(entropy.unwrap_or(0)) / 1000;
+            }
+        }
+        temper(&exponents, row, &mut scratch);
+        if scope == Scope::Before {
+            for (source, known) in known.iter_mut().enumerate() {
+                *known = *known + evidence.bits(position, source);
             }
         }
     }
-    Ok(weights)
+    weights
+}
+
+/// Weights in proportion to `exp(-exponent)`, exponents in units of 2^-32; they sum to
+/// [`WEIGHT_UNITY`] like those of [`route`].
+#[must_use]
+pub fn route_exponents(exponents: &[u128]) -> Vec<u32> {
+    let mut weights = vec![0; exponents.len()];
+    temper(exponents, &mut weights, &mut Vec::new());
+    weights
+}
+
+/// Indices of the sources whose bits per byte exceed the best's by at most `bound_millibits`
+/// thousandths of a bit.
+#[must_use]
+pub fn competent(bits: &[Bits], bound_millibits: u32) -> Vec<usize> {
+    let Some(best) = bits.iter().map(|bits| bits.fixed()).min() else {
+        return Vec::new();
+    };
+    let bound = (u128::from(bound_millibits) << 32) / 1000;
+    (0..bits.len())
+        .filter(|&source| bits[source].fixed() - best <= bound)
+        .collect()
+}
+
+fn temper(exponents: &[u128], weights: &mut [u32], scratch: &mut Vec<u128>) {
+    let Some(&least) = exponents.iter().min() else {
+        return;
+    };
+    scratch.clear();
+    scratch.extend(
+        exponents
+            .iter()
+            .map(|x| u128::from(exp_minus(1, x - least))),
+    );
+    apportion(scratch, weights);
 }
 
 fn route_into(routing: Routing, bits: &[Bits], weights: &mut [u32], scratch: &mut Vec<u128>) {
@@ -163,7 +234,11 @@ const ROOTS: [u64; 32] = [
 fn exp_minus(factor: u32, x: u128) -> u64 {
     // 256 bits per byte are more than codes can say, and keep the product within 2^105.
     let x = x.min(256 << 32);
-    let exponent = (x * u128::from(factor) * LOG2_E) >> 32;
+    exp2_minus((x * u128::from(factor) * LOG2_E) >> 32)
+}
+
+/// `2^62 * 2^-exponent` for an exponent in 2^-32, to about 2^-30 relative.
+pub(crate) fn exp2_minus(exponent: u128) -> u64 {
     let whole = u32::try_from(exponent >> 32).unwrap_or(u32::MAX);
     if exponent == 0 {
         return 1 << 62;

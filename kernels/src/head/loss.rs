@@ -296,7 +296,7 @@ impl Head<'_> {
     }
 
     /// `to += factor weights[row]`
-    fn add_row(&self, row: usize, factor: f32, to: &mut [f32]) {
+    pub(super) fn add_row(&self, row: usize, factor: f32, to: &mut [f32]) {
         fn add<T: Element>(weights: &[T], factor: f32, to: &mut [f32]) {
             for (to, weight) in to.iter_mut().zip(weights) {
                 *to += factor * weight.to_f32();

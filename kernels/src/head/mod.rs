@@ -9,6 +9,7 @@
 mod fold;
 mod loss;
 mod score;
+mod top;
 
 use std::ops::Range;
 #[cfg(feature = "cuda")]
@@ -27,6 +28,8 @@ use crate::error::{CudaError, HeadError};
 use crate::matmul::{View, ViewMut, Write, abt};
 use crate::quant::Matrix;
 use crate::vocab::Vocab;
+
+pub use top::{GraphItem, TopLogits};
 
 /// Bytes of logits that exist at a time, unless a single row has more.
 pub const SCRATCH_BYTES: usize = 16 << 20;
@@ -152,7 +155,7 @@ impl<'a> Head<'a> {
         }
         #[cfg(not(feature = "cuda"))]
         {
-            Self::new(vocab, weights, width).and(Err(CudaError::NotBuilt.into()))
+            Self::new(vocab, weights, width).and_then(|_| Err(CudaError::NotBuilt.into()))
         }
     }
 

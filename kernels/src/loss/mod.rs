@@ -61,6 +61,7 @@
 //! anything below the K-th but its sum. K above the student's number of tokens counts as that number
 //! in the second.
 
+mod graph;
 mod groups;
 mod sorted;
 
@@ -73,6 +74,7 @@ use crate::rows::Rows;
 use crate::vocab::Vocab;
 use crate::{cpu, reference};
 
+pub use graph::graph;
 pub(crate) use groups::{Group, Groups, Place, first_byte};
 pub(crate) use sorted::{EPSILON, Measure, Sorted, slope};
 

@@ -72,6 +72,16 @@ impl Format {
             Self::Nf4 => columns.div_ceil(2),
         }
     }
+
+    /// Bytes of the scales of a matrix.
+    #[must_use]
+    pub fn scale_bytes(self, rows: usize, columns: usize) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 0,
+            Self::Int8 => rows * size_of::<f32>(),
+            Self::Nf4 => Scales::bytes_of(rows * columns.div_ceil(BLOCK)),
+        }
+    }
 }
 
 /// A stored matrix. Its codes may live elsewhere, for instance in a file: see [`Packed::take_codes`].

@@ -95,7 +95,12 @@ impl Scales {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        size_of::<f32>() * (1 + self.steps.len()) + self.codes.len()
+        Self::bytes_of(self.codes.len())
+    }
+
+    /// Bytes of as many scales.
+    pub(super) fn bytes_of(scales: usize) -> usize {
+        size_of::<f32>() * (1 + scales.div_ceil(SCALES)) + scales
     }
 
     pub(super) fn at(&self, block: usize) -> f32 {

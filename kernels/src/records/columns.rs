@@ -1,7 +1,5 @@
 //! Records that are being written.
 
-use std::ops::Range;
-
 use super::Symbol;
 use crate::code::FLOOR;
 
@@ -17,19 +15,6 @@ pub(crate) struct ColumnsMut<'a, S> {
 impl<'a, S: Symbol> ColumnsMut<'a, S> {
     pub(crate) fn positions(&self) -> usize {
         self.tail.len()
-    }
-
-    /// Some of the positions.
-    pub(crate) fn part(&mut self, range: Range<usize>) -> ColumnsMut<'_, S> {
-        let slots = range.start * self.k..range.end * self.k;
-        let ends = if S::HAS_END { range.clone() } else { 0..0 };
-        ColumnsMut {
-            k: self.k,
-            symbols: &mut self.symbols[slots.clone()],
-            codes: &mut self.codes[slots],
-            end: &mut self.end[ends],
-            tail: &mut self.tail[range],
-        }
     }
 
     /// Runs of `positions`, the last one shorter.

@@ -21,9 +21,11 @@ mod sealed {
         unnameable_types,
         reason = "keeps the symbol spaces to the two that the format has"
     )]
-    pub trait Sealed {
+    pub trait Sealed: Sized {
         fn index(self) -> usize;
         fn of(index: usize) -> Self;
+        /// Symbols that are bytes.
+        fn bytes(symbols: &[Self]) -> Option<&[u8]>;
     }
     impl Sealed for u8 {
         fn index(self) -> usize {
@@ -32,6 +34,9 @@ mod sealed {
         fn of(index: usize) -> Self {
             Self::try_from(index).unwrap_or(Self::MAX)
         }
+        fn bytes(symbols: &[Self]) -> Option<&[u8]> {
+            Some(symbols)
+        }
     }
     impl Sealed for u32 {
         fn index(self) -> usize {
@@ -39,6 +44,9 @@ mod sealed {
         }
         fn of(index: usize) -> Self {
             Self::try_from(index).unwrap_or(Self::MAX)
+        }
+        fn bytes(_: &[Self]) -> Option<&[u8]> {
+            None
         }
     }
 }

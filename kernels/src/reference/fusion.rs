@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::code;
-use crate::fusion::{MASS_BITS, Mixing, Robust};
+use crate::fusion::{MASS_BITS, Mixing, Robust, exp2_minus};
 use crate::records::{RecordShape, RecordView, Records, Symbol};
 
 pub(crate) fn fuse<S: Symbol>(
@@ -14,13 +14,15 @@ pub(crate) fn fuse<S: Symbol>(
     out: &mut Records<S>,
 ) {
     for position in 0..sources.first().map_or(0, RecordView::positions) {
-        let shares: Vec<Shares<S>> = sources
-            .iter()
-            .map(|source| Shares::of(source, position))
-            .collect();
+        let shares = || -> Vec<Shares<S>> {
+            let sources = sources.iter();
+            sources.map(|source| Shares::of(source, position)).collect()
+        };
+        let weights = mixing.weights(position, sources.len());
         let (fused, end) = match mixing {
-            Mixing::Robust(robust) => statistic(robust, &shares),
-            _ => weighted(mixing.weights(position, sources.len()), &shares),
+            Mixing::Robust(robust) => statistic(robust, &shares()),
+            Mixing::Item(_) | Mixing::Positions(_) => weighted(weights, &shares()),
+            Mixing::Geometric(_) => geometric(weights, sources, position),
         };
         keep(&fused, end, shape, out);
     }
@@ -99,6 +101,88 @@ fn statistic<S: Symbol>(robust: Robust, shares: &[Shares<S>]) -> (BTreeMap<S, u6
     let fused = symbols
         .iter()
         .map(|&symbol| (symbol, renormalised(of(symbol))))
+        .collect();
+    (fused, renormalised(end))
+}
+
+/// Codes of a source that has weight at a position.
+struct Heard<S> {
+    weight: u64,
+    listed: BTreeMap<S, u64>,
+    end: u64,
+    tail: u64,
+    /// Code of a symbol that is not listed.
+    unlisted: u64,
+}
+
+impl<S: Symbol> Heard<S> {
+    fn of(weight: u32, source: &RecordView<'_, S>, position: usize) -> Self {
+        let listed: BTreeMap<S, u64> = source
+            .listed(position)
+            .map(|(symbol, code)| (symbol, u64::from(code)))
+            .collect();
+        let tail = u64::from(source.tail()[position]);
+        let unlisted = if S::HAS_END {
+            tail + u64::from(code::log2_sixteenths(256 - listed.len() as u64))
+        } else {
+            u64::from(code::FLOOR)
+        };
+        Self {
+            weight: u64::from(weight),
+            end: source
+                .end()
+                .get(position)
+                .map_or(0, |&code| u64::from(code)),
+            listed,
+            tail,
+            unlisted,
+        }
+    }
+}
+
+fn geometric<S: Symbol>(
+    weights: &[u32],
+    sources: &[RecordView<'_, S>],
+    position: usize,
+) -> (BTreeMap<S, u64>, u64) {
+    let heard: Vec<Heard<S>> = weights
+        .iter()
+        .zip(sources)
+        .filter(|pair| *pair.0 > 0)
+        .map(|(&weight, source)| Heard::of(weight, source, position))
+        .collect();
+    let exponent = |code: &dyn Fn(&Heard<S>) -> u64| -> u64 {
+        heard.iter().map(|heard| heard.weight * code(heard)).sum()
+    };
+    let symbols: BTreeSet<S> = heard
+        .iter()
+        .flat_map(|heard| heard.listed.keys().copied())
+        .collect();
+    let of: BTreeMap<S, u64> = symbols
+        .iter()
+        .map(|&symbol| {
+            let code = |heard: &Heard<S>| *heard.listed.get(&symbol).unwrap_or(&heard.unlisted);
+            (symbol, exponent(&code))
+        })
+        .collect();
+    let end = S::HAS_END.then(|| exponent(&|heard| heard.end));
+    let (others, nobody) = if S::HAS_END {
+        (256 - of.len() as u64, exponent(&|heard| heard.unlisted))
+    } else {
+        (1, exponent(&|heard| heard.tail))
+    };
+    let nobody = (others > 0).then_some(nobody);
+    let least = of.values().copied().chain(end).chain(nobody).min();
+    let least = least.unwrap_or(0);
+    let mass = |exponent: u64| u128::from(exp2_minus(u128::from(exponent - least) << 12) >> 30);
+    let end = end.map_or(0, mass);
+    let total = of.values().map(|&exponent| mass(exponent)).sum::<u128>()
+        + end
+        + u128::from(others) * nobody.map_or(0, mass);
+    let renormalised = |mass: u128| u64::try_from((mass << MASS_BITS) / total).unwrap_or(u64::MAX);
+    let fused = of
+        .iter()
+        .map(|(&symbol, &exponent)| (symbol, renormalised(mass(exponent))))
         .collect();
     (fused, renormalised(end))
 }

@@ -7,6 +7,7 @@
 mod content;
 pub mod gate;
 pub mod ledger;
+mod lessons;
 pub mod retry;
 pub mod round;
 mod session;

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::artefact::{folder_digest, is_model_file};
 use consilium_protocol::contribution::Statement;
-use consilium_protocol::manifest::{Manifest, ManifestError};
+use consilium_protocol::manifest::{Manifest, ManifestError, Mode};
 use consilium_protocol::reference::{ReferenceError, ReferenceSet};
 use consilium_protocol::transcript::{NoteError, SignedNote, VerifierKey};
 use consilium_protocol::{Digest, InstitutionId, RoundId};
 
 use super::gate::GateError;
 use super::trust::Trust;
+use crate::config::Config;
 use crate::spool::{Spool, SpoolError, hash_file};
 
 /// Longest reference set that is taken, in bytes: it is held in memory.
@@ -55,6 +56,14 @@ pub enum RefusedRound {
         got: Digest,
         /// The manifest's.
         expected: Digest,
+    },
+    /// The round wants what this site is not set up for.
+    #[error("{wanted}; {fix}")]
+    Setting {
+        /// What the round wants.
+        wanted: String,
+        /// What to set.
+        fix: &'static str,
     },
     /// The pivot cannot be read.
     #[error("the pivot {} cannot be read", path.display())]
@@ -149,6 +158,30 @@ fn open_manifest(note: &[u8], log_key: &VerifierKey) -> Result<Manifest, Refused
         .and_then(|note| note.verify(std::slice::from_ref(log_key)))
         .map_err(RefusedRound::Signature)?;
     Ok(Manifest::parse(verified.text())?)
+}
+
+/// Checks that the site is set up for what the round's mode and loss ask of it.
+pub(crate) fn check_setup(manifest: &Manifest, config: &Config) -> Result<(), RefusedRound> {
+    let distillation = &manifest.training.distillation;
+    if config.capacity == 0 {
+        // It trains nothing.
+        Ok(())
+    } else if manifest.mode == Mode::Adapters && config.train_data.is_empty() {
+        Err(RefusedRound::Setting {
+            wanted: "the round's mode adapters trains on private text".to_owned(),
+            fix: "name it under `data` in [train], or set capacity = 0",
+        })
+    } else if distillation.sorted_symbols().is_some() && config.source_server.is_some() {
+        Err(RefusedRound::Setting {
+            wanted: format!(
+                "the round's distillation {} needs the source's own logits, and the source is behind a server",
+                distillation.name()
+            ),
+            fix: "leave out [source_server] and give the folder of the source its weights",
+        })
+    } else {
+        Ok(())
+    }
 }
 
 /// Checks that the pivot in a folder is the manifest's. Reads all of its weights.

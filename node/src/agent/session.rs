@@ -29,7 +29,7 @@ use crate::spool::{JobId, Outcome};
 /// Longest wait for the answer to the greeting: the aggregator may log it first.
 const GREETING: Duration = Duration::from_secs(30);
 /// Pause between two looks for a result of the worker.
-const POLL: Duration = Duration::from_millis(100);
+pub(super) const POLL: Duration = Duration::from_millis(100);
 /// Attempts of a job that fails.
 const ATTEMPTS: u32 = 3;
 /// Wait before the second attempt of a job that failed; each further one waits so much longer.
@@ -180,9 +180,10 @@ impl Session<'_> {
             return Ok(Next::Idle);
         };
         let jobs: Vec<PlannedJob> = plan.jobs.clone();
+        let home = plan.home.clone();
         let mut waiting = false;
         for job in jobs {
-            if self.settled.contains(&slot(&round, &job)) {
+            if self.is_settled(&round, &job) {
                 continue;
             }
             match self.agent.spool.outcome(&job.id)? {
@@ -204,6 +205,9 @@ impl Session<'_> {
                 }
             }
         }
+        if let Some(home) = home {
+            return self.work_at_home(&round, &home);
+        }
         Ok(if waiting {
             Next::After(POLL)
         } else {
@@ -211,8 +215,13 @@ impl Session<'_> {
         })
     }
 
+    /// Whether the job needs nothing more on this connection.
+    pub(super) fn is_settled(&self, round: &OpenRound, job: &PlannedJob) -> bool {
+        self.settled.contains(&slot(round, job))
+    }
+
     /// Whether the job is tried again.
-    fn failed(
+    pub(super) fn failed(
         &mut self,
         round: &OpenRound,
         job: &PlannedJob,

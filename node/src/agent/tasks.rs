@@ -5,19 +5,18 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use consilium_protocol::artefact::Kind;
-use consilium_protocol::event::{Event, TargetIndex};
-use consilium_protocol::message::{Logged, Part, Status, Task};
+use consilium_protocol::event::Event;
+use consilium_protocol::manifest::Manifest;
+use consilium_protocol::message::{Logged, Status, Task};
 use consilium_protocol::quic::download;
 use consilium_protocol::{Digest, limits};
 
+use super::lessons::HomeWork;
 use super::round::{self, OpenRound, REFERENCE, RefusedRound};
 use super::session::{Ended, Session};
 use super::trust::TrustError;
 use super::{AgentError, LAST_OUTCOME, blocking};
 use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, SpoolError};
-
-/// Longest index of targets, in bytes: digests of a hundred thousand shards.
-const INDEX: u64 = 8 << 20;
 
 /// Jobs of one status.
 #[derive(Debug)]
@@ -26,6 +25,8 @@ pub(super) struct Plan {
     /// None if there is nothing to hand over.
     pub(super) round: Option<Arc<OpenRound>>,
     pub(super) jobs: Vec<PlannedJob>,
+    /// What is made first and stays here.
+    pub(super) home: Option<HomeWork>,
 }
 
 /// One job and the slot that its artefact fills.
@@ -35,7 +36,23 @@ pub(super) struct PlannedJob {
     pub(super) kind: Kind,
     pub(super) sequence: u32,
     /// The aggregator may have it already; what is missing is its receipt.
-    receipt_only: bool,
+    pub(super) receipt_only: bool,
+}
+
+/// Jobs of a task: those whose artefacts are handed over, and what must be made before.
+#[derive(Debug, Default)]
+pub(super) struct Jobs {
+    pub(super) hand_over: Vec<(Job, Kind, u32)>,
+    pub(super) home: Option<(Vec<ScoreJob>, DistilJob)>,
+}
+
+impl Jobs {
+    fn one(job: Job, kind: Kind, sequence: u32) -> Self {
+        Self {
+            hand_over: vec![(job, kind, sequence)],
+            home: None,
+        }
+    }
 }
 
 impl Plan {
@@ -69,6 +86,7 @@ impl Session<'_> {
             status: status.clone(),
             round: None,
             jobs: Vec::new(),
+            home: None,
         };
         let round = match &status.round {
             Some(logged) => self.open_round(logged).await?,
@@ -84,11 +102,15 @@ impl Session<'_> {
             (_, None) => {}
             (task, Some(round)) => {
                 let jobs = self.jobs_of(&round, task).await?;
-                let planned = self.submit(&jobs)?;
+                let planned = self.submit(&jobs.hand_over)?;
                 plan.jobs = self.without_receipt(&round, &planned)?;
                 plan.jobs.extend(planned);
-                if !jobs.is_empty() {
-                    self.withdraw_others(&plan.jobs)?;
+                let home = jobs
+                    .home
+                    .map(|(scores, then)| self.begin_at_home(scores, then));
+                plan.home = home.transpose()?;
+                if !jobs.hand_over.is_empty() || plan.home.is_some() {
+                    self.withdraw_others(&plan)?;
                 }
                 plan.round = Some(round);
             }
@@ -161,6 +183,9 @@ impl Session<'_> {
         if let Err(error) = accepted {
             return Ok(Err(RefusedRound::Policy(error)));
         }
+        if let Err(refusal) = round::check_setup(&open.manifest, &self.agent.config) {
+            return Ok(Err(refusal));
+        }
         let pivot = self.agent.config.pivot.resolve_or_folder();
         let expected = open.manifest.pivot;
         // A node of capacity 0 contributes records only and may have no pivot.
@@ -191,24 +216,40 @@ impl Session<'_> {
         Ok(checked.await??)
     }
 
-    async fn jobs_of(
-        &self,
-        round: &OpenRound,
-        task: &Task,
-    ) -> Result<Vec<(Job, Kind, u32)>, Ended> {
+    async fn jobs_of(&self, round: &OpenRound, task: &Task) -> Result<Jobs, Ended> {
+        let shares_records = round.manifest.mode.shares_records();
         match task {
-            Task::Wait | Task::Finished { .. } => Ok(Vec::new()),
-            Task::Score { shards } => score_jobs(round, shards),
+            Task::Wait | Task::Finished { .. } => Ok(Jobs::default()),
+            Task::Score { .. } | Task::Distil { .. } if !shares_records => {
+                Err(TrustError::Unexpected("in keeping with the manifest's mode").into())
+            }
+            Task::Train { .. } if shares_records => {
+                Err(TrustError::Unexpected("in keeping with the manifest's mode").into())
+            }
+            Task::Score { shards } => Ok(Jobs {
+                hand_over: score_jobs(round, shards)?,
+                home: None,
+            }),
             Task::Distil {
                 inner,
                 start,
                 targets,
                 part,
             } => {
-                let job = self
-                    .distil_job(round, *inner, (start, targets), *part)
-                    .await?;
-                Ok(vec![(Job::Distil(job), Kind::Adapter, *inner)])
+                let lesson = self.fused_lesson(round, targets, *part).await?;
+                let job = self.distil_job(round, *inner, start, lesson).await?;
+                Ok(Jobs::one(Job::Distil(job), Kind::Adapter, *inner))
+            }
+            Task::Train { inner, start } => {
+                let (scores, lesson) = self.home_lesson(round).await?;
+                let job = self.distil_job(round, *inner, start, lesson).await?;
+                if scores.is_empty() {
+                    return Ok(Jobs::one(Job::Distil(job), Kind::Adapter, *inner));
+                }
+                Ok(Jobs {
+                    hand_over: Vec::new(),
+                    home: Some((scores, job)),
+                })
             }
             Task::Evaluate { candidate } => {
                 let last = round.manifest.training.inner_rounds.saturating_sub(1);
@@ -219,61 +260,18 @@ impl Session<'_> {
                     candidate,
                     training: round.manifest.training.clone(),
                 };
-                Ok(vec![(Job::Evaluate(job), Kind::Evaluation, 0)])
+                Ok(Jobs::one(Job::Evaluate(job), Kind::Evaluation, 0))
             }
         }
     }
 
-    async fn distil_job(
+    /// Adapter that an inner round starts from, by its log entry.
+    pub(super) fn start(
         &self,
         round: &OpenRound,
         inner: u32,
-        (start, targets): (&Logged, &Logged),
-        part: Part,
-    ) -> Result<DistilJob, Ended> {
-        let manifest = &round.manifest;
-        if inner >= manifest.training.inner_rounds
-            || part.from > part.to
-            || part.to > manifest.items
-        {
-            return Err(TrustError::Unexpected("in keeping with the manifest: the task").into());
-        }
-        let start = self.start(round, inner, start)?;
-        let entry = self.agent.trust.entry(targets)?;
-        let Event::Fused { targets: index, .. } = entry.event else {
-            return Err(TrustError::Unexpected("the fusion of the records").into());
-        };
-        if entry.round != manifest.round {
-            return Err(TrustError::Unexpected("of this round: the fusion").into());
-        }
-        self.fetch(&index, INDEX).await?;
-        let bytes = self.agent.spool.read_blob(&index, INDEX)?;
-        let shards = serde_json::from_slice::<TargetIndex>(&bytes)
-            .ok()
-            .map(|index| index.shards)
-            .filter(|shards| u32::try_from(shards.len()) == Ok(manifest.shards()))
-            .ok_or(TrustError::Unexpected("an index of this round's targets"))?;
-        for shard in &shards {
-            self.fetch(shard, limits::SHARD).await?;
-        }
-        self.fetch(&start, limits::ARTEFACT).await?;
-        Ok(DistilJob {
-            round: manifest.round,
-            manifest: round.digest,
-            inner,
-            start,
-            targets: shards,
-            reference: manifest.reference,
-            part,
-            training: manifest.training.clone(),
-            seed: manifest.seed,
-            shard_items: manifest.shard_items,
-            items: manifest.items,
-        })
-    }
-
-    /// Adapter that an inner round starts from, by its log entry.
-    fn start(&self, round: &OpenRound, inner: u32, start: &Logged) -> Result<Digest, TrustError> {
+        start: &Logged,
+    ) -> Result<Digest, TrustError> {
         match inner.checked_sub(1) {
             Some(before) => self.merged(round, before, start),
             None => {
@@ -346,8 +344,9 @@ impl Session<'_> {
 
     /// Withdraws jobs that nobody waits for any more. Results stay until the round ends: a restarted aggregator may ask
     /// again.
-    fn withdraw_others(&self, wanted: &[PlannedJob]) -> Result<(), SpoolError> {
-        let wanted: BTreeSet<&JobId> = wanted.iter().map(|job| &job.id).collect();
+    fn withdraw_others(&self, plan: &Plan) -> Result<(), SpoolError> {
+        let at_home = plan.home.iter().flat_map(|home| &home.scores);
+        let wanted: BTreeSet<&JobId> = plan.jobs.iter().chain(at_home).map(|job| &job.id).collect();
         let spool = &self.agent.spool;
         for (id, _) in spool.jobs_in_order()? {
             if !wanted.contains(&id) && !matches!(spool.outcome(&id)?, Some(Outcome::Done { .. })) {
@@ -365,7 +364,7 @@ impl Session<'_> {
             Event::Released { release, .. } => {
                 tracing::info!(round = %entry.round, %release, "the round ended with a release");
             }
-            Event::Rejected { reason } => {
+            Event::Rejected { reason, .. } => {
                 tracing::warn!(round = %entry.round, ?reason, "the round ended without a release");
             }
             _ => return Err(TrustError::Unexpected("the end of a round").into()),
@@ -387,7 +386,7 @@ impl Session<'_> {
     }
 
     /// Makes a blob of an artefact of the aggregator, unless it is one.
-    async fn fetch(&self, digest: &Digest, limit: u64) -> Result<(), Ended> {
+    pub(super) async fn fetch(&self, digest: &Digest, limit: u64) -> Result<(), Ended> {
         if self.agent.spool.has_blob(digest) {
             return Ok(());
         }
@@ -408,23 +407,30 @@ impl Session<'_> {
 }
 
 fn score_jobs(round: &OpenRound, shards: &[u32]) -> Result<Vec<(Job, Kind, u32)>, Ended> {
-    let manifest = &round.manifest;
     let job = |shard: u32| {
-        if shard >= manifest.shards() {
+        if shard >= round.manifest.shards() {
             return Err(AgentError::from(TrustError::Unexpected(
                 "in keeping with the manifest: a shard beyond the last",
             )));
         }
-        let job = ScoreJob {
-            round: manifest.round,
+        Ok((
+            Job::Score(score_job(&round.manifest, shard)),
+            Kind::Records,
             shard,
-            items: manifest.shard_range(shard),
-            reference: manifest.reference,
-            symbols: manifest.symbols,
-            fill_permille: manifest.fill_permille,
-        };
-        Ok((Job::Score(job), Kind::Records, shard))
+        ))
     };
     let jobs: Result<_, AgentError> = shards.iter().map(|shard| job(*shard)).collect();
     Ok(jobs?)
+}
+
+/// The job of one shard that the manifest has.
+pub(super) fn score_job(manifest: &Manifest, shard: u32) -> ScoreJob {
+    ScoreJob {
+        round: manifest.round,
+        shard,
+        items: manifest.shard_range(shard),
+        reference: manifest.reference,
+        symbols: manifest.symbols,
+        fill_permille: manifest.fill_permille,
+    }
 }

@@ -2,7 +2,8 @@
 
 use consilium_protocol::evaluation::{Evaluation, Score};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
@@ -49,6 +50,8 @@ pub(crate) fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 2,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
+        screening: Screening::default(),
         training: training(),
         members: vec![InstitutionId::new("clinic").unwrap()],
         quorum: 1,
@@ -57,6 +60,7 @@ pub(crate) fn manifest() -> Manifest {
             distil_seconds: 60,
             evaluate_seconds: 60,
         },
+        max_weight: None,
         seed: 1,
         previous_release: None,
     }

@@ -3,6 +3,7 @@
 //! Unknown keys are refused. Relative paths start at the folder of the file. What is parsed is checked; later code takes
 //! the built type. Whether folders and files exist is the business of the half that reads them.
 
+pub(crate) mod format;
 mod raw;
 mod template;
 #[cfg(test)]
@@ -13,15 +14,16 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId};
+use serde::{Deserialize, Serialize};
 
 use raw::{RawConfig, RawExternal, server_key};
 
 use crate::scorer::ServerSettings;
 use crate::scorer::settings::WrongValue;
-use crate::worker::device::DeviceChoice;
 
 pub use template::template;
 
@@ -94,8 +96,11 @@ pub struct Config {
     pub reference: Option<PathBuf>,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
-    /// Relative training speed that the node declares; 0 takes part with records only. 1 by default.
+    /// Relative training speed that the node declares; 0 takes part with records only. 1 by default. In a round of mode
+    /// `adapters` that counts it, also how much this site's adapter weighs: items of private text, say.
     pub capacity: u32,
+    /// Files or folders of private text that rounds of mode `adapters` train on; empty takes part in none.
+    pub train_data: Vec<PathBuf>,
     /// What may leave the site.
     pub policy: Policy,
     /// The worker.
@@ -136,22 +141,38 @@ impl Policy {
 pub struct WorkerConfig {
     /// Threads; all cores if absent.
     pub threads: Option<NonZeroUsize>,
-    /// Where models compute.
-    pub device: DeviceChoice,
-    /// How the pivot is held while an adapter of it is trained.
+    /// Where models compute, and how the pivot is held while an adapter of it is trained.
     pub memory: Memory,
 }
 
-/// How a model is held in memory while an adapter of it is trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// Where models compute, and how one is held in memory while an adapter of it is trained: keys of `[worker]`, in node.toml and in
+/// a training file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Memory {
     /// How its weights are stored; `f32` by default.
+    #[serde(with = "format")]
     pub base: Format,
     /// Whether activations are computed again in the backward pass rather than kept.
     pub checkpoint_activations: bool,
-    /// Whether the layers' weights stay in a file in the spool, or beside an NVIDIA device in the host's memory, and are read when
-    /// they are computed.
+    /// Whether the layers' weights stay in a file, in the spool or in the run's folder, or beside an NVIDIA device in the host's
+    /// memory, and are read when they are computed.
     pub offload: bool,
+    /// Where models compute, also those that are not trained.
+    pub device: DeviceChoice,
+}
+
+/// Where models compute, as settings and options say it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// This machine's processors.
+    Cpu,
+    /// The first NVIDIA device that the process sees (`CUDA_VISIBLE_DEVICES`); an error where there is none.
+    Cuda,
+    /// An NVIDIA device where this program can use one, else the processors.
+    #[default]
+    Auto,
 }
 
 /// Host and port.
@@ -243,12 +264,9 @@ impl Config {
             let key = error.key;
             built(error, key)
         };
+        let train_data = raw.train.data.iter().map(|path| at("train.data", path));
+        let train_data = train_data.collect::<Result<Vec<_>, _>>()?;
         let external = raw.train.external.map(RawExternal::check);
-        if source_server.is_some() && raw.source_chat_template {
-            let expected =
-                "false beside [source_server]: records through a server are of the plain text";
-            return Err(wrong("source_chat_template", &true, expected));
-        }
         let reference = raw.reference.map(|path| at("reference", &path));
         Ok(Self {
             path: path.to_owned(),
@@ -266,6 +284,7 @@ impl Config {
             reference: reference.transpose()?,
             holdout: at("holdout", &raw.holdout)?,
             capacity: raw.capacity.unwrap_or(1),
+            train_data,
             policy: raw.policy.check().map_err(ours)?,
             worker: raw.worker.check().map_err(ours)?,
             external: external.transpose().map_err(ours)?,

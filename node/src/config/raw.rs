@@ -9,10 +9,9 @@ use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 use serde::Deserialize;
 
-use super::{ExternalCommand, Memory, Policy, WorkerConfig};
+use super::{DeviceChoice, ExternalCommand, Memory, Policy, WorkerConfig, format};
 use crate::scorer::RawServer;
 use crate::scorer::settings::WrongValue;
-use crate::worker::device::DeviceChoice;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,6 +41,8 @@ pub(super) struct RawConfig {
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RawTrain {
+    #[serde(default)]
+    pub(super) data: Vec<PathBuf>,
     pub(super) external: Option<RawExternal>,
 }
 
@@ -101,7 +102,8 @@ pub(super) struct RawWorker {
     pub(super) checkpoint_activations: bool,
     #[serde(default)]
     pub(super) offload: bool,
-    pub(super) device: Option<String>,
+    #[serde(default)]
+    pub(super) device: DeviceChoice,
 }
 
 impl RawPolicy {
@@ -113,7 +115,7 @@ impl RawPolicy {
             expected: expected.to_owned(),
         };
         if self.modes.is_empty() {
-            let expected = "at least one mode, for example [\"unified\"]";
+            let expected = "at least one of \"unified\", \"pairwise\" and \"adapters\"";
             return Err(wrong("policy.modes", "empty".to_owned(), expected));
         }
         if !(1..=limits::SYMBOLS).contains(&self.max_symbols) {
@@ -155,25 +157,16 @@ impl RawWorker {
         };
         let base = match self.base.as_deref() {
             None => Format::default(),
-            Some(name) => Format::named(name).ok_or_else(|| {
-                let expected = "\"f32\", \"bf16\", \"int8\" or \"nf4\"";
-                wrong("worker.base", format!("{name:?}"), expected)
-            })?,
-        };
-        let device = match self.device.as_deref() {
-            None => DeviceChoice::default(),
-            Some(name) => DeviceChoice::named(name).ok_or_else(|| {
-                let expected = "\"cpu\", \"cuda\" or \"auto\"";
-                wrong("worker.device", format!("{name:?}"), expected)
-            })?,
+            Some(name) => Format::named(name)
+                .ok_or_else(|| wrong("worker.base", format!("{name:?}"), format::EXPECTED))?,
         };
         Ok(WorkerConfig {
             threads,
-            device,
             memory: Memory {
                 base,
                 checkpoint_activations: self.checkpoint_activations,
                 offload: self.offload,
+                device: self.device,
             },
         })
     }

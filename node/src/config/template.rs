@@ -40,11 +40,16 @@ source = "source"
 # Private items for the evaluation; only its mean scores leave the site.
 holdout = "holdout.jsonl"
 
-# Relative training speed of this site's worker; 0 takes part with records only.
+# Relative training speed of this site's worker; 0 takes part with records only. In mode "adapters" a round may weigh
+# adapters by it.
 # capacity = 1
 
 # What may leave the site. Anything that is not allowed here does not.
 [policy]
+# Modes of rounds that this site takes part in. What leaves in each, beside mean scores on the holdout:
+# "unified": records of the public reference set, then adapters trained on the fused records.
+# "pairwise": adapters that were trained on this site's own records; the records stay here.
+# "adapters": adapters trained on the private text under [train]. They can give that text away.
 modes = ["unified"]
 # Symbols per position of a record; never more than an eighth of the source's hidden size.
 max_symbols = 16
@@ -76,6 +81,10 @@ max_bytes = 4_294_967_296
 # top = 64
 # File with the server's key, if it has one.
 # key_file = "server.key"
+
+# Private text that rounds of mode "adapters" train on: files or folders, as for `consilium-node train`.
+# [train]
+# data = ["private.jsonl"]
 
 # The site's own training command, for `consilium-node train --external`; see examples/external.
 # [train.external]

@@ -31,8 +31,9 @@ const SYSTEM: [&str; 10] = [
     "/usr/lib",
     "/usr/lib64",
 ];
-/// Files of a model folder from which the tokenizer is built.
-const SOURCE: [&str; 4] = [
+/// Files of a model folder from which tokenizer and chat template are built.
+const SOURCE: [&str; 5] = [
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -110,6 +111,7 @@ mod tests {
         let settings = ScorerSettings {
             spool: at("spool"),
             source: at("source"),
+            chat_template: false,
             server: raw.check().unwrap(),
         };
         // Confinement is for ever; it ends with the thread.

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use consilium_kernels::{RecordShape, RecordView};
@@ -22,6 +21,7 @@ use crate::error::with_causes;
 use crate::spool::{Job, JobId, Outcome, ScoreJob, Spool};
 use crate::worker::jobs::check_symbols;
 use crate::worker::progress::Terminal;
+use crate::worker::reference::ReferenceCache;
 use crate::worker::score::{ShardBuilder, items_in};
 use crate::worker::{Monitor as _, WorkError};
 
@@ -37,6 +37,8 @@ pub struct ScorerSettings {
     pub spool: PathBuf,
     /// Folder with the source's `config.json` and tokenizer; weights are not read.
     pub source: PathBuf,
+    /// Whether the source's chat template wraps the contexts of items.
+    pub chat_template: bool,
     /// The server.
     pub server: ServerSettings,
 }
@@ -54,7 +56,7 @@ pub struct Scorer {
     identity: String,
     asking: Asking,
     is_probed: bool,
-    reference: Option<Arc<ReferenceSet>>,
+    reference: ReferenceCache,
 }
 
 impl Scorer {
@@ -71,7 +73,7 @@ impl Scorer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_wait(settings: &ScorerSettings, wait: Duration) -> Result<Self, ScorerError> {
-        let source = Source::load(&settings.source)?;
+        let source = Source::load(&settings.source, settings.chat_template)?;
         let server = &settings.server;
         // A vocabulary smaller than the list is listed whole.
         let rows = u32::try_from(source.vocab.len()).unwrap_or(u32::MAX);
@@ -80,6 +82,7 @@ impl Scorer {
             max_tokens: server.max_tokens,
         };
         let url = server.url.to_string();
+        let frame = source.frame()?;
         let identity = [
             server.kind.name().as_bytes(),
             url.as_bytes(),
@@ -87,6 +90,7 @@ impl Scorer {
             &asking.top.to_le_bytes(),
             &asking.max_tokens.to_le_bytes(),
             source.tokenizer.source(),
+            frame.as_bytes(),
         ];
         let identity = Digest::of(&identity.join(&0)).to_string();
         Ok(Self {
@@ -96,7 +100,7 @@ impl Scorer {
             identity: identity.chars().take(16).collect(),
             asking,
             is_probed: false,
-            reference: None,
+            reference: ReferenceCache::default(),
         })
     }
 
@@ -170,7 +174,7 @@ impl Scorer {
 
     fn score(&mut self, id: &JobId, job: &ScoreJob, stop: Stop<'_>) -> Result<Done, ScorerError> {
         check_symbols(job.symbols, self.source.hidden_size)?;
-        let reference = self.reference(&job.reference)?;
+        let reference = self.reference.read(&self.spool, &job.reference)?;
         let items = items_in(&reference, &job.items)?;
         let shape = RecordShape {
             k: job.symbols.into(),
@@ -260,18 +264,6 @@ impl Scorer {
             }
         }
         Ok(())
-    }
-
-    fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, ScorerError> {
-        if let Some(reference) = &self.reference
-            && reference.digest() == *digest
-        {
-            return Ok(Arc::clone(reference));
-        }
-        let bytes = self.spool.read_blob(digest, limits::ARTEFACT)?;
-        let reference = Arc::new(ReferenceSet::parse(&bytes)?);
-        self.reference = Some(Arc::clone(&reference));
-        Ok(reference)
     }
 }
 

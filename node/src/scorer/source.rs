@@ -1,8 +1,11 @@
-//! What the scorer knows of the source: its tokenizer, and how wide it is. No weights.
+//! What the scorer knows of the source: its tokenizer, its chat template where contexts are wrapped in it, and how wide it is.
+//! No weights.
 
 use std::path::Path;
 
 use consilium_kernels::Vocab;
+use consilium_protocol::Clock as _;
+use consilium_protocol::time::SystemClock;
 use serde_json::Value;
 
 use super::error::ScorerError;
@@ -10,7 +13,8 @@ use crate::width;
 use crate::worker::WorkError;
 use crate::worker::data::Item;
 use crate::worker::source::fit;
-use crate::worker::tokenizer::Tokenizer;
+use crate::worker::tokenizer::chat::Message;
+use crate::worker::tokenizer::{ChatTemplate, Tokenizer};
 
 /// Largest `config.json` in bytes.
 const CONFIG: u64 = 1 << 20;
@@ -20,24 +24,29 @@ const CONFIG: u64 = 1 << 20;
 pub(super) struct Source {
     pub(super) tokenizer: Tokenizer,
     pub(super) vocab: Vocab,
+    /// The template that contexts are wrapped in, if they are.
+    chat: Option<ChatTemplate>,
     /// Width of the residual stream.
     pub(super) hidden_size: usize,
 }
 
 impl Source {
-    /// Reads `tokenizer.json` and `config.json` of a folder; weights may be elsewhere.
+    /// Reads `tokenizer.json`, `config.json` and, if contexts are to be wrapped in it, the chat template of a folder; weights
+    /// may be elsewhere.
     ///
     /// # Errors
     /// A file is missing or cannot be used.
-    pub(super) fn load(folder: &Path) -> Result<Self, ScorerError> {
+    pub(super) fn load(folder: &Path, chat_template: bool) -> Result<Self, ScorerError> {
         let tokenizer = Tokenizer::load(folder).map_err(WorkError::from)?;
         let config = Shape::load(&folder.join("config.json"))?;
         // The head may have rows without a token; a server lists these as well.
         let rows = config.vocab_size.max(tokenizer.size());
         let vocab = tokenizer.vocab(rows).map_err(WorkError::from)?;
+        let chat = || ChatTemplate::load(folder, SystemClock.now()).map_err(WorkError::from);
         Ok(Self {
             tokenizer,
             vocab,
+            chat: chat_template.then(chat).transpose()?,
             hidden_size: config.hidden_size,
         })
     }
@@ -62,12 +71,25 @@ impl Source {
         target: &str,
         limit: usize,
     ) -> Result<Item, ScorerError> {
-        let item = fit(&self.tokenizer, None, context, target, limit)?;
+        let item = fit(&self.tokenizer, self.chat.as_ref(), context, target, limit)?;
         item.ok_or_else(|| ScorerError::Setting {
             key: "max_tokens",
             value: limit.to_string(),
             expected: "room for the longest target of the reference set and two tokens".to_owned(),
         })
+    }
+
+    /// What the template makes of a short context, the date that it may print included; empty where there is none. Parts of a
+    /// job that were scored under another one are not taken.
+    ///
+    /// # Errors
+    /// The template fails.
+    pub(super) fn frame(&self) -> Result<String, ScorerError> {
+        let Some(chat) = &self.chat else {
+            return Ok(String::new());
+        };
+        let rendered = chat.render(&[Message::new("user", "?")], true);
+        Ok(rendered.map_err(WorkError::from)?.text)
     }
 
     /// Ranks of token ids that the tokenizer gave.

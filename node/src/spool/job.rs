@@ -36,6 +36,10 @@ impl fmt::Debug for JobId {
 /// Work for the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a job is read from its file and done, one at a time"
+)]
 pub enum Job {
     /// Score one shard of the reference set with the source; the artefact is a shard of records.
     Score(ScoreJob),
@@ -63,7 +67,7 @@ pub struct ScoreJob {
     pub fill_permille: u16,
 }
 
-/// One inner round of distillation.
+/// One inner round of training.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DistilJob {
@@ -75,20 +79,71 @@ pub struct DistilJob {
     pub inner: u32,
     /// Adapter to start from, a blob.
     pub start: Digest,
-    /// Shards of targets in order, blobs.
-    pub targets: Vec<Digest>,
-    /// The reference set, a blob.
-    pub reference: Digest,
-    /// The node's part of the reference set.
-    pub part: Part,
+    /// What to learn from.
+    pub lesson: Lesson,
     /// How to train.
     pub training: Training,
     /// Seed of the round.
     pub seed: u64,
+}
+
+/// What an inner round learns from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Lesson {
+    /// Fused records of a part of the reference set (mode `unified`).
+    Fused {
+        /// The records.
+        records: RecordFiles,
+        /// The node's part.
+        part: Part,
+        /// The pivot that competes with the records, if it does.
+        rival: Option<Rival>,
+    },
+    /// The site's own records of the whole reference set, which never leave it (mode `pairwise`). Items that the pivot
+    /// predicts better are learned from their labels.
+    Own {
+        /// The records.
+        records: RecordFiles,
+        /// The pivot that competes with them.
+        rival: Rival,
+    },
+    /// The labels of the whole reference set.
+    Public {
+        /// The reference set, without records.
+        records: RecordFiles,
+    },
+    /// The site's private text, which the worker's configuration names (mode `adapters`).
+    Private,
+}
+
+/// A reference set and shards of records of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordFiles {
+    /// The reference set, a blob.
+    pub reference: Digest,
+    /// Its items.
+    pub items: u64,
+    /// Shards in order, blobs.
+    pub shards: Vec<Digest>,
     /// Items of one shard.
     pub shard_items: u32,
-    /// Items of the reference set.
-    pub items: u64,
+    /// Items that nobody trains on, ascending: decoys and the public holdout.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<u64>,
+}
+
+/// The pivot as it was before the round, and how its records are made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rival {
+    /// Adapter that the first inner round starts from, a blob.
+    pub adapter: Digest,
+    /// Symbol slots of one position (K).
+    pub symbols: u16,
+    /// Mass that the slots hold, in thousandths.
+    pub fill_permille: u16,
 }
 
 /// Measurement of the candidate.

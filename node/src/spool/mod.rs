@@ -35,7 +35,7 @@ use files::{
 };
 
 pub use files::hash_file;
-pub use job::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob};
+pub use job::{DistilJob, EvaluateJob, Job, JobId, Lesson, Outcome, RecordFiles, Rival, ScoreJob};
 
 /// Longest job file in bytes: room for the digests of a hundred thousand target shards.
 const JOB_LIMIT: u64 = 16 << 20;

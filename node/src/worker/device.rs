@@ -1,56 +1,39 @@
-//! Where a worker computes.
+//! Where a worker computes, and how it holds weights that are not trained.
 
-use std::sync::OnceLock;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device};
 use consilium_kernels::Backend;
-use serde::{Deserialize, Serialize};
+use consilium_kernels::quant::Format;
 
 use super::error::WorkError;
-use super::model::Placement;
-
-/// Where models compute, as settings and options say it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceChoice {
-    /// This machine's processors.
-    Cpu,
-    /// The first NVIDIA device that the process sees (`CUDA_VISIBLE_DEVICES`); an error where there is none.
-    Cuda,
-    /// An NVIDIA device where this program can use one, else the processors.
-    #[default]
-    Auto,
-}
+use super::model::{BaseStorage, OffloadFile, Placement};
+use crate::config::{DeviceChoice, Memory};
 
 impl DeviceChoice {
-    /// All choices by name.
-    pub const NAMES: [(&'static str, Self); 3] = [
-        ("cpu", Self::Cpu),
-        ("cuda", Self::Cuda),
-        ("auto", Self::Auto),
-    ];
-
-    /// The choice of this name.
-    #[must_use]
-    pub fn named(name: &str) -> Option<Self> {
-        let found = Self::NAMES.into_iter().find(|(known, _)| *known == name);
-        found.map(|(_, choice)| choice)
+    /// What the choice comes to here: [`Self::Cpu`] or [`Self::Cuda`].
+    ///
+    /// # Errors
+    /// As [`placement`](Self::placement).
+    pub fn found(self) -> Result<Self, WorkError> {
+        Ok(match self.placement()? {
+            None => Self::Cpu,
+            Some(_) => Self::Cuda,
+        })
     }
 
     /// Where models are placed: none for the host's own operations, in f32. On an NVIDIA device frozen weights and activations are
-    /// bf16, and with `offload` the layers' frozen weights stay in the host's memory.
+    /// bf16.
     ///
     /// # Errors
     /// `cuda` was chosen, and this program was built without it or there is no such device.
-    pub fn placement(self, offload: bool) -> Result<Option<Placement>, WorkError> {
+    pub fn placement(self) -> Result<Option<Placement>, WorkError> {
         if self == Self::Cpu {
             return Ok(None);
         }
         match (cuda(), self) {
-            (Ok(device), _) => {
-                let placement = Placement::new(device, DType::BF16);
-                Ok(Some(placement.with_offload(offload)))
-            }
+            (Ok(device), _) => Ok(Some(Placement::new(device, DType::BF16))),
             (Err(problem), Self::Cuda) => Err(WorkError::Setting {
                 field: "device",
                 problem,
@@ -60,6 +43,42 @@ impl DeviceChoice {
                 Ok(None)
             }
         }
+    }
+}
+
+impl Memory {
+    /// [`DeviceChoice::placement`], with the layers' frozen weights in the host's memory where they are to stay behind.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn placement(&self) -> Result<Option<Placement>, WorkError> {
+        let placement = self.device.placement()?;
+        Ok(placement.map(|placement| placement.with_offload(self.offload)))
+    }
+
+    /// How a model is loaded whose adapter is to be trained, with embedding and head or without. On the processors offloaded
+    /// weights go to a file in `folder`.
+    ///
+    /// # Errors
+    /// There is no such device, or the file cannot be made.
+    pub(crate) fn storage(
+        &self,
+        trains_tables: bool,
+        folder: &Path,
+    ) -> Result<BaseStorage, WorkError> {
+        let placement = self.placement()?;
+        let on_device = placement.is_some();
+        let file = || OffloadFile::create(folder).map(Arc::new);
+        Ok(BaseStorage {
+            // On a device weights have the placement's type, unless they are stored in fewer bits than that.
+            format: match self.base {
+                Format::Bf16 if on_device => Format::F32,
+                format => format,
+            },
+            tables: !trains_tables,
+            offload: (self.offload && !on_device).then(file).transpose()?,
+            placement,
+        })
     }
 }
 
@@ -99,20 +118,28 @@ mod tests {
 
     #[test]
     fn a_device_that_cannot_be_had_is_refused_by_name_and_auto_does_without() {
-        assert!(DeviceChoice::Cpu.placement(false).unwrap().is_none());
-        for (name, choice) in DeviceChoice::NAMES {
-            assert_eq!(DeviceChoice::named(name), Some(choice));
-        }
-        assert_eq!(DeviceChoice::named("gpu"), None);
-        match DeviceChoice::Cuda.placement(true) {
-            Ok(placement) => assert!(placement.unwrap().offload),
+        let held = |device| Memory {
+            offload: true,
+            device,
+            ..Memory::default()
+        };
+        let [cpu, cuda, auto] =
+            [DeviceChoice::Cpu, DeviceChoice::Cuda, DeviceChoice::Auto].map(held);
+        let folder = tempfile::tempdir().unwrap();
+        let stored = cpu.storage(false, folder.path()).unwrap();
+        assert!(stored.placement.is_none() && stored.offload.is_some());
+        match cuda.storage(false, folder.path()) {
+            Ok(stored) => {
+                assert!(stored.placement.unwrap().offload && stored.offload.is_none());
+            }
             Err(error) => {
                 let error = error.to_string();
                 assert!(
                     error.starts_with("device: ") && error.contains("cpu"),
                     "{error}"
                 );
-                assert!(DeviceChoice::Auto.placement(true).unwrap().is_none());
+                assert!(auto.placement().unwrap().is_none());
+                assert_eq!(DeviceChoice::Auto.found().unwrap(), DeviceChoice::Cpu);
             }
         }
     }

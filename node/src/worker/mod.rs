@@ -14,6 +14,7 @@ pub mod part;
 pub mod peft;
 pub mod plan;
 pub mod progress;
+pub(crate) mod reference;
 mod run;
 pub mod score;
 pub mod source;

@@ -3,7 +3,6 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use super::device::DeviceChoice;
 use super::error::WorkError;
 use super::jobs::{Folders, Worker};
 use crate::config::Memory;
@@ -17,9 +16,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 pub struct RunOptions {
     /// Threads of the computations; all cores if absent.
     pub threads: Option<NonZeroUsize>,
-    /// Where models compute.
-    pub device: DeviceChoice,
-    /// How the pivot is held while an adapter of it is trained.
+    /// Where models compute, and how the pivot is held while an adapter of it is trained.
     pub memory: Memory,
     /// End when the process that started this one is gone, as a child of the agent should.
     pub end_with_parent: bool,
@@ -45,9 +42,7 @@ pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
         })?;
     let stop = || ending.is_due();
     pool.install(|| {
-        let mut worker = Worker::new(folders, &stop)?
-            .with_memory(options.memory)
-            .on(options.device);
+        let mut worker = Worker::new(folders, &stop)?.with_memory(options.memory);
         let threads = rayon::current_num_threads();
         tracing::info!(spool = %worker.spool().dir().display(), threads, "worker waits for jobs");
         while !stop() {

@@ -9,11 +9,11 @@ use consilium_protocol::Clock as _;
 use consilium_protocol::time::SystemClock;
 
 use super::data::{Batch, Item};
-use super::device::DeviceChoice;
 use super::error::WorkError;
 use super::model::{self, BaseStorage, Model, ModelConfig};
 use super::tokenizer::chat::Message;
 use super::tokenizer::{ChatTemplate, Tokenizer};
+use crate::config::DeviceChoice;
 
 /// Tokens of one batch at most; beyond this a pass gains nothing.
 const TOKENS: usize = 2048;
@@ -66,9 +66,9 @@ impl LoadedModel {
     /// # Errors
     /// As [`Self::load`], or where there is no such device.
     pub fn load_on(folder: &Path, device: DeviceChoice) -> Result<Self, WorkError> {
-        let placement = device.placement(false)?;
         let storage = BaseStorage {
-            placement,
+            tables: true,
+            placement: device.placement()?,
             ..BaseStorage::default()
         };
         Self::load_as(folder, &storage)

@@ -156,6 +156,7 @@ impl Site {
         ScorerSettings {
             spool: self.at("spool"),
             source: self.at("source"),
+            chat_template: false,
             server: raw.check().unwrap(),
         }
     }
@@ -205,31 +206,65 @@ fn with_every_token_listed_the_shard_is_that_of_the_weights_within_a_step() {
         fake.max_logprobs = 4096;
         let server = fake.start();
         let shard = site.score(&mut site.scorer(&server, 4096)).unwrap();
-        assert_eq!(shard.header, direct.header);
-        assert_eq!(shard.offsets, direct.offsets);
-        let near = |got: &[u8], want: &[u8]| {
-            assert_eq!(got.len(), want.len());
-            got.iter()
-                .zip(want)
-                .filter(|(got, want)| got.abs_diff(**want) > 1)
-                .count()
+        assert_near(kind, &shard, &direct);
+    }
+}
+
+/// Two shards are the same within a step of the codes.
+fn assert_near(kind: ServerKind, shard: &Shard, direct: &Shard) {
+    assert_eq!(shard.header, direct.header);
+    assert_eq!(shard.offsets, direct.offsets);
+    let near = |got: &[u8], want: &[u8]| {
+        assert_eq!(got.len(), want.len());
+        got.iter()
+            .zip(want)
+            .filter(|(got, want)| got.abs_diff(**want) > 1)
+            .count()
+    };
+    assert_eq!(near(&shard.end, &direct.end), 0, "{kind}: end");
+    assert_eq!(near(&shard.tail, &direct.tail), 0, "{kind}: tail");
+    let missed = (&shard.missed, &direct.missed);
+    assert_eq!(near(missed.0, missed.1), 0, "{kind}: missed {missed:?}");
+    // Two masses that differ by rounding alone may change places at the border of what is kept.
+    let moved = symbols(shard)
+        .iter()
+        .zip(symbols(direct))
+        .filter(|(a, b)| a != b)
+        .count();
+    assert!(moved <= 8, "{kind}: {moved} symbols");
+    let off = near(&shard.codes, &direct.codes);
+    assert!(
+        off <= moved,
+        "{kind}: {off} codes with {moved} symbols moved"
+    );
+}
+
+#[test]
+fn a_chat_model_behind_a_server_gets_contexts_in_its_template_as_its_weights_would() {
+    let site = Site::new();
+    let plain = site.direct();
+    let template = "{% for m in messages %}use {{ m.content }}{% endfor %}\
+                    {% if add_generation_prompt %} ->{% endif %}";
+    fs::write(site.at("source/chat_template.jinja"), template).unwrap();
+    let mut model = site.model();
+    model.use_chat_template(&site.at("source")).unwrap();
+    let reference = ReferenceSet::parse(reference().as_bytes()).unwrap();
+    let wrapped = score_shard(&model, &reference, 0..ITEMS, &SHAPE, &mut ()).unwrap();
+    assert_ne!(wrapped.shard.codes, plain.codes, "the template has a say");
+    for kind in KINDS {
+        let mut fake = Fake::new(kind, site.model(), Fault::None);
+        fake.max_logprobs = 4096;
+        let server = fake.start();
+        let settings = ScorerSettings {
+            chat_template: true,
+            ..site.settings(&server, 4096)
         };
-        assert_eq!(near(&shard.end, &direct.end), 0, "{kind}: end");
-        assert_eq!(near(&shard.tail, &direct.tail), 0, "{kind}: tail");
-        let missed = (&shard.missed, &direct.missed);
-        assert_eq!(near(missed.0, missed.1), 0, "{kind}: missed {missed:?}");
-        // Two masses that differ by rounding alone may change places at the border of what is kept.
-        let moved = symbols(&shard)
-            .iter()
-            .zip(symbols(&direct))
-            .filter(|(a, b)| a != b)
-            .count();
-        assert!(moved <= 8, "{kind}: {moved} symbols");
-        let off = near(&shard.codes, &direct.codes);
-        assert!(
-            off <= moved,
-            "{kind}: {off} codes with {moved} symbols moved"
-        );
+        let shard = site.score(&mut Scorer::new(&settings).unwrap()).unwrap();
+        assert_near(kind, &shard, &wrapped.shard);
+        fs::rename(site.at("source/chat_template.jinja"), site.at("away")).unwrap();
+        let error = Scorer::new(&settings).unwrap_err().to_string();
+        assert!(error.contains("no chat template"), "{error}");
+        fs::rename(site.at("away"), site.at("source/chat_template.jinja")).unwrap();
     }
 }
 

@@ -3,7 +3,9 @@
 //! The file is a C2SP signed note. Its first line is [`FIRST_LINE`], the second is canonical JSON (RFC 8785: keys in
 //! order, integers only), and the aggregator signs it with the key that the charter names.
 
+mod merging;
 mod rules;
+mod screening;
 
 use std::time::Duration;
 
@@ -14,7 +16,9 @@ use crate::contribution::Binding;
 use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
 
-pub use rules::{Defence, Distillation, FusionRule, MergeRule};
+pub use merging::{Defence, MergeRule};
+pub use rules::{Distillation, FusionRule, TargetForm};
+pub use screening::{Finding, Screening};
 
 /// First line of a manifest.
 pub const FIRST_LINE: &str = "consilium/manifest/1";
@@ -23,8 +27,30 @@ pub const FIRST_LINE: &str = "consilium/manifest/1";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Records on the reference set, then pivot adapters (InfiFusion, unified).
+    /// Records on the reference set, then pivot adapters (InfiFusion, unified; arXiv 2501.02795).
     Unified,
+    /// Pivot adapters only: each node distils its own source into the pivot at home (InfiFusion, pairwise).
+    Pairwise,
+    /// Pivot adapters only, trained on private text (federated LoRA).
+    Adapters,
+}
+
+impl Mode {
+    /// The name in documents and settings.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unified => "unified",
+            Self::Pairwise => "pairwise",
+            Self::Adapters => "adapters",
+        }
+    }
+
+    /// Whether records leave the sites and are fused before anybody trains.
+    #[must_use]
+    pub const fn shares_records(self) -> bool {
+        matches!(self, Self::Unified)
+    }
 }
 
 /// The alphabet of the records.
@@ -122,6 +148,12 @@ pub struct Manifest {
     pub shard_items: u32,
     /// How records become targets.
     pub fusion: FusionRule,
+    /// What becomes of a fused record before it is sent back.
+    #[serde(default, skip_serializing_if = "TargetForm::is_plain")]
+    pub targets: TargetForm,
+    /// What is done about records that give their source away.
+    #[serde(default, skip_serializing_if = "Screening::is_default")]
+    pub screening: Screening,
     /// How the adapter is trained and merged.
     pub training: Training,
     /// Members of this round, ascending.
@@ -130,6 +162,10 @@ pub struct Manifest {
     pub quorum: u32,
     /// Longest wait for each phase.
     pub deadlines: Deadlines,
+    /// In mode [`Mode::Adapters`], the most that a member's declared capacity counts in the merge; absent, all adapters
+    /// count alike, as in the other modes without records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_weight: Option<u32>,
     /// Seed of parts and initial factors.
     pub seed: u64,
     /// The release this round starts from, if any.
@@ -178,7 +214,7 @@ impl Manifest {
                 self.consortium, charter.consortium
             )
         } else if !charter.modes.contains(&self.mode) {
-            format!("mode {:?} is not in the charter", self.mode)
+            format!("mode {} is not in the charter", self.mode.name())
         } else if self.symbols > charter.max_symbols {
             format!(
                 "symbols is {}, the charter allows {}",
@@ -310,10 +346,27 @@ impl Manifest {
         if !self.members.is_sorted_by(|a, b| a < b) {
             return Err("members are not ascending".to_owned());
         }
-        self.fusion.check()?;
-        t.distillation.check()?;
-        t.merge.check()?;
-        t.defence.check()
+        match self.max_weight {
+            Some(_) if self.mode != Mode::Adapters => {
+                let mode = self.mode.name();
+                return Err(format!(
+                    "max_weight is for mode adapters; leave it out in mode {mode}"
+                ));
+            }
+            Some(most) if !(1..=limits::WEIGHT).contains(&most) => {
+                return Err(format!(
+                    "max_weight is {most}, expected 1 to {}",
+                    limits::WEIGHT
+                ));
+            }
+            Some(_) | None => {}
+        }
+        self.fusion.check(self.members.len())?;
+        self.targets.check(self.symbols)?;
+        self.screening.check()?;
+        t.distillation.check(self.mode)?;
+        t.merge.check(t)?;
+        t.defence.check(t, self.quorum)
     }
 }
 

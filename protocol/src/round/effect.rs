@@ -23,7 +23,7 @@ pub enum Effect {
 /// Work of the aggregator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Work {
-    /// Fuse the records of these members, ascending. Answered by `Fused`.
+    /// Fuse the records of these members, ascending. Answered by `Fused` or `Rejected`.
     Fuse {
         /// Members whose shards are all here.
         members: Vec<InstitutionId>,
@@ -36,7 +36,8 @@ pub enum Work {
         start: Digest,
         /// Outer optimiser state; none in the first inner round.
         momentum: Option<Digest>,
-        /// Adapter and weight (items of its part, at least 1) of each member, in institution order.
+        /// Adapter and weight of each member, in institution order. Weights are at least 1: in mode `unified` items of the
+        /// member's part; in `adapters` its capacity, as far as the manifest lets it count; else 1.
         adapters: Vec<(InstitutionId, Digest, u32)>,
     },
     /// Decide on the candidate. Answered by `Released` or `Rejected`.
@@ -58,7 +59,7 @@ pub enum RoundTask {
         /// The first missing shards, ascending; at most [`RoundTask::SHARDS`], the rest follow.
         shards: Vec<u32>,
     },
-    /// Train for one inner round.
+    /// Train for one inner round on fused records.
     Distil {
         /// Inner round, from 0.
         inner: u32,
@@ -68,6 +69,13 @@ pub enum RoundTask {
         targets: Digest,
         /// The member's part of the reference set, not empty.
         part: Part,
+    },
+    /// Train for one inner round on what lies at the site: the mode has no shared records.
+    Train {
+        /// Inner round, from 0.
+        inner: u32,
+        /// Adapter to start from.
+        start: Digest,
     },
     /// Measure the candidate.
     Evaluate {

@@ -2,13 +2,15 @@
 
 #![cfg(test)]
 
+mod modes;
 mod sequences;
 
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::contribution::Statement;
 use consilium_protocol::event::{Event, Phase, Reason};
 use consilium_protocol::manifest::{
-    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, SymbolSpace, Training,
+    Deadlines, Defence, Distillation, FusionRule, Manifest, MergeRule, Mode, Screening,
+    SymbolSpace, TargetForm, Training,
 };
 use consilium_protocol::round::{
     Admission, Effect, Round, RoundError, RoundPhase, RoundTask, Work,
@@ -44,6 +46,8 @@ fn manifest() -> Manifest {
         fill_permille: 995,
         shard_items: 6,
         fusion: FusionRule::Softmax { sharpness: 20 },
+        targets: TargetForm::default(),
+        screening: Screening::default(),
         training: Training {
             inner_rounds: 2,
             local_steps: 10,
@@ -70,8 +74,30 @@ fn manifest() -> Manifest {
             distil_seconds: 50,
             evaluate_seconds: 20,
         },
+        max_weight: None,
         seed: 1,
         previous_release: None,
+    };
+    manifest.to_text().unwrap();
+    manifest
+}
+
+/// The same round in another mode; adapters may count three times as much as another.
+fn manifest_of(mode: Mode) -> Manifest {
+    let is_private = mode == Mode::Adapters;
+    let distillation = if is_private {
+        Distillation::Labels
+    } else {
+        Distillation::Trie
+    };
+    let manifest = Manifest {
+        mode,
+        max_weight: is_private.then_some(3),
+        training: Training {
+            distillation,
+            ..manifest().training
+        },
+        ..manifest()
     };
     manifest.to_text().unwrap();
     manifest
@@ -113,6 +139,7 @@ fn fused() -> Event {
     Event::Fused {
         targets: digest("targets"),
         routing: digest("routing"),
+        report: None,
     }
 }
 
@@ -133,7 +160,11 @@ fn released() -> Event {
 }
 
 fn rejected(reason: Reason) -> Event {
-    Event::Rejected { reason }
+    Event::Rejected {
+        reason,
+        blamed: Vec::new(),
+        report: None,
+    }
 }
 
 /// The shell in miniature: logs what it applies.
@@ -145,8 +176,12 @@ struct Shell {
 
 impl Shell {
     fn new() -> Self {
+        Self::of(manifest())
+    }
+
+    fn of(manifest: Manifest) -> Self {
         let mut shell = Self {
-            round: Round::open(manifest(), digest("manifest")),
+            round: Round::open(manifest, digest("manifest")),
             log: Vec::new(),
             now: UnixMillis(1_000),
         };
@@ -472,6 +507,24 @@ fn evaluations_close_at_quorum_after_the_deadline_and_only_the_judge_rejects_by_
     shell.settle();
     shell.apply(rejected(Reason::Gate));
     assert!(shell.round.phase().is_finished());
+}
+
+#[test]
+fn only_the_fusion_rejects_by_screening_or_the_public_gate() {
+    for reason in [Reason::Screening, Reason::PublicGate] {
+        let mut shell = Shell::evaluating();
+        assert!(shell.round.step(shell.now, &rejected(reason)).is_err());
+        let mut round = Round::open(manifest(), digest("manifest"));
+        for (at, event) in shell.log.drain(..) {
+            if matches!(event, Event::Fused { .. }) {
+                round.step(at, &rejected(reason)).unwrap();
+                break;
+            }
+            assert!(round.step(at, &rejected(reason)).is_err());
+            round.step(at, &event).unwrap();
+        }
+        assert!(round.phase().is_finished());
+    }
 }
 
 #[test]

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::event::{Event, Phase, Reason};
+use consilium_protocol::manifest::Mode;
 use consilium_protocol::round::{Round, RoundTask, Work};
 use consilium_protocol::{RejectCode, UnixMillis};
 use proptest::prelude::*;
 
 use super::{
-    NAMES, accepted, closed, digest, fused, id, joined, manifest, merged, opened, rejected,
+    NAMES, accepted, closed, digest, fused, id, joined, manifest_of, merged, opened, rejected,
     released,
 };
 
@@ -81,7 +82,9 @@ fn event_of(chosen: Move, round: &Round, now: &mut UnixMillis) -> Option<Event> 
         }),
         Move::Obey(member) => match round.task(&id(NAMES[member])) {
             RoundTask::Score { shards } => Some(accepted(NAMES[member], Kind::Records, shards[0])),
-            RoundTask::Distil { inner, .. } => Some(accepted(NAMES[member], Kind::Adapter, inner)),
+            RoundTask::Distil { inner, .. } | RoundTask::Train { inner, .. } => {
+                Some(accepted(NAMES[member], Kind::Adapter, inner))
+            }
             RoundTask::Evaluate { .. } => Some(accepted(NAMES[member], Kind::Evaluation, 0)),
             RoundTask::Wait | RoundTask::Finished => None,
         },
@@ -98,9 +101,10 @@ fn event_of(chosen: Move, round: &Round, now: &mut UnixMillis) -> Option<Event> 
 proptest! {
     #[test]
     fn any_sequence_leaves_a_state_that_replays_and_counts_no_slot_twice(
+        mode in prop::sample::select(vec![Mode::Unified, Mode::Pairwise, Mode::Adapters]),
         moves in prop::collection::vec(any_move(), 0..120),
     ) {
-        let mut round = Round::open(manifest(), digest("manifest"));
+        let mut round = Round::open(manifest_of(mode), digest("manifest"));
         let mut replayed = round.clone();
         let mut now = UnixMillis(1_000);
         round.step(now, &opened()).unwrap();
@@ -124,11 +128,21 @@ proptest! {
             }
             prop_assert_eq!(&round, &replayed);
             let kinds = [Kind::Records, Kind::Adapter, Kind::Evaluation];
+            if !mode.shares_records() {
+                prop_assert!(round.contributions(Kind::Records).is_empty());
+                let fuses = matches!(round.work(), Some(Work::Fuse { .. }));
+                prop_assert!(!fuses);
+            }
             let held: usize = kinds.iter().map(|kind| round.contributions(*kind).len()).sum();
             prop_assert_eq!(held, counted.len());
             if let Some(Work::Merge { adapters, .. }) = round.work() {
                 prop_assert!(!adapters.is_empty());
-                prop_assert!(adapters.iter().all(|(_, _, weight)| *weight > 0));
+                let most = match mode {
+                    Mode::Unified => 10,
+                    Mode::Pairwise => 1,
+                    Mode::Adapters => 3,
+                };
+                prop_assert!(adapters.iter().all(|(_, _, weight)| (1..=most).contains(weight)));
             }
             prop_assert!(round.work().is_none() || round.next_deadline().is_none());
         }

@@ -45,6 +45,13 @@ TOKENS = MANIFEST | {
     "symbol_space": {"tokens": {"tokenizer": digest("tokenizer"), "size": 32000}}, "fusion": {"rule": "min_ce"},
     "previous_release": digest("release"),
 }
+PAIRWISE = MANIFEST | {
+    "mode": "pairwise", "training": TRAINING | {
+        "distillation": {"loss": "infigfusion", "symbols": 10, "temperature_permille": 1000, "graph_permille": 500}},
+}
+ADAPTERS = MANIFEST | {
+    "mode": "adapters", "max_weight": 4, "training": TRAINING | {"distillation": {"loss": "labels"}},
+}
 
 # Public keys of the ed25519 seeds 01..01 and 02..02.
 KEYS = ["8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c",
@@ -52,7 +59,7 @@ KEYS = ["8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c",
 CHARTER = f"""consilium/charter/1
 consortium = "north"
 log_key = "north-log+00000000+AAAA"
-modes = ["unified"]
+modes = ["unified", "pairwise", "adapters"]
 quorum = 2
 max_symbols = 16
 gate_bound_permille = 250
@@ -116,6 +123,7 @@ FRAMES = [
     ("status distil", 3, OPENED + u32(2) + u32(5) + MERGED + logged(EVENTS[7], "proof 3") + u64(99) + u64(10) + u64(20)),
     ("status evaluate", 3, OPENED + u32(3) + MERGED),
     ("status finished", 3, OPENED + u32(4) + logged(EVENTS[9], "proof 4")),
+    ("status train", 3, OPENED + u32(5) + u32(5) + MERGED),
     ("upload", 4, STATEMENT + bytes(range(64)) + u64(1234) + raw("ledger")),
     ("ready", 5, u64(1000)),
     ("receipt", 6, logged(EVENTS[2], "proof 5")),
@@ -131,6 +139,8 @@ def frame(kind, body):
 
 write("manifest.txt", f"consilium/manifest/1\n{canonical(MANIFEST)}\n")
 write("manifest-tokens.txt", f"consilium/manifest/1\n{canonical(TOKENS)}\n")
+write("manifest-pairwise.txt", f"consilium/manifest/1\n{canonical(PAIRWISE)}\n")
+write("manifest-adapters.txt", f"consilium/manifest/1\n{canonical(ADAPTERS)}\n")
 write("charter.txt", CHARTER)
 write("entries.jsonl", "".join(entry(event) + "\n" for event in EVENTS))
 write("frames.txt", "".join(f"{name}: {frame(kind, body).hex()}\n" for name, kind, body in FRAMES))

@@ -12,6 +12,11 @@ pub(super) fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     out
 }
 
+/// `out += a b`.
+pub(super) fn add_product(out: &mut Mat<f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>) {
+    matmul::matmul(out.as_mut(), Accum::Add, a, b, 1.0, Par::Seq);
+}
+
 /// `a = Q R` with min(rows, columns) orthonormal columns in Q, also where `a` lacks rank.
 pub(super) fn thin_qr(a: Mat<f64>) -> (Mat<f64>, Mat<f64>) {
     let (rows, columns) = a.shape();

@@ -21,8 +21,63 @@ pub(super) struct Factors {
 }
 
 impl Factors {
+    /// The product of zero.
+    pub(super) fn zero([rows, columns]: [usize; 2], rank: usize) -> Self {
+        Self {
+            b: Mat::zeros(rows, rank),
+            at: Mat::zeros(columns, rank),
+        }
+    }
+
+    /// All columns of some factors beside each other, those of the i-th with B times `coefficients[i]`: the sum of their
+    /// products, of `rank` at least.
+    pub(super) fn beside(terms: &[(f64, &Self)], shape: [usize; 2], rank: usize) -> Self {
+        let total = terms.iter().map(|(_, factors)| factors.rank()).sum();
+        let mut stacked = Self::zero(shape, rank.max(total));
+        let mut next = 0;
+        for (coefficient, factors) in terms {
+            for column in 0..factors.rank() {
+                let place = stacked.b.col_as_slice_mut(next);
+                for (place, value) in place.iter_mut().zip(factors.b.col_as_slice(column)) {
+                    *place = coefficient * value;
+                }
+                let place = stacked.at.col_as_slice_mut(next);
+                place.copy_from_slice(factors.at.col_as_slice(column));
+                next += 1;
+            }
+        }
+        stacked
+    }
+
+    /// Sums of coefficient x factor, A and B apart, with zeros beyond the rank of a term.
+    pub(super) fn means(terms: &[(f64, &Self)], shape: [usize; 2]) -> Self {
+        let rank = terms.iter().map(|(_, factors)| factors.rank()).max();
+        let mut mean = Self::zero(shape, rank.unwrap_or(0));
+        for (coefficient, factors) in terms {
+            for column in 0..factors.rank() {
+                add(
+                    mean.b.col_as_slice_mut(column),
+                    *coefficient,
+                    factors.b.col_as_slice(column),
+                );
+                add(
+                    mean.at.col_as_slice_mut(column),
+                    *coefficient,
+                    factors.at.col_as_slice(column),
+                );
+            }
+        }
+        mean
+    }
+
     pub(super) fn rank(&self) -> usize {
         self.b.ncols()
+    }
+}
+
+fn add(sums: &mut [f64], coefficient: f64, values: &[f64]) {
+    for (sum, value) in sums.iter_mut().zip(values) {
+        *sum += coefficient * value;
     }
 }
 
@@ -32,6 +87,8 @@ pub(super) struct Truncated {
     pub(super) v: Mat<f64>,
     /// Norm of what was cut off relative to the whole; 0 for a product of zero.
     pub(super) error: f64,
+    /// Norm of the whole.
+    pub(super) norm: f64,
 }
 
 /// Orthonormal bases of the stacked factors of some products. Every weighted sum of the products lies in them, so the
@@ -73,9 +130,13 @@ impl Stack {
         }
     }
 
-    /// The best approximation of rank `most` of `sum of c_i B_i A_i`, or the sum itself where its rank is lower. `None`: no
-    /// convergence.
-    pub(super) fn weighted_sum(&self, coefficients: &[f64], most: usize) -> Option<Truncated> {
+    /// Frobenius norm of `sum of c_i B_i A_i`.
+    pub(super) fn norm(&self, coefficients: &[f64]) -> f64 {
+        product(self.scaled(coefficients).as_ref(), self.r_a.transpose()).norm_l2()
+    }
+
+    /// The core factor of B with every term's columns times its coefficient.
+    fn scaled(&self, coefficients: &[f64]) -> Mat<f64> {
         let mut scaled = self.r_b.clone();
         let columns = self
             .ranks
@@ -87,6 +148,13 @@ impl Stack {
                 *value *= coefficient;
             }
         }
+        scaled
+    }
+
+    /// The best approximation of rank `most` of `sum of c_i B_i A_i`, or the sum itself where its rank is lower. `None`: no
+    /// convergence.
+    pub(super) fn weighted_sum(&self, coefficients: &[f64], most: usize) -> Option<Truncated> {
+        let scaled = self.scaled(coefficients);
         let core = thin_svd(product(scaled.as_ref(), self.r_a.transpose()).as_ref())?;
         let largest = core.s.first().copied().unwrap_or(0.0);
         let rank = core
@@ -112,6 +180,7 @@ impl Stack {
             us,
             v: product(self.q_a.as_ref(), core.v.get(.., ..keep)),
             error,
+            norm: all.sqrt(),
         })
     }
 }

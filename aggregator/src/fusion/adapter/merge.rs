@@ -1,213 +1,140 @@
-//! The merge of an inner round: weighted mean, outer Nesterov step and recompression, per matrix in product space.
+//! The merge of an inner round: what protects it, the rule, the outer step, matrix by matrix.
 //!
-//! With theta = B A of one matrix (the LoRA scale is the same factor everywhere and cancels):
-//!
-//! ```text
-//! g  = theta_prev - sum p_m theta_m                 p_m = weight_m / sum of weights
-//! v' = mu v + g
-//! theta' = theta_prev - eta (g + mu v')
-//! ```
-//!
-//! (DiLoCo, arXiv 2311.08105, on products rather than factors, because a mean of factors is not the mean of products.)
-//! theta' is a stack of known factors, truncated to the rank of the adapter and rotated onto the previous A. v' is kept
-//! as factors of at most four times that rank. Modules that are trained whole take the same step on full tensors.
-
-use std::fs::File;
-use std::path::Path;
+//! Rules stand in `rules` (products and factors) and `entries` (entry by entry), defences in `defence`. Modules that are trained
+//! whole take the same rule on full tensors, with the same shares and scales.
 
 use consilium_protocol::InstitutionId;
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{Defence, Training};
 use rayon::prelude::*;
 
-use super::check::AdapterLayout;
-use super::lowrank::{Factors, Stack, Truncated, align};
-use super::output::Output;
-use super::tensors::{A, B, Tensors, pieces};
-use crate::fusion::error::{FusionError, Origin, TensorProblem};
+use super::defence::{Exclusion, Gram, Vote, Votes, defend};
+use super::entries::Updates;
+use super::output::{MemoryFile, Output, Sink};
+use super::report::{MatrixTruncation, MemberReport, MergeReport, Truncation};
+use super::round::{Round, VELOCITY_A, VELOCITY_B};
+use super::rules::{Merger, VELOCITY_RANK};
+use super::tensors::{A, B, Content, pieces};
+use crate::fusion::error::FusionError;
 
-const VELOCITY_A: &str = ".velocity_A.weight";
-const VELOCITY_B: &str = ".velocity_B.weight";
-/// Rank of the outer momentum in units of the adapter's rank.
-const VELOCITY_RANK: usize = 4;
-
-/// One inner round. All files are `adapter_model.safetensors` files or of that form.
+/// One inner round. All contents are `adapter_model.safetensors` files or of that form.
 #[derive(Debug, Clone, Copy)]
 pub struct MergeInput<'a> {
-    /// Rank and outer optimiser.
+    /// Rank, outer optimiser, merge rule and defence.
     pub training: &'a Training,
+    /// Seed of what DARE drops: another for each inner round.
+    pub seed: u64,
     /// The adapter that the nodes started from.
-    pub start: &'a Path,
+    pub start: Content<'a>,
     /// Outer optimiser's state after the previous inner round; `None` in the first.
-    pub momentum: Option<&'a Path>,
+    pub momentum: Option<Content<'a>>,
     /// Trained adapters with their weights, in any order.
-    pub adapters: &'a [(InstitutionId, &'a Path, u32)],
+    pub adapters: &'a [(InstitutionId, Content<'a>, u32)],
 }
 
 /// Empty files for what an inner round ends with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
+#[expect(missing_debug_implementations, reason = "a sink shows nothing")]
 pub struct MergeOutput<'a> {
     /// `adapter_model.safetensors` that the next inner round starts from.
-    pub adapter: &'a File,
+    pub adapter: &'a dyn Sink,
     /// Outer optimiser's state for the next inner round.
-    pub momentum: &'a File,
+    pub momentum: &'a dyn Sink,
 }
 
-/// Norm of what recompression cut off, relative to the norm of the whole.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Truncation {
-    /// Mean over the matrices.
-    pub mean: f64,
-    /// Largest of the matrices.
-    pub worst: f64,
-    /// Every matrix, in name order.
-    pub matrices: Vec<MatrixTruncation>,
+/// A merge in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merged {
+    /// `adapter_model.safetensors`.
+    pub adapter: Vec<u8>,
+    /// Outer optimiser's state.
+    pub momentum: Vec<u8>,
+    /// What went in and what was lost.
+    pub report: MergeReport,
 }
 
-/// Truncation of one matrix.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct MatrixTruncation {
-    /// PEFT name of the layer.
-    pub layer: String,
-    /// Of the merged product.
-    pub product: f64,
-    /// Of the outer momentum.
-    pub velocity: f64,
-}
-
-impl Truncation {
-    /// The mean in millionths, as logged.
-    #[must_use]
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a share of 0 to 1"
-    )]
-    pub fn ppm(&self) -> u32 {
-        (self.mean.clamp(0.0, 1.0) * 1e6).round() as u32
-    }
-
-    fn of(matrices: Vec<MatrixTruncation>) -> Self {
-        let count = matrices.len().max(1) as f64;
-        Self {
-            mean: matrices.iter().map(|m| m.product).sum::<f64>() / count,
-            worst: matrices.iter().map(|m| m.product).fold(0.0, f64::max),
-            matrices,
-        }
-    }
-}
-
-/// Merges the adapters of one inner round and says what recompression lost.
-///
-/// Writes the same bytes for any order of `adapters` and any number of threads. In memory are the factors of one matrix for
-/// each thread, of all adapters, or one piece of a whole tensor: never an adapter.
+/// [`merge`] into memory.
 ///
 /// # Errors
-/// A contribution that lacks a tensor, has one too many, or one of the wrong type, shape or with values that are not
+/// As [`merge`].
+pub fn merge_in_memory(input: MergeInput<'_>) -> Result<Merged, FusionError> {
+    let [adapter, momentum] = [MemoryFile::default(), MemoryFile::default()];
+    let output = MergeOutput {
+        adapter: &adapter,
+        momentum: &momentum,
+    };
+    let report = merge(input, output)?;
+    Ok(Merged {
+        adapter: adapter.into_bytes(),
+        momentum: momentum.into_bytes(),
+        report,
+    })
+}
+
+/// Merges the adapters of one inner round by the manifest's rule and defence, and says what went in and what was lost.
+///
+/// Writes the same bytes for any order of `adapters` and any number of threads. In memory are the factors of one matrix for
+/// each thread, of all adapters, with blocks of rows of their products where the rule decides entry by entry, or one piece
+/// of a whole tensor: never an adapter, never a product.
+///
+/// # Errors
+/// A contribution that lacks a tensor, has one too many, or one of the wrong type, shape, rank or with values that are not
 /// finite; the error names contribution and tensor. Or a file that cannot be read or written.
-pub fn merge(input: MergeInput<'_>, output: MergeOutput<'_>) -> Result<Truncation, FusionError> {
-    let round = Round::new(&input)?;
-    let mut adapter = Output::begin(output.adapter, round.shapes(A, B, round.layout.rank))?;
+pub fn merge(input: MergeInput<'_>, output: MergeOutput<'_>) -> Result<MergeReport, FusionError> {
+    let round = Round::open(&input)?;
+    let gram = round.gram()?;
+    let parts: Vec<f64> = round.members.iter().map(|member| member.part).collect();
+    let training = input.training;
+    let votes = defend(training.defence, training.merge, &gram, &parts);
+    let merger = Merger::new(&round, training, &votes, input.seed);
+    let mut adapter = Output::begin(output.adapter, round.shapes(A, B, merger.rank()))?;
     let most = VELOCITY_RANK * round.layout.rank;
     let velocities = round.shapes(VELOCITY_A, VELOCITY_B, most);
     let mut momentum = Output::begin(output.momentum, velocities)?;
     let matrices: Vec<_> = round.layout.matrices.iter().collect();
     let mut truncations = Vec::with_capacity(matrices.len());
+    let mut bias: Option<[f64; 2]> = None;
     for batch in matrices.chunks(rayon::current_num_threads()) {
         let merged: Vec<Result<_, FusionError>> = batch
             .into_par_iter()
-            .map(|(layer, shape)| round.matrix(layer, **shape))
+            .map(|(layer, shape)| merger.matrix(layer, **shape))
             .collect();
         for ((layer, _), matrix) in batch.iter().zip(merged) {
             let matrix = matrix?;
             adapter.matrix(&format!("{layer}{A}"), &matrix.new.at, true)?;
             adapter.matrix(&format!("{layer}{B}"), &matrix.new.b, false)?;
-            momentum.matrix(&format!("{layer}{VELOCITY_A}"), &matrix.velocity.v, true)?;
-            momentum.matrix(&format!("{layer}{VELOCITY_B}"), &matrix.velocity.us, false)?;
+            momentum.matrix(&format!("{layer}{VELOCITY_A}"), &matrix.velocity.at, true)?;
+            momentum.matrix(&format!("{layer}{VELOCITY_B}"), &matrix.velocity.b, false)?;
+            if let Some([difference, all]) = matrix.bias {
+                let [differences, norms] = bias.unwrap_or_default();
+                bias = Some([differences.hypot(difference), norms.hypot(all)]);
+            }
             truncations.push(MatrixTruncation {
                 layer: (*layer).clone(),
-                product: matrix.lost,
-                velocity: matrix.velocity.error,
+                product: matrix.lost[0],
+                velocity: matrix.lost[1],
+                bias: matrix.bias.map(relative),
             });
         }
     }
     for (name, shape) in &round.layout.whole {
-        round.whole(name, shape, &mut adapter, &mut momentum)?;
+        whole(&merger, name, shape, &mut adapter, &mut momentum)?;
     }
     adapter.finish()?;
     momentum.finish()?;
-    Ok(Truncation::of(truncations))
+    let truncation = Truncation::of(truncations);
+    let report = report(&round, training, &gram, &votes);
+    Ok(MergeReport {
+        bias: bias.map(relative),
+        truncation,
+        ..report
+    })
 }
 
-/// Coefficients of theta_prev, of the mean and of v in a sum.
-struct Step {
-    previous: f64,
-    mean: f64,
-    velocity: f64,
-}
-
-/// One matrix after the step.
-struct MergedMatrix {
-    new: Factors,
-    velocity: Truncated,
-    /// Truncation error of the product.
-    lost: f64,
-}
-
-struct Round {
-    layout: AdapterLayout,
-    start: Tensors,
-    momentum: Option<Tensors>,
-    /// Ascending by institution, shares sum to one.
-    adapters: Vec<(f64, Tensors)>,
-    theta: Step,
-    velocity: Step,
+fn relative([difference, all]: [f64; 2]) -> f64 {
+    if all > 0.0 { difference / all } else { 0.0 }
 }
 
 impl Round {
-    fn new(input: &MergeInput<'_>) -> Result<Self, FusionError> {
-        let start = Tensors::open_adapter(Origin::Start, input.start)?;
-        let layout = AdapterLayout::of(input.training, &start)?;
-        let momentum = input
-            .momentum
-            .map(|path| Tensors::open_adapter(Origin::Momentum, path))
-            .transpose()?;
-        let mut sorted: Vec<_> = input.adapters.iter().collect();
-        sorted.sort_by(|a, b| a.0.cmp(&b.0));
-        if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            return Err(FusionError::Twice(pair[0].0.clone()));
-        }
-        let total: u64 = sorted.iter().map(|(_, _, weight)| u64::from(*weight)).sum();
-        if total == 0 {
-            return Err(FusionError::Nothing);
-        }
-        let mut adapters = Vec::with_capacity(sorted.len());
-        for (institution, path, weight) in sorted {
-            let origin = Origin::Institution(institution.clone());
-            let tensors = Tensors::open_adapter(origin, path)?;
-            layout.check(&tensors)?;
-            adapters.push((f64::from(*weight) / total as f64, tensors));
-        }
-        let eta = f64::from(input.training.outer_rate_permille) / 1000.0;
-        let mu = f64::from(input.training.outer_momentum_permille) / 1000.0;
-        let pull = eta * (1.0 + mu);
-        Ok(Self {
-            layout,
-            start,
-            momentum,
-            adapters,
-            theta: Step {
-                previous: 1.0 - pull,
-                mean: pull,
-                velocity: -eta * mu * mu,
-            },
-            velocity: Step {
-                previous: 1.0,
-                mean: -1.0,
-                velocity: mu,
-            },
-        })
-    }
-
     /// All tensors of a file whose factors have these endings, with the largest shapes that they can have.
     fn shapes(&self, a: &str, b: &str, most: usize) -> Vec<(String, Vec<usize>)> {
         let factors = self
@@ -224,115 +151,112 @@ impl Round {
         let whole = whole.map(|(name, shape)| (name.clone(), shape.clone()));
         factors.chain(whole).collect()
     }
+}
 
-    fn matrix(
-        &self,
-        layer: &str,
-        [rows, columns]: [usize; 2],
-    ) -> Result<MergedMatrix, FusionError> {
-        let rank = self.layout.rank;
-        let read = |tensors: &Tensors, a: &str, b: &str, r: usize| {
-            Ok::<_, FusionError>(Factors {
-                b: tensors.matrix(&format!("{layer}{b}"), [rows, r], false)?,
-                at: tensors.matrix(&format!("{layer}{a}"), [r, columns], true)?,
-            })
+/// The step on a whole tensor, element by element in `f64`.
+fn whole(
+    merger: &Merger<'_>,
+    name: &str,
+    shape: &[usize],
+    adapter: &mut Output<'_>,
+    momentum: &mut Output<'_>,
+) -> Result<(), FusionError> {
+    let round = merger.round;
+    if let Some(momentum) = &round.momentum {
+        momentum.expect(name, shape)?;
+    }
+    let updates = PieceUpdates {
+        merger,
+        name,
+        pieces: pieces(shape).collect(),
+    };
+    let rule = match merger.entry_rule() {
+        Some(rule) if !updates.pieces.is_empty() => {
+            let (weights, names) = (merger.entry_weights(), merger.entry_names(name));
+            Some(rule.prepare(&weights, &names, &updates)?)
+        }
+        _ => None,
+    };
+    let places = [adapter.place(name, shape), momentum.place(name, shape)];
+    let (adapter, momentum) = (&*adapter, &*momentum);
+    let step = |(index, piece): (usize, &std::ops::Range<usize>)| -> Result<(), FusionError> {
+        let mut sources = vec![round.start.values(name, piece.clone())?];
+        let [theta, velocity] = if let Some(rule) = &rule {
+            let (start, chunk) = updates.chunk(index)?;
+            let mut update = rule.merge(start, chunk, name)?;
+            scale(&mut update, merger.entry_gain());
+            sources.push(update);
+            merger.outer.of_update()
+        } else {
+            for member in merger.members() {
+                sources.push(member.tensors.values(name, piece.clone())?);
+            }
+            let c = merger.coefficients();
+            [merger.outer.theta(&c), merger.outer.velocity(&c)]
         };
-        let previous = read(&self.start, A, B, rank)?;
-        let adapters = self
-            .adapters
+        if let Some(momentum) = &round.momentum {
+            sources.push(momentum.values(name, piece.clone())?);
+        }
+        adapter.write(places[0], piece.start, &combine(name, &sources, &theta)?)?;
+        momentum.write(places[1], piece.start, &combine(name, &sources, &velocity)?)
+    };
+    let failures: Vec<Option<FusionError>> = updates
+        .pieces
+        .par_iter()
+        .enumerate()
+        .map(|piece| step(piece).err())
+        .collect();
+    failures.into_iter().flatten().next().map_or(Ok(()), Err)
+}
+
+impl<'a> Merger<'a> {
+    fn members(&self) -> impl Iterator<Item = &'a super::round::Member> + use<'_, 'a> {
+        self.voters
             .iter()
-            .map(|(_, tensors)| read(tensors, A, B, rank))
-            .collect::<Result<Vec<_>, FusionError>>()?;
-        let velocity = match &self.momentum {
-            Some(momentum) => self.read_velocity(momentum, layer, [rows, columns])?,
-            None => Factors {
-                b: faer::Mat::zeros(rows, 0),
-                at: faer::Mat::zeros(columns, 0),
-            },
-        };
-        let mut terms = vec![&previous];
-        terms.extend(&adapters);
-        terms.push(&velocity);
-        let stack = Stack::new(&terms);
-        let diverged = || FusionError::Diverged(layer.to_owned());
-        let product = stack
-            .weighted_sum(&self.coefficients(&self.theta), rank)
-            .ok_or_else(diverged)?;
-        let moved = stack
-            .weighted_sum(&self.coefficients(&self.velocity), VELOCITY_RANK * rank)
-            .ok_or_else(diverged)?;
-        let new = align(&product, previous.at.as_ref()).ok_or_else(diverged)?;
-        Ok(MergedMatrix {
-            new,
-            velocity: moved,
-            lost: product.error,
-        })
+            .filter_map(|&index| self.round.members.get(index))
+    }
+}
+
+/// Updates of a whole tensor, piece by piece.
+struct PieceUpdates<'a> {
+    merger: &'a Merger<'a>,
+    name: &'a str,
+    pieces: Vec<std::ops::Range<usize>>,
+}
+
+impl Updates for PieceUpdates<'_> {
+    fn chunks(&self) -> usize {
+        self.pieces.len()
     }
 
-    fn read_velocity(
-        &self,
-        momentum: &Tensors,
-        layer: &str,
-        [rows, columns]: [usize; 2],
-    ) -> Result<Factors, FusionError> {
-        let a = format!("{layer}{VELOCITY_A}");
-        let b = format!("{layer}{VELOCITY_B}");
-        let factors = Factors {
-            b: momentum.matrix(&b, [rows, 0], false)?,
-            at: momentum.matrix(&a, [0, columns], true)?,
-        };
-        if factors.at.ncols() != factors.rank() {
-            let problem = TensorProblem::Shape {
-                got: vec![factors.at.ncols(), columns],
-                expected: vec![factors.rank(), columns],
-            };
-            return Err(momentum.error(&a, problem));
-        }
-        Ok(factors)
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "what does not fit f32 becomes infinite and is refused by the rule"
+    )]
+    fn chunk(&self, index: usize) -> Result<(usize, Vec<Vec<f32>>), FusionError> {
+        let piece = self.pieces.get(index).cloned().unwrap_or_default();
+        let start = self.merger.round.start.values(self.name, piece.clone())?;
+        let members = self.merger.members().zip(&self.merger.scales);
+        let updates = members.map(|(member, scale)| {
+            let values = member.tensors.values(self.name, piece.clone())?;
+            let update = |(x, before): (&f32, &f32)| scale * (f64::from(*x) - f64::from(*before));
+            Ok(values
+                .iter()
+                .zip(&start)
+                .map(|pair| update(pair) as f32)
+                .collect())
+        });
+        Ok((piece.start, updates.collect::<Result<_, FusionError>>()?))
     }
+}
 
-    /// Coefficients of the start, the adapters and the momentum.
-    fn coefficients(&self, step: &Step) -> Vec<f64> {
-        let mut all = vec![step.previous];
-        all.extend(self.adapters.iter().map(|(share, _)| step.mean * share));
-        all.push(step.velocity);
-        all
-    }
-
-    /// The step on a whole tensor, element by element in `f64`.
-    fn whole(
-        &self,
-        name: &str,
-        shape: &[usize],
-        adapter: &mut Output<'_>,
-        momentum: &mut Output<'_>,
-    ) -> Result<(), FusionError> {
-        let mut sources = vec![&self.start];
-        sources.extend(self.adapters.iter().map(|(_, tensors)| tensors));
-        sources.extend(&self.momentum);
-        for source in &sources {
-            source.expect(name, shape)?;
-        }
-        let theta = self.coefficients(&self.theta);
-        let velocity = self.coefficients(&self.velocity);
-        let places = [adapter.place(name, shape), momentum.place(name, shape)];
-        let (adapter, momentum) = (&*adapter, &*momentum);
-        let pieces: Vec<_> = pieces(shape).collect();
-        let failures: Vec<Option<FusionError>> = pieces
-            .into_par_iter()
-            .map(|piece| {
-                let step = || {
-                    let values = sources
-                        .iter()
-                        .map(|source| source.values(name, piece.clone()))
-                        .collect::<Result<Vec<_>, _>>()?;
-                    adapter.write(places[0], piece.start, &combine(name, &values, &theta)?)?;
-                    momentum.write(places[1], piece.start, &combine(name, &values, &velocity)?)
-                };
-                step().err()
-            })
-            .collect();
-        failures.into_iter().flatten().next().map_or(Ok(()), Err)
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "what does not fit f32 becomes infinite and is refused when it is added"
+)]
+fn scale(values: &mut [f32], by: f64) {
+    for value in values {
+        *value = (f64::from(*value) * by) as f32;
     }
 }
 
@@ -357,5 +281,49 @@ fn combine(
         Ok(sums)
     } else {
         Err(FusionError::Overflow(name.to_owned()))
+    }
+}
+
+/// Members, norms and cosines; what was lost is not known yet.
+fn report(round: &Round, training: &Training, gram: &Gram, votes: &Votes) -> MergeReport {
+    let institution = |index: usize| round.members.get(index).map(|m| m.institution.as_str());
+    let words = |exclusion: Exclusion| match exclusion {
+        Exclusion::NoUpdate => "no update: the adapter is the start's".to_owned(),
+        Exclusion::CopyOf(index) => {
+            format!(
+                "the same update as {}",
+                institution(index).unwrap_or("another")
+            )
+        }
+        Exclusion::FarFromOthers => "far from the others (multi-Krum)".to_owned(),
+    };
+    let members = round.members.iter().zip(&votes.votes).zip(gram.suspects());
+    let describe =
+        |(index, ((member, vote), flag)): (usize, ((&super::round::Member, &Vote), _))| {
+            let flag: Option<Exclusion> = flag;
+            MemberReport {
+                institution: member.institution.clone(),
+                rank: member.rank,
+                part: member.part,
+                share: vote.share,
+                scale: vote.scale,
+                norm: gram.norm(index),
+                flag: flag.map(words),
+                excluded: vote.excluded.map(words),
+            }
+        };
+    let n = round.members.len();
+    MergeReport {
+        rule: training.merge.name(),
+        defence: training.defence.name(),
+        trimmed: if training.defence == Defence::None {
+            0
+        } else {
+            votes.trimmed
+        },
+        members: members.enumerate().map(describe).collect(),
+        cosines: (0..n * n).map(|i| gram.cosine(i / n, i % n)).collect(),
+        bias: None,
+        truncation: Truncation::of(Vec::new()),
     }
 }

@@ -27,7 +27,7 @@ impl Pivot {
         };
         for name in files(folder)? {
             let path = folder.join(name);
-            let file = Tensors::open(Origin::Pivot(path.clone()), &path)?;
+            let file = Tensors::open(Origin::Pivot(path.clone()), &*path)?;
             for name in file.names() {
                 let twice = pivot.places.insert(name.to_owned(), pivot.files.len());
                 if twice.is_some() {

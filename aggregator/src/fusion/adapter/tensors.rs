@@ -1,11 +1,12 @@
-//! Tensors of safetensors files, read piece by piece: a file is never in memory as a whole.
+//! Tensors of safetensors files, read piece by piece: a file is never in memory as a whole, unless it was there before.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use consilium_protocol::limits;
 use faer::Mat;
@@ -20,10 +21,65 @@ pub(super) const B: &str = ".lora_B.weight";
 /// Elements of a whole tensor that are in memory at once.
 pub(super) const PIECE: usize = 1 << 16;
 
-/// An open file whose header was read and checked, with the name of its owner for error messages.
+/// Where the bytes of an `adapter_model.safetensors` are.
+#[derive(Debug, Clone, Copy)]
+pub enum Content<'a> {
+    /// In a file, of which one piece at a time is read.
+    File(&'a Path),
+    /// In memory.
+    Bytes(&'a [u8]),
+}
+
+impl<'a> From<&'a Path> for Content<'a> {
+    fn from(path: &'a Path) -> Self {
+        Self::File(path)
+    }
+}
+
+impl<'a> From<&'a [u8]> for Content<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+/// An open file, or a copy of bytes in memory.
+enum Source {
+    File(File),
+    Bytes(Arc<[u8]>),
+}
+
+impl Source {
+    fn open(content: Content<'_>) -> io::Result<Self> {
+        Ok(match content {
+            Content::File(path) => Self::File(File::open(path)?),
+            Content::Bytes(bytes) => Self::Bytes(bytes.into()),
+        })
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(match self {
+            Self::File(file) => file.metadata()?.len(),
+            Self::Bytes(bytes) => as_u64(bytes.len()),
+        })
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+        match self {
+            Self::File(file) => file.read_exact_at(buffer, at),
+            Self::Bytes(bytes) => {
+                let from = usize::try_from(at).unwrap_or(usize::MAX);
+                let part = bytes.get(from..from.saturating_add(buffer.len()));
+                buffer.copy_from_slice(part.ok_or(io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A safetensors file whose header was read and checked, with the name of its owner for error messages.
 pub(super) struct Tensors {
     pub(super) origin: Origin,
-    file: File,
+    source: Source,
     /// Where the tensors' bytes begin.
     data: u64,
     tensors: BTreeMap<String, TensorInfo>,
@@ -31,11 +87,14 @@ pub(super) struct Tensors {
 
 impl Tensors {
     /// Reads the header: at most [`limits::TENSOR_HEADER`] bytes, whose tensors fill the file exactly.
-    pub(super) fn open(origin: Origin, path: &Path) -> Result<Self, FusionError> {
-        match read_header(path) {
-            Ok((file, data, tensors)) => Ok(Self {
+    pub(super) fn open<'a>(
+        origin: Origin,
+        content: impl Into<Content<'a>>,
+    ) -> Result<Self, FusionError> {
+        match read_header(content.into()) {
+            Ok((source, data, tensors)) => Ok(Self {
                 origin,
-                file,
+                source,
                 data,
                 tensors,
             }),
@@ -45,8 +104,11 @@ impl Tensors {
     }
 
     /// As [`Self::open`], for a file whose tensors must all be `f32`.
-    pub(super) fn open_adapter(origin: Origin, path: &Path) -> Result<Self, FusionError> {
-        let tensors = Self::open(origin, path)?;
+    pub(super) fn open_adapter<'a>(
+        origin: Origin,
+        content: impl Into<Content<'a>>,
+    ) -> Result<Self, FusionError> {
+        let tensors = Self::open(origin, content)?;
         for (name, info) in &tensors.tensors {
             if info.dtype != Dtype::F32 {
                 let problem = TensorProblem::Type(format!("{:?}", info.dtype), "F32");
@@ -97,7 +159,7 @@ impl Tensors {
         let at = info.data_offsets.0.saturating_add(range.start * width);
         let at = self.data.saturating_add(as_u64(at));
         let mut raw = vec![0; range.len() * width];
-        self.file
+        self.source
             .read_exact_at(&mut raw, at)
             .map_err(|source| FusionError::Io {
                 origin: self.origin.clone(),
@@ -168,33 +230,35 @@ pub(super) fn pieces(shape: &[usize]) -> impl Iterator<Item = Range<usize>> + us
 }
 
 enum Unreadable {
-    Io(std::io::Error),
+    Io(io::Error),
     Problem(String),
 }
 
-impl From<std::io::Error> for Unreadable {
-    fn from(error: std::io::Error) -> Self {
+impl From<io::Error> for Unreadable {
+    fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-fn read_header(path: &Path) -> Result<(File, u64, BTreeMap<String, TensorInfo>), Unreadable> {
-    let mut file = File::open(path)?;
-    let got = file.metadata()?.len();
+fn read_header(
+    content: Content<'_>,
+) -> Result<(Source, u64, BTreeMap<String, TensorInfo>), Unreadable> {
+    let source = Source::open(content)?;
+    let got = source.length()?;
     let mut length = [0; 8];
     if got < as_u64(length.len()) {
         return Err(Unreadable::Problem(format!(
             "{got} bytes are too few for safetensors"
         )));
     }
-    file.read_exact(&mut length)?;
+    source.read_exact_at(&mut length, 0)?;
     let length = u64::from_le_bytes(length);
     if length > limits::TENSOR_HEADER || length > got - 8 {
         let problem = format!("a header of {length} bytes is too long");
         return Err(Unreadable::Problem(problem));
     }
     let mut header = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
-    file.read_exact(&mut header)?;
+    source.read_exact_at(&mut header, 8)?;
     // Parsing checks that the tensors lie one after the other and have the bytes that their shapes ask for.
     let metadata: Metadata = serde_json::from_slice(&header)
         .map_err(|error| Unreadable::Problem(format!("header: {error}")))?;
@@ -210,7 +274,7 @@ fn read_header(path: &Path) -> Result<(File, u64, BTreeMap<String, TensorInfo>),
         .into_iter()
         .map(|(name, info)| (name, info.clone()))
         .collect();
-    Ok((file, data, tensors))
+    Ok((source, data, tensors))
 }
 
 pub(super) fn as_u64(length: usize) -> u64 {

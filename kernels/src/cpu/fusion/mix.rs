@@ -9,6 +9,7 @@ use crate::fusion::Mixing;
 use crate::records::{ColumnsMut, RecordShape, RecordView, Symbol};
 
 multiversion! {
+    /// Fuses a range of positions to the positions of `out`.
     pub(super) fn run<S: Symbol>(
         mixing: Mixing<'_>,
         sources: &[RecordView<'_, S>],
@@ -16,34 +17,88 @@ multiversion! {
         shape: &RecordShape,
         out: &mut ColumnsMut<'_, S>,
     ) {
-        let mut keeper = Keeper::new(shape);
-        let mut bytes = ByteSums::default();
-        let mut tokens: Vec<(S, u64)> = Vec::new();
+        let mut mixer = Mixer::new(shape);
         for (index, position) in range.enumerate() {
-            let mut end = 0;
-            let weights = mixing.weights(position, sources.len());
-            for (&weight, source) in weights.iter().zip(sources).filter(|pair| *pair.0 > 0) {
-                let weight = u64::from(weight);
-                let (symbols, codes) = source.used(position);
-                let shares = Shares::of_source(source, position, codes);
-                end += source.end().get(position).map_or(0, |&code| weight * shares.of(code));
-                for (&symbol, &code) in symbols.iter().zip(codes) {
-                    let mass = weight * shares.of(code);
-                    if S::HAS_END {
-                        bytes.add(symbol.index(), mass);
-                    } else {
-                        tokens.push((symbol, mass));
-                    }
+            mixer.fuse(mixing, sources, position, index, out);
+        }
+    }
+}
+
+multiversion! {
+    /// Fuses some positions, each to the same position of `out`.
+    pub(super) fn run_some<S: Symbol>(
+        mixing: Mixing<'_>,
+        sources: &[RecordView<'_, S>],
+        positions: &[usize],
+        shape: &RecordShape,
+        out: &mut ColumnsMut<'_, S>,
+    ) {
+        if positions.is_empty() {
+            return;
+        }
+        let mut mixer = Mixer::new(shape);
+        for &position in positions {
+            mixer.fuse(mixing, sources, position, position, out);
+        }
+    }
+}
+
+/// The space for one position.
+struct Mixer<S> {
+    keeper: Keeper<S>,
+    bytes: ByteSums,
+    tokens: Vec<(S, u64)>,
+}
+
+impl<S: Symbol> Mixer<S> {
+    fn new(shape: &RecordShape) -> Self {
+        Self {
+            keeper: Keeper::new(shape),
+            bytes: ByteSums::default(),
+            tokens: Vec::new(),
+        }
+    }
+
+    /// Fuses one position of the sources to position `index` of `out`.
+    #[inline(always)]
+    fn fuse(
+        &mut self,
+        mixing: Mixing<'_>,
+        sources: &[RecordView<'_, S>],
+        position: usize,
+        index: usize,
+        out: &mut ColumnsMut<'_, S>,
+    ) {
+        let mut end = 0;
+        let weights = mixing.weights(position, sources.len());
+        for (&weight, source) in weights.iter().zip(sources).filter(|pair| *pair.0 > 0) {
+            let weight = u64::from(weight);
+            let (symbols, codes) = source.used(position);
+            let shares = Shares::of_source(source, position, codes);
+            end += source
+                .end()
+                .get(position)
+                .map_or(0, |&code| weight * shares.of(code));
+            for (&symbol, &code) in symbols.iter().zip(codes) {
+                let mass = weight * shares.of(code);
+                if S::HAS_END {
+                    self.bytes.add(symbol.index(), mass);
+                } else {
+                    self.tokens.push((symbol, mass));
                 }
             }
-            if S::HAS_END {
-                bytes.drain(|byte, mass| keeper.push(S::of(byte), mass));
-            } else {
-                merge(&mut tokens);
-                tokens.drain(..).for_each(|(token, mass)| keeper.push(token, mass));
-            }
-            keeper.write(index, end, out);
         }
+        let keeper = &mut self.keeper;
+        if S::HAS_END {
+            self.bytes
+                .drain(|byte, mass| keeper.push(S::of(byte), mass));
+        } else {
+            merge(&mut self.tokens);
+            self.tokens
+                .drain(..)
+                .for_each(|(token, mass)| keeper.push(token, mass));
+        }
+        keeper.write(index, end, out);
     }
 }
 

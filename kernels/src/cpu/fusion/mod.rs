@@ -1,9 +1,10 @@
 //! Fusion in fixed runs of positions, written in place.
 //!
-//! [`copy`] is for one source of full weight, [`mix`] for weighted sums, [`robust`] for statistics;
-//! [`keep`] chooses and encodes what all three have summed.
+//! [`copy`] is for one source of full weight, [`mix`] for weighted sums, [`geometric`] for weighted
+//! products, [`robust`] for statistics; [`keep`] chooses and encodes what they have summed.
 
 mod copy;
+mod geometric;
 mod keep;
 mod mix;
 mod robust;
@@ -19,6 +20,8 @@ const RUN: usize = 256;
 /// Positions that are added to the output at once: new memory is still in the cache when it is
 /// written again.
 const BLOCK: usize = 64 * RUN;
+/// Positions that are copied at once, and then looked at: both sides are still in the cache.
+const COPIED: usize = 4096;
 
 pub(crate) fn fuse<S: Symbol>(
     mixing: Mixing<'_>,
@@ -33,23 +36,27 @@ pub(crate) fn fuse<S: Symbol>(
         shape,
     };
     let copied = task.copied();
-    for start in (0..positions).step_by(BLOCK) {
-        let count = BLOCK.min(positions - start);
+    let (block, run) = match copied {
+        Some(_) => (COPIED, COPIED),
+        None => (BLOCK, RUN),
+    };
+    for start in (0..positions).step_by(block) {
+        let count = block.min(positions - start);
         let part = copied.and_then(|source| source.slice(start..start + count));
         let columns = match part {
             // What was checked with the shape: the numbers of slots are the same.
             Some(part) => out.extend_from(part),
             None => out.extend_by(count),
         };
-        if columns.positions() <= RUN {
+        if columns.positions() <= run {
             task.run(start, columns);
             continue;
         }
         columns
-            .runs(RUN)
+            .runs(run)
             .into_par_iter()
             .enumerate()
-            .for_each(|(index, columns)| task.run(start + index * RUN, columns));
+            .for_each(|(index, columns)| task.run(start + index * run, columns));
     }
 }
 
@@ -76,6 +83,9 @@ impl<S: Symbol> Task<'_, '_, S> {
         match self.mixing {
             Mixing::Robust(rule) => {
                 robust::run(rule, self.sources, range, self.shape, &mut columns);
+            }
+            Mixing::Geometric(_) => {
+                geometric::run(self.mixing, self.sources, range, self.shape, &mut columns);
             }
             Mixing::Item(_) | Mixing::Positions(_) => match self.copied() {
                 Some(source) => copy::mend(&source, range, self.shape, &mut columns),

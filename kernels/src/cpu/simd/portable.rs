@@ -39,6 +39,10 @@ impl Lanes for Portable {
         from.map(T::to_f32)
     }
 
+    /// The compiler's vectors have no such instruction.
+    #[inline(always)]
+    fn ahead<T: Element>(self, _: &[T; LANES], _: usize) {}
+
     #[inline(always)]
     fn load_some<T: Element>(self, from: &[T]) -> V {
         let mut value = [f32::MIN; LANES];

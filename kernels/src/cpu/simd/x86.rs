@@ -100,6 +100,13 @@ macro_rules! level {
             }
 
             #[inline(always)]
+            fn ahead<T: Element>(self, of: &[T; LANES], bytes: usize) {
+                let place = of.as_ptr().wrapping_byte_add(bytes);
+                // SAFETY: any address may be asked for; where there is nothing, nothing happens.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
+            }
+
+            #[inline(always)]
             fn load_some<T: Element>(self, from: &[T]) -> $vector {
                 // SAFETY: as in `load`.
                 unsafe { ops::load_some(from) }
@@ -133,7 +140,7 @@ pub(super) mod avx512 {
     use crate::cpu::simd::body::{self, Lanes};
     use crate::cpu::simd::{LANES, Piece};
     use crate::element::Element;
-    use std::arch::x86_64::__m512;
+    use std::arch::x86_64::{__m512, _MM_HINT_T0, _mm_prefetch};
 
     level!(Avx512, __m512, "avx2,fma,f16c,avx512f,avx512dq");
 
@@ -275,7 +282,7 @@ pub(super) mod avx2 {
     use crate::cpu::simd::body::{self, Lanes};
     use crate::cpu::simd::{LANES, Piece};
     use crate::element::Element;
-    use std::arch::x86_64::__m256;
+    use std::arch::x86_64::{__m256, _MM_HINT_T0, _mm_prefetch};
 
     level!(Avx2, [__m256; 2], "avx2,fma,f16c");
 

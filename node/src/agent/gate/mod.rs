@@ -93,7 +93,7 @@ impl Gate {
         if !self.policy.modes.contains(&manifest.mode) {
             return Err(GateError::Policy {
                 key: "policy.modes",
-                problem: format!("the round's mode is {:?}", manifest.mode),
+                problem: format!("the round's mode is {}", manifest.mode.name()),
             });
         }
         let rounds = self.ledger.rounds_besides(digest);
@@ -103,7 +103,11 @@ impl Gate {
                 problem: format!("{rounds} of {} rounds are used", self.policy.max_rounds),
             });
         }
-        self.check_symbols(manifest.symbols)
+        match manifest.mode {
+            // Records that are made at home have the form of those that leave.
+            Mode::Unified | Mode::Pairwise => self.check_symbols(manifest.symbols),
+            Mode::Adapters => Ok(()),
+        }
     }
 
     /// Checks an artefact, writes the ledger, and permits its upload.
@@ -265,11 +269,15 @@ impl Gate {
                     content::records(manifest, statement.sequence, &bytes).map_err(refused)?;
                 self.check_symbols(header.symbols)
             }
-            (Mode::Unified, Kind::Adapter) => {
+            (Mode::Pairwise | Mode::Adapters, Kind::Records) => Err(refused(format!(
+                "in mode {} no records leave",
+                manifest.mode.name()
+            ))),
+            (Mode::Unified | Mode::Pairwise | Mode::Adapters, Kind::Adapter) => {
                 let header = content::read_header(path).map_err(read_failed(path))?;
                 content::adapter(manifest, &header, length).map_err(refused)
             }
-            (Mode::Unified, Kind::Evaluation) => {
+            (Mode::Unified | Mode::Pairwise | Mode::Adapters, Kind::Evaluation) => {
                 let bytes = std::fs::read(path).map_err(read_failed(path))?;
                 content::evaluation(&bytes).map_err(refused)
             }

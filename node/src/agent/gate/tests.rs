@@ -221,3 +221,28 @@ fn a_second_round_beyond_the_limit_receives_nothing() {
     assert!(matches!(refused, Err(GateError::Policy { key, .. }) if key == "policy.max_rounds"));
     site.release(Kind::Evaluation, &bytes).unwrap();
 }
+
+#[test]
+fn in_modes_without_records_none_leave_and_adapters_do() {
+    for mode in [Mode::Pairwise, Mode::Adapters] {
+        let mut site = site(Policy {
+            modes: vec![mode],
+            ..policy()
+        });
+        let manifest = Manifest { mode, ..manifest() };
+        let mut release = |kind, bytes: &[u8]| {
+            let path = site.put(bytes);
+            let passed = site
+                .gate
+                .release(&manifest, statement(kind, bytes), &path, &hub());
+            (passed, site.lines())
+        };
+        let (refused, lines) = release(Kind::Records, &shard(&manifest, 0));
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(mode.name()), "{refused}");
+        assert_eq!(lines, 1);
+        let (passed, lines) = release(Kind::Adapter, &adapter(&manifest, 4));
+        passed.unwrap();
+        assert_eq!(lines, 2);
+    }
+}

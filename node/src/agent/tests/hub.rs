@@ -153,10 +153,19 @@ impl Hub {
                     let shards = (0..shards).map(|shard| self.put(&shard.to_le_bytes()));
                     let index = TargetIndex {
                         shards: shards.collect(),
+                        withheld: Vec::new(),
+                        key: None,
                     };
                     let targets = self.put(&serde_json::to_vec(&index).unwrap());
                     let routing = Digest::of(b"routing");
-                    let fused = self.log(round, Event::Fused { targets, routing });
+                    let fused = self.log(
+                        round,
+                        Event::Fused {
+                            targets,
+                            routing,
+                            report: None,
+                        },
+                    );
                     self.open.as_mut().unwrap().fused = fused;
                 }
             }
@@ -186,12 +195,18 @@ impl Hub {
 
     pub(super) fn publish(&self) {
         let open = self.open.as_ref().unwrap();
+        let shares_records = open.manifest.mode.shares_records();
         let missing: Vec<u32> = (0..open.manifest.shards())
             .filter(|shard| !self.accepted.contains_key(&(Kind::Records, *shard)))
             .collect();
         let inner = u32::try_from(open.merged.len()).unwrap();
-        let task = if !missing.is_empty() {
+        let task = if shares_records && !missing.is_empty() {
             Task::Score { shards: missing }
+        } else if !shares_records && inner < open.manifest.training.inner_rounds {
+            Task::Train {
+                inner,
+                start: self.logged(open.merged.last().copied().unwrap_or(open.opened)),
+            }
         } else if inner < open.manifest.training.inner_rounds {
             Task::Distil {
                 inner,

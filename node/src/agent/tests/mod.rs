@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use consilium_protocol::artefact::Kind;
-use consilium_protocol::manifest::Manifest;
+use consilium_protocol::manifest::{Distillation, Manifest, Mode, Training};
 use consilium_protocol::quic::Tasks;
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::transcript::Tree;
@@ -99,6 +99,78 @@ async fn a_round_is_worked_through_and_everything_that_left_stands_in_the_ledger
             .unwrap()
             .is_some()
     );
+}
+
+/// Records that are made in a round without shared ones stay in the spool; the hub asks for none and gets none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_modes_without_records_adapters_and_the_evaluation_leave_and_nothing_else() {
+    for (mode, distillation) in [
+        (Mode::Pairwise, Distillation::Trie),
+        (Mode::Pairwise, Distillation::Labels),
+        (Mode::Adapters, Distillation::Labels),
+    ] {
+        let (mut world, tasks) = (World::new(), Tasks::new());
+        world.config.policy.modes = vec![mode];
+        world.config.train_data = vec!["private.jsonl".into()];
+        world.start(&tasks);
+        let manifest = Manifest {
+            mode,
+            training: Training {
+                distillation,
+                ..world.manifest.training.clone()
+            },
+            ..world.manifest.clone()
+        };
+        world.hub.lock().unwrap().open(manifest);
+        let (ended, ()) = tokio::join!(run(&world, &tasks), async {
+            world.until_finished().await;
+            tasks.shutdown(Duration::from_secs(10)).await;
+        });
+        ended.unwrap();
+        let expected = [
+            (Kind::Adapter, 0),
+            (Kind::Adapter, 1),
+            (Kind::Evaluation, 0),
+        ];
+        let uploads = world.hub.lock().unwrap().uploads.clone();
+        let sent: Vec<_> = uploads.iter().map(|s| (s.kind, s.sequence)).collect();
+        assert_eq!(sent, expected, "{mode:?}");
+        let released = world.ledger().into_iter().filter_map(|event| match event {
+            ledger::Event::Released { slot, mode, .. } => Some((slot.kind, slot.sequence, mode)),
+            _ => None,
+        });
+        let expected: Vec<_> = expected.iter().map(|&(kind, n)| (kind, n, mode)).collect();
+        assert_eq!(released.collect::<Vec<_>>(), expected);
+    }
+}
+
+/// A site without private text is no part of a round that trains on it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_that_is_not_set_up_for_a_mode_makes_no_job() {
+    let (mut world, tasks) = (World::new(), Tasks::new());
+    world.config.policy.modes = vec![Mode::Adapters];
+    world.start(&tasks);
+    let manifest = Manifest {
+        mode: Mode::Adapters,
+        training: Training {
+            distillation: Distillation::Labels,
+            ..world.manifest.training.clone()
+        },
+        ..world.manifest.clone()
+    };
+    let refused = super::round::check_setup(&manifest, &world.config).unwrap_err();
+    assert!(refused.to_string().contains("[train]"), "{refused}");
+    let digest = world.hub.lock().unwrap().open(manifest);
+    let script = async {
+        wait_until(|| world.hub.lock().unwrap().served.contains(&digest)).await;
+        // Long enough for a job to appear, if one would.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        tasks.shutdown(Duration::from_secs(10)).await;
+    };
+    let (ended, ()) = tokio::join!(run(&world, &tasks), script);
+    ended.unwrap();
+    assert!(world.spool().jobs_in_order().unwrap().is_empty());
+    assert!(world.hub.lock().unwrap().uploads.is_empty());
 }
 
 /// One manifest after the other that must not be worked on, then a good one.

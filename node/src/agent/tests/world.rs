@@ -22,7 +22,7 @@ use super::hub::{Hub, serve};
 use crate::agent::ledger::{self, Chain};
 use crate::agent::{LEDGER, testing};
 use crate::config::Config;
-use crate::spool::{Job, Outcome, Spool};
+use crate::spool::{Job, Lesson, Outcome, Spool};
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -63,7 +63,7 @@ impl World {
         let charter = Charter {
             consortium,
             log_key: signer.verifier().to_string(),
-            modes: vec![Mode::Unified],
+            modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
             quorum: 1,
             max_symbols: 16,
             gate_bound_permille: 50,
@@ -206,8 +206,22 @@ pub(super) fn outcome(spool: &Spool, manifest: &Manifest, job: &Job) -> Outcome 
             testing::shard(manifest, job.shard)
         }
         Job::Distil(job) => {
-            for blob in job.targets.iter().chain([&job.start, &job.reference]) {
+            let (records, rival) = match &job.lesson {
+                Lesson::Fused { records, rival, .. } => (Some(records), rival.as_ref()),
+                Lesson::Own { records, rival } => (Some(records), Some(rival)),
+                Lesson::Public { records } => (Some(records), None),
+                Lesson::Private => (None, None),
+            };
+            let of_records = records.iter().flat_map(|records| &records.shards);
+            let of_records = of_records.chain(records.map(|records| &records.reference));
+            let adapters = rival.map(|rival| &rival.adapter).into_iter();
+            for blob in of_records.chain(adapters).chain([&job.start]) {
                 spool.check_blob(blob).unwrap();
+            }
+            if let Lesson::Own { records, .. } = &job.lesson {
+                let own = (0..manifest.shards())
+                    .map(|shard| Digest::of(&testing::shard(manifest, shard)));
+                assert_eq!(records.shards, own.collect::<Vec<_>>());
             }
             testing::adapter(manifest, u8::try_from(job.inner).unwrap() + 1)
         }

@@ -11,7 +11,6 @@ use consilium_kernels::RecordShape;
 use consilium_protocol::evaluation::Score;
 use consilium_protocol::reference::ReferenceSet;
 
-use super::device::DeviceChoice;
 use super::error::WorkError;
 use super::files::write_atomic;
 use super::holdout;
@@ -19,9 +18,11 @@ use super::model::load_adapter;
 use super::monitor::Monitor;
 use super::score::{ScoreStats, score_shard};
 use super::source::LoadedModel;
+use crate::config::DeviceChoice;
 use crate::hub::ModelPlace;
 
 pub use plan::{Planned, plan};
+pub(crate) use train::chat_format;
 pub use train::{Trained, train};
 pub use train_file::{LoraFile, NewModel, StageFile, TrainFile};
 
@@ -113,11 +114,11 @@ mod tests {
         let stages = |steps: u64| {
             format!("[[stages]]\ntext = [\"text.txt\"]\nsteps = {steps}\nlearning_rate = 3e-3\n")
         };
-        let new = "output = \"first\"\ndevice = \"cpu\"\nrow_tokens = 30\n[new]\nvocabulary = 300\nhidden_size = 32\n\
+        let new = "output = \"first\"\nworker.device = \"cpu\"\nrow_tokens = 30\n[new]\nvocabulary = 300\nhidden_size = 32\n\
                    layers = 1\nheads = 2\nintermediate_size = 40\n";
         fs::write(at("first.toml"), format!("{new}{}", stages(10))).unwrap();
         let second = format!(
-            "output = \"second\"\ndevice = \"cpu\"\nstart = \"first\"\n{}",
+            "output = \"second\"\nstart = \"first\"\n[worker]\ndevice = \"cpu\"\n{}",
             stages(30)
         );
         fs::write(at("second.toml"), &second).unwrap();
@@ -168,6 +169,17 @@ mod tests {
 
         for (from, to, named) in [
             ("start = \"first\"", "", "start"),
+            ("steps = 30", "epochs = 0", "stages.epochs: 0"),
+            ("steps = 30", "", "stages.steps: give steps"),
+            ("steps = 30", "steps = 30\nepochs = 1", "leave one out"),
+            (
+                "device = \"cpu\"",
+                "base = \"fp4\"",
+                "\"fp4\", expected \"f32\"",
+            ),
+            ("device = \"cpu\"", "base = \"nf4\"", "worker.base"),
+            ("device = \"cpu\"", "offload = true", "worker.offload"),
+            ("device = \"cpu\"", "device = \"gpu\"", "`cuda`"),
             (
                 "start = \"first\"",
                 "start = \"first\"\nsteps = 3",

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use super::train::{chat_format, new_tokenizer};
-use super::train_file::TrainFile;
+use super::train_file::{StageFile, TrainFile};
+use crate::config::DeviceChoice;
 use crate::worker::data::{self, Counts, Encoder, Preparation, Source};
-use crate::worker::error::{WorkError, size};
+use crate::worker::error::WorkError;
 use crate::worker::model::{ModelConfig, ModelError};
+use crate::worker::plan::fit::refusal;
 use crate::worker::plan::{Budget, Memory, Shape, Time, Trained, speed};
 use crate::worker::tokenizer::Tokenizer;
 use crate::worker::train::run::{Event, Shell};
@@ -17,8 +19,10 @@ const SAMPLE: u64 = 64 << 20;
 /// What a run will need.
 #[derive(Debug)]
 pub struct Planned {
-    /// The peak, in parts.
-    pub memory: Memory,
+    /// Where it computes.
+    pub device: DeviceChoice,
+    /// The peak, in parts; none on a device, whose memory is not estimated.
+    pub memory: Option<Memory>,
     /// Memory that it may take, if anything says so.
     pub budget: Option<Budget>,
     /// Why it does not fit.
@@ -44,17 +48,27 @@ pub fn plan(
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
     let (config, shape) = sizes(file)?;
-    let budget = Budget::find(memory);
+    let device = file.worker.device.found()?;
+    let budget = budget(device, memory);
     let refusal = budget
         .as_ref()
         .and_then(|budget| refusal(&config, &shape, budget, file.start.is_some()));
-    let (counts, is_sample) = count(file, &config, shell)?;
-    let steps = file.stages.iter().map(|stage| stage.steps).sum();
+    let stages = count(file, &config, shell)?;
+    let of_stages = file.stages.iter().zip(&stages);
+    let steps = of_stages
+        .map(|(stage, counted)| counted.steps(stage, &shape))
+        .sum();
+    let is_sample = stages.iter().any(|counted| counted.is_sample);
+    let mut counts = Counts::default();
+    for counted in &stages {
+        counts.add(&counted.counts);
+    }
     let item_tokens = counts.tokens / counts.items.max(1);
     let item_tokens = usize::try_from(item_tokens).unwrap_or(shape.row_tokens);
     let rate = speed(&config, &shape, item_tokens, shell.clock)?;
     Ok(Planned {
-        memory: Memory::of(&config, &shape),
+        device,
+        memory: (device == DeviceChoice::Cpu).then(|| Memory::of(&config, &shape)),
         budget,
         refusal,
         time: Time::of(&config, &shape, item_tokens, steps, rate),
@@ -73,9 +87,17 @@ pub(super) fn refuse_what_does_not_fit(
 ) -> Result<(), WorkError> {
     let (config, shape) = sizes(file)?;
     let can_adapt = file.start.is_some();
-    let budget = Budget::find(memory);
+    let budget = budget(file.worker.device.found()?, memory);
     let refused = budget.and_then(|budget| refusal(&config, &shape, &budget, can_adapt));
     refused.map_or(Ok(()), Err)
+}
+
+/// Memory that a run may take on the processors; the estimate is of no other.
+fn budget(device: DeviceChoice, memory: Option<u64>) -> Option<Budget> {
+    match device {
+        DeviceChoice::Cpu => Budget::find(memory),
+        _ => None,
+    }
 }
 
 /// Shape of the model and of a step, from the model's files alone.
@@ -104,7 +126,7 @@ fn sizes(file: &TrainFile) -> Result<(ModelConfig, Shape), WorkError> {
         row_tokens: file.row_tokens.min(config.max_positions),
         accumulate: file.accumulate,
         trained,
-        file_bytes: file.start.as_deref().map_or(0, weight_bytes),
+        held: file.worker,
         tokenizer_bytes: tokenizer.map_or(0, |folder| bytes_of(&folder.join("tokenizer.json"))),
     };
     Ok((config, shape))
@@ -121,72 +143,43 @@ fn bytes_of(path: &Path) -> usize {
     std::fs::metadata(path).map_or(0, |file| usize::try_from(file.len()).unwrap_or(usize::MAX))
 }
 
-fn weight_bytes(folder: &Path) -> usize {
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return 0;
-    };
-    entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|end| end == "safetensors"))
-        .map(|path| bytes_of(&path))
-        .fold(0, usize::saturating_add)
+/// What was found in the data of a stage, or in their beginning.
+struct Counted {
+    counts: Counts,
+    /// Bytes of all files.
+    of_bytes: u64,
+    /// Whether there is more than what was counted.
+    is_sample: bool,
 }
 
-/// Why a run does not fit, with the smallest change that would. `can_adapt` says whether there is a model for adapters.
-fn refusal(
-    config: &ModelConfig,
-    shape: &Shape,
-    budget: &Budget,
-    can_adapt: bool,
-) -> Option<WorkError> {
-    let needs = |shape: &Shape| Memory::of(config, shape).total() as u64;
-    let needed = needs(shape);
-    if needed <= budget.bytes {
-        return None;
+impl Counted {
+    /// Steps that a stage says, or about as many as its epochs have: rows are taken to be full.
+    fn steps(&self, stage: &StageFile, shape: &Shape) -> u64 {
+        let (None, Some(epochs)) = (stage.steps, stage.epochs) else {
+            return stage.steps.unwrap_or(1);
+        };
+        let share = match self.is_sample {
+            true => self.of_bytes as f64 / self.counts.text_bytes.max(1) as f64,
+            false => 1.0,
+        };
+        let tokens = epochs * self.counts.tokens as f64 * share.max(1.0);
+        let steps = tokens / (shape.tokens() * shape.accumulate).max(1) as f64;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "positive; a cast saturates"
+        )]
+        let steps = steps.ceil() as u64;
+        steps.max(1)
     }
-    let fits = |shape: &Shape| needs(shape) <= budget.bytes;
-    let rows = (1..shape.rows)
-        .rev()
-        .find(|&rows| fits(&Shape { rows, ..*shape }));
-    let shorter = Shape {
-        rows: 1,
-        row_tokens: shape.row_tokens.min(256),
-        ..*shape
-    };
-    let adapters = Shape {
-        trained: Trained::Adapters {
-            rank: 8,
-            embeddings_and_head: false,
-        },
-        ..shorter
-    };
-    let fix = match rows {
-        Some(rows) => format!("rows = {rows} fits; raise accumulate to keep the batch"),
-        None if fits(&shorter) => format!("rows = 1 and row_tokens = {} fit", shorter.row_tokens),
-        None if can_adapt && shape.trained == Trained::All && fits(&adapters) => {
-            "train adapters in place of all weights: --lora-rank 8 --rows 1 --row-tokens 256 fit"
-                .to_owned()
-        }
-        None => format!(
-            "this model needs at least {}; take a smaller one, or a larger machine",
-            size(needs(if can_adapt { &adapters } else { &shorter }))
-        ),
-    };
-    Some(WorkError::Memory {
-        needed,
-        available: budget.bytes,
-        source_of: budget.source.clone(),
-        fix,
-    })
 }
 
-/// Counts records and tokens of all stages; true if there are more than those.
+/// Counts records and tokens of each stage.
 fn count(
     file: &TrainFile,
     config: &ModelConfig,
     shell: &mut Shell<'_>,
-) -> Result<(Counts, bool), WorkError> {
+) -> Result<Vec<Counted>, WorkError> {
     let sources = file
         .stages
         .iter()
@@ -198,7 +191,7 @@ fn count(
         _ => return Err(no_model()),
     };
     let vocab = tokenizer.vocab(config.vocab_size.max(tokenizer.size()))?;
-    let chat = chat_format(file.start.as_deref())?;
+    let chat = chat_format(file.start.as_deref(), shell.clock.now())?;
     let encoder = Encoder::new(&tokenizer, &vocab, &*chat, file.loss);
     let how = Preparation {
         length: file.row_tokens.min(config.max_positions),
@@ -208,20 +201,22 @@ fn count(
         max_bad_rows: file.max_bad_rows,
         at_most: Some(SAMPLE),
     };
-    let mut sum = Counts::default();
-    let mut is_sample = false;
+    let mut stages = Vec::with_capacity(sources.len());
     for (stage, source) in (0_u64..).zip(&sources) {
+        let of_bytes = source.bytes();
         let counts = data::count(source, &encoder, &how, |counts| {
-            let event = Event::Data {
+            shell.watch.event(Event::Data {
                 stage,
                 counts,
-                of_bytes: source.bytes(),
+                of_bytes,
                 done: false,
-            };
-            shell.watch.event(event)
+            })
         })?;
-        is_sample |= counts.text_bytes >= SAMPLE;
-        sum.add(&counts);
+        stages.push(Counted {
+            is_sample: counts.text_bytes >= SAMPLE,
+            counts,
+            of_bytes,
+        });
     }
-    Ok((sum, is_sample))
+    Ok(stages)
 }

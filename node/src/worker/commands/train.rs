@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use consilium_protocol::time::SystemClock;
-use consilium_protocol::{Clock as _, Digest};
+use consilium_protocol::Digest;
+use consilium_protocol::time::UnixMillis;
 use serde_json::json;
 
 use super::plan::refuse_what_does_not_fit;
-use super::train_file::{NewModel, TrainFile};
+use super::train_file::{NewModel, StageFile, TrainFile};
 use crate::worker::data::{
-    BadRows, ChatFormat, Counts, DataError, Dataset, Encoder, Items, PlainChat, Preparation, Row,
-    Source, prepare,
+    BadRows, Batches, ChatFormat, Counts, DataError, Dataset, Encoder, Items, PlainChat,
+    Preparation, Row, Source, prepare,
 };
 use crate::worker::error::WorkError;
 use crate::worker::model::{BaseStorage, LoraConfig, ModelConfig, save_adapter};
@@ -52,10 +52,7 @@ pub fn train(
 ) -> Result<Trained, WorkError> {
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
-    // The estimate is of the host's memory, with all weights as f32.
-    if file.device.placement(file.offload)?.is_none() {
-        refuse_what_does_not_fit(file, memory)?;
-    }
+    refuse_what_does_not_fit(file, memory)?;
     // Every path is looked at before the first step.
     let sources = file
         .stages
@@ -65,13 +62,18 @@ pub fn train(
         .map_err(TrainError::from)?;
     let folder = RunFolder::create(file.run_folder())?;
     let settings = settings_digest(file)?;
-    let place = folder.place(&settings)?.map(|(_, run)| run);
+    let place = folder.place(&settings)?;
+    let before = (place.as_ref()).map_or(0, |(own, run)| run.step.saturating_sub(own.step));
+    let place = place.map(|(_, run)| run);
+    let started = (place.as_ref()).map_or_else(|| shell.clock.now(), |place| place.started);
     let mut run = Run {
         file,
         sources: &sources,
         folder: &folder,
         settings: &settings,
         place: place.as_ref(),
+        before,
+        started,
         trained: Trained {
             output: file.output.clone(),
             loss: None,
@@ -98,6 +100,9 @@ struct Run<'a> {
     folder: &'a RunFolder,
     settings: &'a str,
     place: Option<&'a RunPlace>,
+    /// Steps of the stages before the one in hand.
+    before: u64,
+    started: UnixMillis,
     trained: Trained,
 }
 
@@ -105,10 +110,10 @@ impl Run<'_> {
     /// The model before the first step, ready to be trained.
     fn start(&self) -> Result<LoadedModel, WorkError> {
         let file = self.file;
-        let placement = file.device.placement(file.offload)?;
-        let storage = BaseStorage {
-            placement: placement.clone().filter(|_| file.lora.is_some()),
-            ..BaseStorage::default()
+        let held = file.worker;
+        let storage = match file.lora {
+            None => BaseStorage::default(),
+            Some(lora) => held.storage(lora.embeddings_and_head, self.folder.path())?,
         };
         let mut loaded = match (&file.start, &file.new, self.sources.first()) {
             (Some(folder), _, _) => LoadedModel::load_as(folder, &storage)?,
@@ -121,7 +126,12 @@ impl Run<'_> {
             }
         };
         match file.lora {
-            None => loaded.model.train_all()?,
+            None => {
+                loaded.model.train_all()?;
+                if let Some(placement) = held.placement()? {
+                    loaded.model.place(placement)?;
+                }
+            }
             Some(lora) => {
                 let config = LoraConfig {
                     rank: lora.rank,
@@ -131,13 +141,17 @@ impl Run<'_> {
                 loaded.model.attach_lora(config, file.seed)?;
             }
         }
-        loaded
-            .model
-            .checkpoint_activations(file.checkpoint_activations);
-        if let Some(placement) = placement {
-            loaded.model.place(placement)?;
-        }
+        let again = held.checkpoint_activations;
+        loaded.model.checkpoint_activations(again);
         Ok(loaded)
+    }
+
+    /// Steps of a stage with these batches: what the stage says, or what its epochs have.
+    fn steps(&self, stage: &StageFile, batches: Batches) -> Result<u64, WorkError> {
+        match (stage.steps, stage.epochs) {
+            (None, Some(epochs)) => Ok(batches.steps(epochs, self.file.accumulate)?),
+            (steps, _) => Ok(steps.unwrap_or(1)),
+        }
     }
 
     /// Trains one stage, or what is left of it.
@@ -156,26 +170,27 @@ impl Run<'_> {
         let row_tokens = file.row_tokens.min(loaded.model.config().max_positions);
         let data = self.data(&loaded, source, stage, row_tokens, shell)?;
         let start = loaded.tokenizer.start_of_record();
+        let seed = file.seed.wrapping_add(stage);
+        let items = Items::from(Arc::clone(&data.train));
+        let batches = Batches::new(items, start, file.rows, row_tokens, seed)?;
+        let steps = self.steps(settings, batches)?;
         let config = TrainConfig {
             rows: file.rows,
             length: row_tokens,
             accumulate: file.accumulate,
-            schedule: settings.schedule(),
+            schedule: settings.schedule(steps),
             optimiser: file.optimiser,
-            seed: file.seed.wrapping_add(stage),
+            seed,
         };
+        let later = file.stages.iter().skip(index + 1);
         let plan = StagePlan {
             folder: self.folder,
             settings: self.settings,
             data: data.digest().to_string(),
+            started: self.started,
             stage,
-            before: file
-                .stages
-                .iter()
-                .take(index)
-                .map(|stage| stage.steps)
-                .sum(),
-            steps: file.stages.iter().map(|stage| stage.steps).sum(),
+            before: self.before,
+            steps: self.before + steps + later.filter_map(|stage| stage.steps).sum::<u64>(),
             held_out: Items::from(Arc::clone(&data.held_out)),
             start,
             evaluate_every: file.evaluate_every,
@@ -185,6 +200,7 @@ impl Run<'_> {
         let mut trainer = Trainer::new(loaded.model, &vocab, data.train, start, config)?;
         let place = self.place.filter(|place| place.stage == stage);
         let end = plan.run(&mut trainer, place, shell)?;
+        self.before += steps;
         self.trained.loss = end.loss.or(self.trained.loss);
         self.trained.best = end.best;
         Ok(LoadedModel {
@@ -202,7 +218,7 @@ impl Run<'_> {
         shell: &mut Shell<'_>,
     ) -> Result<Dataset, WorkError> {
         let file = self.file;
-        let chat = chat_format(file.start.as_deref())?;
+        let chat = chat_format(file.start.as_deref(), self.started)?;
         let encoder = Encoder::new(&loaded.tokenizer, &loaded.vocab, &*chat, file.loss);
         let how = Preparation {
             length: row_tokens,
@@ -242,12 +258,16 @@ impl Run<'_> {
     }
 }
 
-/// The form of conversations of a model: its chat template, or the plain one where it has none.
+/// The form of conversations of a model: its chat template, or the plain one where it has none. `now` is the day that a
+/// template prints.
 ///
 /// # Errors
 /// The model's own template is unusable.
-pub(super) fn chat_format(model: Option<&Path>) -> Result<Box<dyn ChatFormat>, WorkError> {
-    let template = model.map(|folder| ChatTemplate::load(folder, SystemClock.now()));
+pub(crate) fn chat_format(
+    model: Option<&Path>,
+    now: UnixMillis,
+) -> Result<Box<dyn ChatFormat>, WorkError> {
+    let template = model.map(|folder| ChatTemplate::load(folder, now));
     match template {
         None | Some(Err(ChatError::NoTemplate { .. })) => Ok(Box::new(PlainChat)),
         Some(template) => Ok(Box::new(template?)),
@@ -269,13 +289,17 @@ fn save(file: &TrainFile, loaded: &LoadedModel) -> Result<(), WorkError> {
 }
 
 /// Digest of what the weights follow from, besides the data: a checkpoint is continued only under the same. Where files
-/// lie, and how often something is measured or written, makes no difference.
+/// and weights lie, what is computed again, and how often something is measured or written, makes no difference; on a device
+/// weights are rounded.
 fn settings_digest(file: &TrainFile) -> Result<String, WorkError> {
     let mut same = file.clone();
     let start = file.start.as_deref().map(model_files).transpose()?;
     same.output = PathBuf::new();
     (same.run, same.start) = (None, None);
     (same.max_bad_rows, same.checkpoint_every) = (0, 1);
+    let held = &mut same.worker;
+    held.device = held.device.found()?;
+    (held.checkpoint_activations, held.offload) = (false, false);
     for stage in &mut same.stages {
         stage.text.clear();
     }

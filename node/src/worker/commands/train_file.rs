@@ -2,13 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use consilium_kernels::quant::Format;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Memory;
 use crate::hub::ModelPlace;
 use crate::worker::data::{LongItems, Loss};
-use crate::worker::device::DeviceChoice;
 use crate::worker::error::WorkError;
 use crate::worker::train::{AdamWConfig, Decay, Schedule};
+
+/// Most epochs of a stage.
+const EPOCHS: f64 = 1000.0;
 
 /// A training run as a TOML file. Unknown keys are refused; relative paths start at the file's folder.
 ///
@@ -35,6 +39,10 @@ pub struct TrainFile {
     pub new: Option<NewModel>,
     /// Adapters to train in place of all weights.
     pub lora: Option<LoraFile>,
+    /// Where the model computes and how it is held in memory, in the words of `[worker]` of node.toml; fewer bits and offload are for
+    /// adapters.
+    #[serde(default)]
+    pub worker: Memory,
     /// Rows of a batch.
     #[serde(default = "rows")]
     pub rows: usize,
@@ -68,15 +76,6 @@ pub struct TrainFile {
     /// Constants of the optimiser.
     #[serde(default)]
     pub optimiser: AdamWConfig,
-    /// Where the model computes. On an NVIDIA device frozen weights and activations are bf16, and what is trained f32.
-    #[serde(default)]
-    pub device: DeviceChoice,
-    /// Whether activations are computed again in the backward pass rather than kept.
-    #[serde(default)]
-    pub checkpoint_activations: bool,
-    /// Whether frozen weights of the layers stay in the host's memory beside an NVIDIA device.
-    #[serde(default)]
-    pub offload: bool,
     /// Trained one after the other, each with a learning rate that rises and falls.
     pub stages: Vec<StageFile>,
 }
@@ -118,8 +117,10 @@ pub struct LoraFile {
 pub struct StageFile {
     /// Files and folders of records: JSON lines, Parquet, or plain text with one record a line.
     pub text: Vec<PathBuf>,
-    /// Steps of the optimiser.
-    pub steps: u64,
+    /// Steps of the optimiser; a stage has either these or epochs.
+    pub steps: Option<u64>,
+    /// How often every record is learned; the last step may begin a record anew.
+    pub epochs: Option<f64>,
     /// Highest learning rate.
     pub learning_rate: f64,
     /// How it falls.
@@ -167,7 +168,8 @@ impl StageFile {
     pub const fn new(text: Vec<PathBuf>, steps: u64, learning_rate: f64) -> Self {
         Self {
             text,
-            steps,
+            steps: Some(steps),
+            epochs: None,
             learning_rate,
             decay: linear(),
             warmup: warmup(),
@@ -175,15 +177,15 @@ impl StageFile {
         }
     }
 
-    /// Learning rate over its steps.
+    /// Learning rate over its steps, of which there are as many as it says, or as its epochs have.
     #[must_use]
-    pub const fn schedule(&self) -> Schedule {
+    pub const fn schedule(&self, steps: u64) -> Schedule {
         Schedule {
             rate: self.learning_rate,
             warmup: self.warmup,
             decay: self.decay,
             floor: self.floor,
-            steps: self.steps,
+            steps,
         }
     }
 }
@@ -206,6 +208,7 @@ impl TrainFile {
             start: Some(start),
             new: None,
             lora: None,
+            worker: Memory::default(),
             rows: rows(),
             row_tokens: row_tokens(),
             accumulate: one(),
@@ -217,9 +220,6 @@ impl TrainFile {
             evaluate_every: interval(),
             checkpoint_every: interval(),
             optimiser: AdamWConfig::default(),
-            device: DeviceChoice::default(),
-            checkpoint_activations: false,
-            offload: false,
             stages: vec![stage],
         }
     }
@@ -281,10 +281,16 @@ impl TrainFile {
                 "adapters need a trained model: name its folder as `start`",
             );
         }
-        if self.offload && self.lora.is_none() {
+        if self.lora.is_none() && self.worker.base != Format::F32 {
             return either(
-                "offload",
-                "only frozen weights can stay behind: train adapters, [lora]",
+                "worker.base",
+                "weights of fewer bits cannot be trained: train adapters (lora.rank, --lora-rank), or leave it out",
+            );
+        }
+        if self.lora.is_none() && self.worker.offload {
+            return either(
+                "worker.offload",
+                "weights that stay behind cannot be trained: train adapters (lora.rank, --lora-rank), or leave it out",
             );
         }
         if self.stages.is_empty() {
@@ -330,7 +336,19 @@ impl StageFile {
         if self.text.is_empty() {
             return Err(("stages.text", "name at least one file or folder".into()));
         }
-        whole("stages.steps", self.steps, 1..=1 << 40)?;
+        match (self.steps, self.epochs) {
+            (Some(steps), None) => whole("stages.steps", steps, 1..=1 << 40)?,
+            (None, Some(epochs)) => above_zero("stages.epochs", epochs, EPOCHS)?,
+            (Some(_), Some(_)) => {
+                return Err(("stages.steps", "given beside epochs; leave one out".into()));
+            }
+            (None, None) => {
+                return Err((
+                    "stages.steps",
+                    "give steps, or epochs in their place".into(),
+                ));
+            }
+        }
         above_zero("stages.learning_rate", self.learning_rate, 1e3)?;
         real("stages.warmup", self.warmup, 0.0, 1.0)?;
         real("stages.floor", self.floor, 0.0, 1.0)

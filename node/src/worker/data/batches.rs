@@ -10,7 +10,7 @@ use super::{DataError, Item, Items};
 use crate::worker::model::{Packed, Segment};
 
 /// Endless batches over a set of items, reshuffled every epoch.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Batches {
     items: Items,
     start: u32,
@@ -133,13 +133,51 @@ impl Batches {
         }
     }
 
-    /// Takes items in order, each into the first row that has room, until one has none.
+    /// The items that follow, each in the first row that has room, until one has none.
     ///
     /// # Errors
     /// Items on disk cannot be read.
     pub fn next_batch(&mut self) -> Result<Batch, DataError> {
-        let mut free = vec![self.length; self.rows];
         let mut batch = Batch::default();
+        let (items, start) = (self.items.clone(), self.start);
+        self.take(
+            |index| items.row_tokens(index),
+            |index| {
+                batch.push(index, &items.get(index)?, start);
+                Ok(())
+            },
+        )?;
+        Ok(batch)
+    }
+
+    /// Steps of `accumulate` batches, from here on, until the items were used `epochs` times; at least one. The last step
+    /// may go on into the next epoch.
+    ///
+    /// # Errors
+    /// Items on disk cannot be read.
+    pub fn steps(mut self, epochs: f64, accumulate: usize) -> Result<u64, DataError> {
+        let items = self.items.clone();
+        let lengths = (0..items.len())
+            .map(|index| items.row_tokens(index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let goal = epochs * items.len() as f64;
+        let used = |at: Cursor| at.epoch as f64 * items.len() as f64 + at.used as f64;
+        let before = used(self.cursor);
+        let mut batches = 0_u64;
+        while used(self.cursor) - before < goal {
+            self.take(|index| Ok(lengths[index]), |_| Ok(()))?;
+            batches += 1;
+        }
+        Ok(batches.div_ceil(accumulate.max(1) as u64).max(1))
+    }
+
+    /// Hands out the items of one batch, each in the first row that has room, until one has none.
+    fn take(
+        &mut self,
+        row_tokens: impl Fn(usize) -> Result<usize, DataError>,
+        mut taken: impl FnMut(usize) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let mut free = vec![self.length; self.rows];
         loop {
             let next = usize::try_from(self.cursor.used)
                 .ok()
@@ -151,13 +189,12 @@ impl Batches {
                 });
                 continue;
             };
-            let tokens = self.items.row_tokens(next as usize)?;
+            let tokens = row_tokens(next as usize)?;
             let Some(room) = free.iter_mut().find(|room| **room >= tokens) else {
-                return Ok(batch);
+                return Ok(());
             };
             *room -= tokens;
-            let item = self.items.get(next as usize)?;
-            batch.push(next as usize, &item, self.start);
+            taken(next as usize)?;
             self.cursor.used += 1;
         }
     }
@@ -196,6 +233,28 @@ mod tests {
             "{seen:?}"
         );
         assert_eq!(seen.iter().filter(|&&count| count >= 1).count(), 50);
+    }
+
+    #[test]
+    fn the_steps_of_some_epochs_end_with_the_step_that_uses_the_last_item() {
+        for (epochs, accumulate) in [(1.0, 1), (2.5, 1), (3.0, 4), (0.001, 1)] {
+            let mut batches = Batches::new(items(), 99, 2, 12, 5).unwrap();
+            let steps = batches.clone().steps(epochs, accumulate).unwrap();
+            let mut used = 0;
+            for step in 0..steps {
+                assert!(
+                    (used as f64) < epochs * 50.0,
+                    "step {step} of {steps} has nothing left to do"
+                );
+                for _ in 0..accumulate {
+                    used += batches.next_batch().unwrap().items.len();
+                }
+            }
+            assert!(
+                used as f64 >= epochs * 50.0,
+                "{used} items in {steps} steps"
+            );
+        }
     }
 
     #[test]

@@ -176,6 +176,10 @@ fn a_bad_line_is_named_by_file_line_and_column_and_never_quoted() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("x.txt:2:3: not UTF-8"), "{error}");
+    let error = of_file("x.jsonl", b"{\"text\":\"a\"}\n{\"text\":\"b\xff\"}\n", 0)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("x.jsonl:2:11: not UTF-8"), "{error}");
     for name in ["x.jsonl", "x.txt", "x.parquet"] {
         let error = of_file(name, b"", 9).unwrap_err().to_string();
         assert!(error.contains(name), "{error}");

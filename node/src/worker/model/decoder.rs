@@ -5,14 +5,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use candle_core::{Device, Tensor};
 use consilium_kernels::Vocab;
 use consilium_kernels::head::{self, Weights};
-use consilium_kernels::quant::Format;
 
 use super::attention::AttentionBlock;
 use super::block::{Banks, Context, apply};
 use super::config::ModelConfig;
 use super::feed_forward::FeedForwardBlock;
 use super::frozen::{BaseMatrix, BaseStorage};
-use super::head::{Gather, normalise};
+use super::head::{Gather, normalise, permute};
 use super::lora::{BlockFactors, Lora};
 use super::ops::attention::Segment;
 use super::ops::rope::RopeTable;
@@ -101,7 +100,15 @@ impl Model {
         let table = [config.vocab_size, config.hidden_size];
         let tables = storage.table_format();
         let (format, file) = (storage.format, storage.offload.as_ref());
-        let embedding = single("model.embed_tokens.weight", &table).build(&mut fill)?;
+        let mut embedding = single("model.embed_tokens.weight", &table).build(&mut fill)?;
+        let mut head = None;
+        if config.tied {
+            let ordered = ordered(&embedding, &id_of_rank, config.hidden_size)?;
+            let ordered = ordered.stored(embedding.slots(), tables, None)?;
+            let ordered = Some(ordered);
+            head = Some(Head::Tied { ordered });
+        }
+        embedding.store(tables, None)?;
         let mut layers = Vec::with_capacity(config.layers);
         for index in 0..config.layers {
             let (attention, attention_plan) = AttentionBlock::plan(&config, index);
@@ -120,18 +127,18 @@ impl Model {
             }
         }
         let norm = single("model.norm.weight", &[config.hidden_size]).build(&mut fill)?;
-        let head = if config.tied {
-            Head::Tied { ordered: None }
-        } else {
-            let plan = single("lm_head.weight", &table);
-            let mut head = plan.build(|slot, out| {
-                fill(slot, out)?;
-                let by_rank = permuted(out, &id_of_rank, config.hidden_size);
-                out.copy_from_slice(&by_rank);
-                Ok::<_, ModelError>(())
-            })?;
-            head.store(tables, None)?;
-            Head::Own(head)
+        let head = match head {
+            Some(tied) => tied,
+            None => {
+                let plan = single("lm_head.weight", &table);
+                let mut head = plan.build(|slot, out| {
+                    fill(slot, out)?;
+                    permute(out, &id_of_rank, config.hidden_size);
+                    Ok::<_, ModelError>(())
+                })?;
+                head.store(tables, None)?;
+                Head::Own(head)
+            }
         };
         let rope = RopeTable::new(&config.rope, config.head_dim, 128.min(config.max_positions));
         let mut model = Self {
@@ -149,9 +156,10 @@ impl Model {
             placement: storage.placement.clone(),
             host_head: OnceLock::new(),
         };
-        model.order_tied_head()?;
-        model.store_tables(tables)?;
-        model.follow_placement()?;
+        // Tables that are to be trained stay as they are until they are.
+        if storage.tables {
+            model.follow_placement()?;
+        }
         Ok(model)
     }
 
@@ -392,24 +400,12 @@ impl Model {
 
     pub(crate) fn order_tied_head(&mut self) -> Result<(), ModelError> {
         if self.is_tied() && !self.embedding.is_trainable() {
-            let values = self.embedding.read(|values| self.in_rank_order(values))?;
-            let len = values.len();
+            let values = ordered(&self.embedding, &self.id_of_rank, self.config.hidden_size)?;
             self.head = Head::Tied {
-                ordered: Some(Values::Floats(Tensor::from_vec(values, len, &Device::Cpu)?)),
+                ordered: Some(values),
             };
         }
         Ok(())
-    }
-
-    /// Stores the embedding and a tied head's rows in fewer bits.
-    fn store_tables(&mut self, format: Format) -> Result<(), ModelError> {
-        if let Head::Tied {
-            ordered: Some(ordered),
-        } = &mut self.head
-        {
-            *ordered = ordered.stored(self.embedding.slots(), format, None)?;
-        }
-        Ok(self.embedding.store(format, None)?)
     }
 
     /// The head's rows in rank order.
@@ -570,6 +566,13 @@ fn single(name: &str, shape: &[usize]) -> Plan {
     let mut plan = Plan::default();
     plan.push(name.to_owned(), shape);
     plan
+}
+
+/// The embedding's rows in rank order.
+fn ordered(embedding: &Bank, id_of_rank: &[u32], width: usize) -> Result<Values, ModelError> {
+    let values = embedding.read(|values| permuted(values, id_of_rank, width))?;
+    let len = values.len();
+    Ok(Values::Floats(Tensor::from_vec(values, len, &Device::Cpu)?))
 }
 
 fn permuted(rows: &[f32], order: &[u32], width: usize) -> Vec<f32> {

@@ -191,3 +191,43 @@ pub(crate) fn gather(table: &[f32], ids: &[u32], width: usize, out: &mut [f32]) 
         out.copy_from_slice(&table[id as usize * width..][..width]);
     }
 }
+
+/// Moves row `order[r]` to place `r`, for a permutation, with no second table: each cycle of it is walked once.
+pub(crate) fn permute(rows: &mut [f32], order: &[u32], width: usize) {
+    let mut first = vec![0f32; width];
+    let mut is_placed = vec![false; order.len()];
+    for start in 0..order.len() {
+        if is_placed[start] {
+            continue;
+        }
+        first.copy_from_slice(&rows[start * width..][..width]);
+        let mut at = start;
+        loop {
+            is_placed[at] = true;
+            let from = order[at] as usize;
+            if from == start {
+                rows[at * width..][..width].copy_from_slice(&first);
+                break;
+            }
+            rows.copy_within(from * width..(from + 1) * width, at * width);
+            at = from;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_moved_in_place_are_those_that_a_copy_gathers() {
+        let width = 3;
+        let order = [4, 1, 0, 5, 2, 3, 6];
+        let rows: Vec<f32> = (0..21u8).map(f32::from).collect();
+        let mut want = vec![0.0; rows.len()];
+        gather(&rows, &order, width, &mut want);
+        let mut got = rows;
+        permute(&mut got, &order, width);
+        assert_eq!(got, want);
+    }
+}

@@ -89,6 +89,12 @@ impl Lora {
     }
 }
 
+/// The A factors of a bank.
+fn a_slots(bank: &Bank) -> impl Iterator<Item = &Slot> {
+    let slots = bank.slots().iter();
+    slots.filter(|slot| slot.name.ends_with(".lora_A.weight"))
+}
+
 impl Model {
     /// Freezes the weights and adds fresh adapters: A uniform in +-sqrt(3 / in), B zero, both seeded.
     /// A tied head becomes a tensor of its own when it or the embedding is to be trained.
@@ -243,6 +249,36 @@ impl Model {
         {
             let by_rank = self.in_rank_order(&tensors[HEAD].values);
             head.edit(|out| out.copy_from_slice(&by_rank))?;
+        }
+        Ok(())
+    }
+
+    /// Values of A of all factors, for [`restore_a`](Self::restore_a).
+    pub(crate) fn copy_of_a(&self) -> Result<Vec<f32>, ModelError> {
+        let lora = self.lora.as_ref().ok_or(ModelError::NoAdapter)?;
+        let mut copy = Vec::new();
+        for bank in lora.banks() {
+            bank.read(|values| {
+                for slot in a_slots(bank) {
+                    copy.extend_from_slice(&values[slot.range()]);
+                }
+            })?;
+        }
+        Ok(copy)
+    }
+
+    /// Puts A back to a [`copy_of_a`](Self::copy_of_a) of the same adapter.
+    pub(crate) fn restore_a(&self, copy: &[f32]) -> Result<(), ModelError> {
+        let lora = self.lora.as_ref().ok_or(ModelError::NoAdapter)?;
+        let mut next = 0;
+        for bank in lora.banks() {
+            bank.edit(|out| {
+                for slot in a_slots(bank) {
+                    let place = &mut out[slot.range()];
+                    place.copy_from_slice(&copy[next..next + place.len()]);
+                    next += place.len();
+                }
+            })?;
         }
         Ok(())
     }

@@ -47,3 +47,4 @@ pub use tensors::{NamedTensor, NamedTensors};
 pub(crate) use decoder::Head;
 pub(crate) use ops::simd::wide;
 pub(crate) use parameters::{Slot, edit, is_plain, with_floats};
+pub(crate) use pass::FurtherLoss;

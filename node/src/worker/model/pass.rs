@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
+use consilium_kernels::head::Head;
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
@@ -10,6 +11,11 @@ use super::device::DevicePass;
 use super::head::{HeadGradients, HeadLoss, Normed};
 use super::parameters::{Bank, Values, is_plain, with_floats};
 use super::{Model, ModelError, Placement};
+
+/// A term of the loss: reads the head and the rows' hidden states, adds its gradient to that of the hidden states and, where it is
+/// trained, of the head's rows by rank, and gives its value.
+pub(crate) type FurtherLoss<'a> =
+    dyn Fn(&Head<'_>, &[f32], &mut [f32], Option<&mut [f32]>) -> Result<f64, LossError> + 'a;
 
 /// A forward pass that waits for its loss.
 #[derive(Debug)]
@@ -72,9 +78,20 @@ impl<'m> Pass<'m> {
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
+        self.backward_with(vocab, items, None)
+    }
+
+    /// As [`backward`](Self::backward), with a further term of the loss.
+    pub(crate) fn backward_with<E: From<ModelError> + From<LossError>>(
+        self,
+        vocab: &Vocab,
+        items: &[ItemLoss<'_>],
+        more: Option<&FurtherLoss<'_>>,
+    ) -> Result<(f64, Gradients), E> {
+        let model = self.model;
         match self.trace {
-            Trace::Host(pass) => pass.backward(self.model, vocab, items),
-            Trace::Device(placement, pass) => pass.backward(self.model, placement, vocab, items),
+            Trace::Host(pass) => pass.backward(model, vocab, items, more),
+            Trace::Device(placement, pass) => pass.backward(model, placement, vocab, items, more),
         }
     }
 }
@@ -85,17 +102,19 @@ impl HostPass {
         model: &Model,
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
+        more: Option<&FurtherLoss<'_>>,
     ) -> Result<(f64, Gradients), E> {
         let table = model.head_values()?;
         let mut dnormed = model.scratch.take(self.normed.values.len());
         let mut dhead = model.trains_head().then(|| vec![0f32; table.len()]);
         let loss = model.with_head(&table, vocab, |head| {
-            head.loss(
-                &self.normed.values,
-                items,
-                &mut dnormed,
-                dhead.as_deref_mut(),
-            )
+            let hidden = &self.normed.values;
+            let loss = head.loss(hidden, items, &mut dnormed, dhead.as_deref_mut())?;
+            let more = match more {
+                Some(more) => more(head, hidden, &mut dnormed, dhead.as_deref_mut())?,
+                None => 0.0,
+            };
+            Ok::<f64, LossError>(loss + more)
         })??;
         let gradients = self.gradients(model, loss, &table, dnormed, dhead)?;
         Ok((loss, gradients))

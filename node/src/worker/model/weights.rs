@@ -21,6 +21,9 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Length of the number that precedes a header.
 const LENGTH: usize = size_of::<u64>();
 
+/// Values that are converted before their pages of the file are given back.
+const CHUNK: usize = 1 << 20;
+
 /// All tensors of a folder by name. Headers are read and checked, values are not yet.
 #[derive(Debug)]
 pub(crate) struct WeightFiles {
@@ -144,12 +147,22 @@ impl WeightFiles {
         }
     }
 
-    /// Copies a tensor, converted to f32.
+    /// Copies a tensor, converted to f32. The pages of the file are given back on the way, so that there is never a second
+    /// copy of the model in memory, nor of a large tensor.
     pub(crate) fn fill(&self, slot: &Slot, out: &mut [f32]) -> Result<(), ModelError> {
         let entry = self.entry(slot)?;
         let origin = self.origin(entry);
-        let bytes = &self.files[entry.file].1.bytes()[entry.bytes.clone()];
-        tensors::copy_as_f32(&origin, &slot.name, entry.dtype, bytes, out)?;
+        let file = &self.files[entry.file].1;
+        // The shape was compared, so the bytes are those of as many values.
+        let size = entry.bytes.len() / out.len().max(1);
+        let mut start = entry.bytes.start;
+        for out in out.chunks_mut(CHUNK) {
+            let range = start..start + out.len() * size;
+            let bytes = &file.bytes()[range.clone()];
+            tensors::copy_as_f32(&origin, &slot.name, entry.dtype, bytes, out)?;
+            start = range.end;
+            file.forget(range);
+        }
         if out.iter().all(|value| value.is_finite()) {
             return Ok(());
         }

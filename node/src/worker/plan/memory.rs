@@ -1,19 +1,25 @@
 //! Memory of a training step on the processor, in bytes, from the shapes alone.
 //!
-//! Everything is `f32`. Per token and layer the forward pass keeps the two blocks' inputs, their normalised inputs, queries,
-//! keys and values, what attention mixed, and both halves of the feed-forward layer; the backward pass takes them layer by
-//! layer, so that its own buffers are those of one layer. Logits never exist at once.
+//! Values are `f32`, but for weights that are not trained, which the settings may store in fewer bits or in a file. Per token
+//! and layer the forward pass keeps the two blocks' inputs, their normalised inputs, queries, keys and values, what attention
+//! mixed, and both halves of the feed-forward layer; where activations are computed again, the two inputs alone. The backward
+//! pass goes layer by layer, so that its own buffers are those of one layer. Logits never exist at once.
 
 use consilium_kernels::head::SCRATCH_BYTES;
+use consilium_kernels::quant::Format;
 use serde::Serialize;
 
-use crate::worker::model::ModelConfig;
+use crate::config;
+use crate::worker::model::{BaseStorage, ModelConfig};
 
 /// Bytes of one value.
 const VALUE: usize = size_of::<f32>();
 
 /// The process itself: code, threads, the records that are tokenised at once.
 const PROCESS: usize = 40 << 20;
+
+/// Pages of a weight file that are in memory while it is read, and buffers of the reader.
+const READ: usize = 8 << 20;
 
 /// Memory of a tokenizer for each byte of its file.
 const TOKENIZER: usize = 10;
@@ -61,8 +67,8 @@ pub struct Shape {
     pub accumulate: usize,
     /// What is trained.
     pub trained: Trained,
-    /// Bytes of the model folder's weights that are in memory while they are read; 0 for a new model.
-    pub file_bytes: usize,
+    /// How the model is held.
+    pub held: config::Memory,
     /// Bytes of `tokenizer.json`.
     pub tokenizer_bytes: usize,
 }
@@ -78,8 +84,10 @@ impl Shape {
 /// Parts of the peak, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// The model.
+    /// The model, as far as it is in memory.
     pub weights: usize,
+    /// Weights that stay in a file.
+    pub offloaded: usize,
     /// Adapters.
     pub adapters: usize,
     /// Gradients of what is trained.
@@ -109,6 +117,8 @@ pub struct Sizes {
     pub queries: usize,
     /// Query, key and value values of a token.
     pub qkv: usize,
+    /// Rows and columns of the matrices of the attention block, and of the feed-forward block.
+    matrices: [[(usize, usize); 2]; 2],
 }
 
 impl Sizes {
@@ -125,7 +135,23 @@ impl Sizes {
             layer: layer_products + 2 * width + qkv,
             queries,
             qkv,
+            matrices: [
+                [(qkv, width), (width, queries)],
+                [(2 * inner, width), (width, inner)],
+            ],
         }
+    }
+
+    /// Bytes of the matrices of one layer: scales, and the codes of the two blocks.
+    fn stored(&self, format: Format) -> (usize, [usize; 2]) {
+        let scales = |&(rows, columns): &(usize, usize)| format.scale_bytes(rows, columns);
+        let codes = |block: &[(usize, usize); 2]| {
+            let bytes = block.iter();
+            let bytes = bytes.map(|(rows, columns)| rows * format.row_bytes(*columns));
+            bytes.sum::<usize>()
+        };
+        let scales = self.matrices.iter().flatten().map(scales).sum();
+        (scales, self.matrices.each_ref().map(codes))
     }
 
     const fn base(self, config: &ModelConfig) -> usize {
@@ -154,20 +180,15 @@ impl Memory {
     #[must_use]
     pub fn of(config: &ModelConfig, shape: &Shape) -> Self {
         let sizes = Sizes::of(config);
-        let mut base = sizes.base(config);
         let factors = factors(config, shape.trained);
         let (trained, largest) = match shape.trained {
-            Trained::All => (base, sizes.table.max(sizes.layer)),
+            Trained::All => (sizes.base(config), sizes.table.max(sizes.layer)),
             Trained::Adapters {
                 embeddings_and_head: true,
                 ..
             } => (factors + 2 * sizes.table, sizes.table),
             Trained::Adapters { .. } => (factors, factors / config.layers.max(1)),
         };
-        if config.tied && shape.trained != Trained::All {
-            // The head gets rows of its own, in the order of ranks.
-            base += sizes.table;
-        }
         // Candle adds to zeros: of the tensor in hand there are three for a moment. A tied table gets two gradients.
         let passing = 2 * largest
             + if config.tied && shape.trained == Trained::All {
@@ -176,15 +197,19 @@ impl Memory {
                 0
             };
         let sums = if shape.accumulate > 1 { trained } else { 0 };
+        let (weights, offloaded) = weights(config, sizes, shape);
+        // Beside the weights there are for a moment a tensor as f32, and, where it is stored otherwise, a block of one layer.
+        let tensor = sizes.table.max(sizes.layer);
         Self {
-            weights: base * VALUE,
+            weights,
+            offloaded,
             adapters: factors * VALUE,
             gradients: (trained + passing + sums) * VALUE,
             optimiser: 2 * trained * VALUE,
             activations: activations(config, sizes, shape),
             head: 4 * shape.tokens() * config.hidden_size * VALUE + SCRATCH_BYTES,
             process: PROCESS + TOKENIZER * shape.tokenizer_bytes,
-            loading: shape.file_bytes + sizes.table * VALUE,
+            loading: tensor * VALUE + READ,
         }
     }
 
@@ -201,10 +226,46 @@ impl Memory {
     }
 }
 
+/// Bytes of the weights in memory, and in a file.
+fn weights(config: &ModelConfig, sizes: Sizes, shape: &Shape) -> (usize, usize) {
+    let held = shape.held;
+    let storage = BaseStorage {
+        format: held.base,
+        tables: !shape.trained.trains_head(),
+        ..BaseStorage::default()
+    };
+    let table = storage.table_format();
+    let (rows, columns) = (config.vocab_size, config.hidden_size);
+    let table = rows * table.row_bytes(columns) + table.scale_bytes(rows, columns);
+    // A tied head that is not trained gets rows of its own, in the order of ranks.
+    let tables = if config.tied && shape.trained == Trained::All {
+        1
+    } else {
+        2
+    };
+    let vectors =
+        (config.layers * (sizes.layer - sizes.layer_products) + config.hidden_size) * VALUE;
+    let (scales, codes) = sizes.stored(held.base);
+    let of_layers = config.layers * codes.iter().sum::<usize>();
+    let always = tables * table + vectors + config.layers * scales;
+    if held.offload {
+        // One block is read at a time.
+        (always + codes[0].max(codes[1]), of_layers)
+    } else {
+        (always + of_layers, 0)
+    }
+}
+
 fn activations(config: &ModelConfig, sizes: Sizes, shape: &Shape) -> usize {
     let (width, inner) = (config.hidden_size, config.intermediate_size);
     let Sizes { queries, qkv, .. } = sizes;
-    let kept = 4 * width + qkv + queries + 2 * inner + 2;
+    let inputs = 2 * width;
+    let within = 2 * width + qkv + queries + 2 * inner + 2;
+    let kept = if shape.held.checkpoint_activations {
+        config.layers * inputs + within
+    } else {
+        config.layers * (inputs + within)
+    };
     // Of the layer in hand: gradients of its values, and candle's copies of the residual's.
     let passing = 6 * width + qkv.max(inner) + queries + inner;
     let tokens = shape.tokens();
@@ -213,7 +274,7 @@ fn activations(config: &ModelConfig, sizes: Sizes, shape: &Shape) -> usize {
         Trained::All => 0,
         Trained::Adapters { .. } => (2 * width * inner).max(width * qkv),
     };
-    let values = tokens * (config.layers * kept + passing) + folded;
+    let values = tokens * (kept + passing) + folded;
     values * VALUE / 100 * (100 + SLACK_PERCENT)
 }
 

@@ -1,5 +1,6 @@
 //! What a training run will need, before anything starts: memory, tokens, time.
 
+pub mod fit;
 pub mod machine;
 pub mod memory;
 mod probe;
@@ -60,20 +61,25 @@ impl Time {
     }
 }
 
-/// Operations of a step's matrix products, two for each weight and token: forward, the gradient of the input, and where the
-/// weights are trained theirs; the head's logits are made twice.
+/// Operations of a step's matrix products, two for each weight and token: forward, once more where activations are computed
+/// again, the gradient of the input, and where the weights are trained theirs; the head's logits are made twice.
 fn operations(config: &ModelConfig, shape: &Shape, item_tokens: usize) -> f64 {
     let tokens = shape.tokens() as f64;
     let sizes = memory::Sizes::of(config);
     let trains_layers = matches!(shape.trained, Trained::All);
     let trains_head = shape.trained.trains_head();
-    let layers =
-        (config.layers * sizes.layer_products) as f64 * if trains_layers { 3.0 } else { 2.0 };
+    let again = if shape.held.checkpoint_activations {
+        1.0
+    } else {
+        0.0
+    };
+    let passes = again + if trains_layers { 3.0 } else { 2.0 };
+    let layers = (config.layers * sizes.layer_products) as f64 * passes;
     let head = sizes.table as f64 * if trains_head { 4.0 } else { 3.0 };
     let factors = 6.0 * memory::factors(config, shape.trained) as f64;
     // Scores and mixing of all pairs that see each other, half of the square; two products forward, five backward.
     let pairs = item_tokens as f64 / 2.0;
-    let attention = 7.0 * (config.layers * sizes.queries) as f64 * pairs;
+    let attention = (7.0 + 2.0 * again) * (config.layers * sizes.queries) as f64 * pairs;
     2.0 * tokens * shape.accumulate as f64 * (layers + head + attention)
         + factors * tokens * shape.accumulate as f64
 }

@@ -10,7 +10,7 @@ use super::memory::{Shape, Sizes, Trained};
 use super::operations;
 use crate::worker::data::Item;
 use crate::worker::error::WorkError;
-use crate::worker::model::{self, LoraConfig, ModelConfig};
+use crate::worker::model::{self, BaseStorage, LoraConfig, ModelConfig};
 use crate::worker::train::{Decay, Schedule, TrainConfig, TrainError, Trainer};
 
 /// Weights of the probe's layers at most, unless one layer of a single head has more, and tokens of its batch.
@@ -44,9 +44,25 @@ pub fn speed(
         ..*shape
     };
     let vocab = vocabulary(config.vocab_size)?;
-    let mut model = model::random(config.clone(), vocab.id_of_rank().to_vec(), 0)?;
+    let order = vocab.id_of_rank().to_vec();
+    let held = shape.held;
+    let storage = match shape.trained {
+        Trained::All => BaseStorage::default(),
+        // A file of weights is read from the system's cache, as one is that memory has room for.
+        Trained::Adapters {
+            embeddings_and_head,
+            ..
+        } => held.storage(embeddings_and_head, &std::env::temp_dir())?,
+    };
+    let mut model = model::random_as(config.clone(), order, 0, &storage)?;
+    model.checkpoint_activations(held.checkpoint_activations);
     match shape.trained {
-        Trained::All => model.train_all()?,
+        Trained::All => {
+            model.train_all()?;
+            if let Some(placement) = held.placement()? {
+                model.place(placement)?;
+            }
+        }
         Trained::Adapters {
             rank,
             embeddings_and_head,

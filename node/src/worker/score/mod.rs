@@ -5,7 +5,7 @@ mod shard;
 
 pub(crate) use build::{ShardBuilder, items_in};
 pub(crate) use shard::STOP_SHARE;
-pub use shard::{ScoreStats, Scored, score_shard};
+pub use shard::{ScoreStats, Scored, score_items, score_shard};
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use consilium_kernels::score::{ItemTokens, Missed};
-use consilium_kernels::{RecordShape, Records};
+use consilium_kernels::{RecordShape, RecordView, Records};
 use consilium_protocol::reference::{self, ReferenceSet};
 use consilium_protocol::shard::Shard;
 use rayon::prelude::*;
@@ -85,6 +85,38 @@ pub fn score_shard(
     }
     let shard = shard.finish();
     Ok(Scored { shard, stats })
+}
+
+/// Scores any items and gives `take` the records of each, by its place among `items`, in order.
+///
+/// # Errors
+/// As [`score_shard`], or what `take` gives.
+pub fn score_items(
+    source: &LoadedModel,
+    items: &[&reference::Item],
+    shape: &RecordShape,
+    monitor: &mut dyn Monitor,
+    mut take: impl FnMut(usize, RecordView<'_>) -> Result<(), WorkError>,
+) -> Result<(), WorkError> {
+    shape.check::<u8>()?;
+    let tokenised = items
+        .par_iter()
+        .map(|item| source.whole_item(&item.context, &item.target))
+        .collect::<Result<Vec<_>, _>>()?;
+    for run in source.runs(&tokenised) {
+        let batch = score_batch(source, &tokenised[run.clone()], shape)?;
+        let mut first = 0;
+        for place in run.clone() {
+            let end = first + items[place].positions();
+            let records = batch.records.view().slice(first..end).ok_or_else(|| {
+                WorkError::Targets(format!("{} positions at {first}", end - first))
+            })?;
+            take(place, records)?;
+            first = end;
+        }
+        monitor.advance(run.end as u64, tokenised.len() as u64, None)?;
+    }
+    Ok(())
 }
 
 /// Records of a batch of items and what they took.

@@ -9,6 +9,7 @@ use std::io::{self, BufWriter, Read as _, Write};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use consilium_protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -52,6 +53,8 @@ pub struct RunPlace {
     pub settings: String,
     /// Digest of the stage's items.
     pub data: String,
+    /// When the run started: the day that a chat template prints, whenever the run goes on.
+    pub started: UnixMillis,
     /// Stage, from 0.
     pub stage: u64,
     /// Steps of the run, those of earlier stages included.

@@ -56,7 +56,7 @@ pub enum Event<'a> {
 pub struct StepReport {
     /// Steps of the run, this one included.
     pub step: u64,
-    /// Steps of the whole run.
+    /// Steps of the whole run, as far as they are known.
     pub steps: u64,
     /// Mean loss of a label, in nats.
     pub loss: f64,
@@ -190,11 +190,13 @@ pub struct StagePlan<'a> {
     pub settings: &'a str,
     /// Digest of the stage's data.
     pub data: String,
+    /// When the run started.
+    pub started: UnixMillis,
     /// Stage, from 0.
     pub stage: u64,
     /// Steps of earlier stages.
     pub before: u64,
-    /// Steps of the whole run.
+    /// Steps of the whole run; those of a later stage that is measured in epochs are not known yet.
     pub steps: u64,
     /// Items held out; none are measured where it is empty.
     pub held_out: Items,
@@ -309,6 +311,7 @@ impl StagePlan<'_> {
         RunPlace {
             settings: self.settings.to_owned(),
             data: self.data.clone(),
+            started: self.started,
             stage: self.stage,
             step,
             best,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use consilium_kernels::{RecordView, Records};
+use consilium_kernels::{RecordView, Records, code};
 use consilium_protocol::Digest;
 use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::shard::{Shard, Symbols};
@@ -54,6 +54,19 @@ impl Targets {
         } = columns;
         let records = Records::from_columns(k.max(1), symbols, codes, end, tail)?;
         Ok(Self { records, places })
+    }
+
+    /// The same records without their tail: what is listed is then the whole target.
+    ///
+    /// # Errors
+    /// Never for records that were gathered.
+    pub fn without_tail(self) -> Result<Self, WorkError> {
+        let view = self.records.view();
+        let tail = vec![code::FLOOR; view.positions()];
+        let (symbols, codes, end) = (view.symbols(), view.codes(), view.end());
+        let (symbols, codes, end) = (symbols.to_vec(), codes.to_vec(), end.to_vec());
+        let records = Records::from_columns(view.k(), symbols, codes, end, tail)?;
+        Ok(Self { records, ..self })
     }
 
     /// The records of one item; none if it was not wanted.
@@ -190,6 +203,9 @@ mod tests {
             assert_eq!(records.tail(), vec![item; usize::from(item) + 2]);
         }
         assert!(targets.of(1).is_none());
+        let listed = targets.without_tail().unwrap();
+        assert_eq!(listed.of(2).unwrap().tail(), [255; 4]);
+        assert_eq!(listed.of(2).unwrap().codes(), [9; 8]);
     }
 
     #[test]

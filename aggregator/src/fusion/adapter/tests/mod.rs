@@ -1,9 +1,9 @@
 //! The merge against dense arithmetic in `f64`, and everything it promises about order, threads and bad input.
 
 mod bad_input;
+mod defence;
 mod initial;
-
-use std::fs::File;
+mod rules;
 
 use consilium_protocol::manifest::{Defence, Distillation, MergeRule, Training};
 use consilium_protocol::{Digest, InstitutionId};
@@ -13,7 +13,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::merge::{MergeInput, MergeOutput, Truncation, merge};
+use super::merge::{MergeInput, Merged, merge_in_memory};
+use super::tensors::Content;
 use crate::fusion::error::FusionError;
 
 const RANK: usize = 4;
@@ -131,55 +132,22 @@ fn distance(a: &Mat<f64>, b: &Mat<f64>) -> f64 {
     (a - b).norm_l2() / b.norm_l2()
 }
 
-/// The merge's files as bytes.
-#[derive(Debug)]
-struct Merged {
-    adapter: Vec<u8>,
-    momentum: Vec<u8>,
-    truncation: Truncation,
-}
-
 fn merged(
     training: &Training,
     start: &[u8],
     momentum: Option<&[u8]>,
     adapters: &[(&str, &[u8], u32)],
 ) -> Result<Merged, FusionError> {
-    let folder = tempfile::tempdir().unwrap();
-    let write = |name: &str, bytes: &[u8]| {
-        let path = folder.path().join(name);
-        std::fs::write(&path, bytes).unwrap();
-        path
-    };
-    let paths: Vec<_> = adapters
-        .iter()
-        .enumerate()
-        .map(|(index, (_, bytes, _))| write(&index.to_string(), bytes))
-        .collect();
     let adapters: Vec<_> = adapters
         .iter()
-        .zip(&paths)
-        .map(|(&(name, _, weight), path)| (id(name), path.as_path(), weight))
+        .map(|&(name, bytes, weight)| (id(name), Content::Bytes(bytes), weight))
         .collect();
-    let output = |name: &str| File::create(folder.path().join(name)).unwrap();
-    let momentum = momentum.map(|bytes| write("before", bytes));
-    let truncation = merge(
-        MergeInput {
-            training,
-            start: &write("start", start),
-            momentum: momentum.as_deref(),
-            adapters: &adapters,
-        },
-        MergeOutput {
-            adapter: &output("adapter"),
-            momentum: &output("momentum"),
-        },
-    )?;
-    let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
-    Ok(Merged {
-        adapter: read("adapter"),
-        momentum: read("momentum"),
-        truncation,
+    merge_in_memory(MergeInput {
+        training,
+        seed: 9,
+        start: Content::Bytes(start),
+        momentum: momentum.map(Content::Bytes),
+        adapters: &adapters,
     })
 }
 
@@ -235,7 +203,11 @@ fn one_adapter_without_momentum_comes_back_in_the_coordinates_of_the_start() {
             "{layer}: {gram:?}"
         );
     }
-    assert!(second.truncation.worst < 1e-7, "{:?}", second.truncation);
+    assert!(
+        second.report.truncation.worst < 1e-7,
+        "{:?}",
+        second.report.truncation
+    );
     assert_eq!(tensor(&second.adapter, HEAD), tensor(&moved, HEAD));
 }
 
@@ -275,7 +247,7 @@ fn the_merge_is_the_best_approximation_of_the_dense_outer_step() {
             );
             let tail: f64 = (RANK..s.nrows()).map(|i| s[i] * s[i]).sum();
             let expected = tail.sqrt() / reference.theta.norm_l2();
-            let reported = &result.truncation.matrices[usize::from(index == 0)];
+            let reported = &result.report.truncation.matrices[usize::from(index == 0)];
             assert_eq!(reported.layer, layer);
             assert!(
                 (reported.product - expected).abs() < 1e-5,
@@ -344,6 +316,7 @@ fn several_rounds_of_nesterov_are_exact_while_the_rank_suffices() {
         let error = distance(&tensor(&state.adapter, HEAD), &head.theta);
         assert!(error < 1e-6, "round {round}, head: {error}");
         let lost = state
+            .report
             .truncation
             .matrices
             .iter()
@@ -351,7 +324,7 @@ fn several_rounds_of_nesterov_are_exact_while_the_rank_suffices() {
         assert!(
             lost.fold(0.0, f64::max) < 1e-6,
             "round {round}: {:?}",
-            state.truncation
+            state.report.truncation
         );
     }
 }
@@ -409,7 +382,7 @@ fn order_of_arrival_and_threads_do_not_change_a_bit() {
                 [&expected.adapter, &expected.momentum].map(|b| Digest::of(b)),
                 "rank {rank}, {threads} threads"
             );
-            assert_eq!(got.truncation, expected.truncation);
+            assert_eq!(got.report.truncation, expected.report.truncation);
         }
     }
 }

@@ -13,9 +13,9 @@ use super::ops::{Angles, positions, rms_norm, rms_norm_backward};
 use crate::worker::model::block::Banks;
 use crate::worker::model::decoder::Layer;
 use crate::worker::model::ops::attention::Heads;
-use crate::worker::model::parameters::{Bank, Values};
+use crate::worker::model::parameters::{Bank, Values, with_floats};
 use crate::worker::model::pass::Gradients;
-use crate::worker::model::{Head, Model, ModelError, Packed};
+use crate::worker::model::{FurtherLoss, Head, Model, ModelError, Packed};
 
 /// A forward pass that waits for its loss.
 pub(crate) struct DevicePass {
@@ -211,16 +211,51 @@ impl DevicePass {
         placement: &Placement,
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
+        more: Option<&FurtherLoss<'_>>,
     ) -> Result<(f64, Gradients), E> {
         let table = model.head_on(placement)?;
         let trains_head = model.trains_head();
-        let (loss, dnormed, dhead) =
+        let (mut loss, mut dnormed, mut dhead) =
             head::loss::<E>(&table, &self.normed, vocab, items, trains_head)?;
+        if let Some(more) = more {
+            let (value, by_hidden, by_head) = self.on_host::<E>(model, vocab, more)?;
+            loss += value;
+            dnormed = (dnormed + by_hidden).map_err(ModelError::from)?;
+            if let (Some(sum), Some(by_head)) = (&mut dhead, by_head) {
+                *sum = (&*sum + by_head).map_err(ModelError::from)?;
+            }
+        }
         let layers = std::mem::take(&mut self.layers);
         Ok((
             loss,
             self.gradients(model, placement, layers, &dnormed, dhead)?,
         ))
+    }
+
+    /// A further term of the loss, computed on the host, with its gradients by the rows' hidden states and by the head.
+    fn on_host<E: From<ModelError> + From<LossError>>(
+        &self,
+        model: &Model,
+        vocab: &Vocab,
+        more: &FurtherLoss<'_>,
+    ) -> Result<(f64, Tensor, Option<Tensor>), E> {
+        let normed = self.normed.flatten_all().map_err(ModelError::from)?;
+        let hidden = with_floats(&normed, <[f32]>::to_vec).map_err(ModelError::from)?;
+        let mut by_hidden = vec![0f32; hidden.len()];
+        let values = model.vocabulary() * model.config().hidden_size;
+        let mut by_head = model.trains_head().then(|| vec![0f32; values]);
+        let value = model.score_with(vocab, |head| {
+            more(head, &hidden, &mut by_hidden, by_head.as_deref_mut())
+        })??;
+        let back = |values: Vec<f32>, dtype| {
+            let width = model.config().hidden_size;
+            let shape = (values.len() / width, width);
+            let rows = Tensor::from_vec(values, shape, &Device::Cpu)?;
+            rows.to_dtype(dtype)?.to_device(self.normed.device())
+        };
+        let by_hidden = back(by_hidden, self.normed.dtype()).map_err(ModelError::from)?;
+        let by_head = by_head.map(|by_head| back(by_head, DType::F32)).transpose();
+        Ok((value, by_hidden, by_head.map_err(ModelError::from)?))
     }
 
     fn gradients(

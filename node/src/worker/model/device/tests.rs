@@ -53,7 +53,8 @@ fn difference(got: &[f32], want: &[f32]) -> f32 {
     pairs.map(|(g, w)| (g - w).abs()).fold(0.0, f32::max) / scale
 }
 
-/// Loss and gradients of an item of plain labels and, after it, one of two terms, which takes the way over the host.
+/// Loss and gradients of an item of plain labels, after it one of two terms, which takes the way over the host, and a term
+/// of all rows.
 fn gradients(model: &Model, vocab: &Vocab) -> (f64, Gradients) {
     let batch = packed(model.config());
     let rows: Vec<u32> = (0u32..)
@@ -82,8 +83,23 @@ fn gradients(model: &Model, vocab: &Vocab) -> (f64, Gradients) {
         },
     ];
     let items = [plain.as_slice(), &twice].map(|terms| ItemLoss { tokens: &[], terms });
-    let pass = model.forward(&batch, rows.clone()).unwrap();
-    pass.backward::<TrainError>(vocab, &items).unwrap()
+    let pass = model.forward(&batch, rows).unwrap();
+    // A further term, of hidden states, that gives a trained head a slope along its first column.
+    let width = model.config().hidden_size;
+    let more: &FurtherLoss<'_> = &|_, hidden, by_hidden, by_head| {
+        for (sum, h) in by_hidden.iter_mut().zip(hidden) {
+            *sum += h / 50.0;
+        }
+        for row in by_head
+            .into_iter()
+            .flat_map(|by| by.chunks_exact_mut(width))
+        {
+            row[0] += 0.1;
+        }
+        Ok(hidden.iter().map(|h| f64::from(h * h) / 100.0).sum())
+    };
+    let found = pass.backward_with::<TrainError>(vocab, &items, Some(more));
+    found.unwrap()
 }
 
 /// The host's operations and the device's must agree in loss, all gradients, hidden states and branches.
@@ -97,7 +113,7 @@ fn compare(host: &Model, device: &Model) {
     );
     let mut all = Vec::new();
     want.each(host, |name, gradient| {
-        all.push((name.to_owned(), gradient.to_vec()))
+        all.push((name.to_owned(), gradient.to_vec()));
     })
     .unwrap();
     let mut all = all.into_iter();

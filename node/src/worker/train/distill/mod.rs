@@ -3,26 +3,34 @@
 //! A node keeps its optimiser over all inner rounds while the adapter itself is replaced by the merged one before each
 //! of them; the learning rate follows one schedule over all inner rounds.
 
+mod ownership;
+mod sorted;
+mod step;
+
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use consilium_kernels::loss::{ItemLoss, NO_LABEL, Term};
+use consilium_kernels::loss::{ItemLoss, Term};
 use consilium_protocol::manifest::Training;
 use consilium_protocol::reference;
 use rand::Rng as _;
 use rayon::prelude::*;
 
+use super::language_model::ranks;
 use super::targets::Targets;
 use super::{AdamW, AdamWConfig, Decay, Schedule, TrainError, checkpoint};
-use crate::worker::data::{Batch, Batches, Cursor, Item};
+use crate::worker::data::{Batch, Batches, Cursor, Item, Items};
 use crate::worker::error::WorkError;
-use crate::worker::model::{AdapterConfig, Gradients, tensors};
+use crate::worker::model::{AdapterConfig, FurtherLoss, Gradients, tensors};
 use crate::worker::monitor::Monitor;
 use crate::worker::part::generator;
 use crate::worker::peft;
 use crate::worker::source::LoadedModel;
+use step::{Goal, Step, item_at};
+
+pub use ownership::ownership;
+pub use sorted::{AlignedLogits, SortedLoss, Teacher};
 
 /// How an adapter is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,6 +51,8 @@ pub struct Settings {
     pub seed: u64,
     /// Whether cross-entropy takes bytes that are declared to be no label for labels.
     pub label_unlabeled: bool,
+    /// Whether A stays as it was at the start of an inner round (FFA-LoRA, arXiv 2403.12313).
+    pub freeze_a: bool,
 }
 
 /// What is minimised.
@@ -57,6 +67,37 @@ pub enum Objective<'a> {
     },
     /// Cross-entropy of the observed tokens.
     CrossEntropy,
+    /// As `Trie` for some items, and cross-entropy alone for the others.
+    OwnedTrie {
+        /// Records of the items at least.
+        targets: &'a Targets,
+        /// Items that are learned from their records.
+        owned: &'a BTreeSet<u64>,
+        /// 0 to 1.
+        cross_entropy: f32,
+    },
+    /// `(1 - cross_entropy)` of a loss on the largest logits of one or more teachers, summed over these, and
+    /// `cross_entropy` of that of the observed tokens; the latter alone where no teacher speaks of an item.
+    Sorted {
+        /// Their logits at the pivot's rows.
+        teachers: &'a [Teacher<'a>],
+        /// What is compared.
+        loss: SortedLoss,
+        /// 0 to 1.
+        cross_entropy: f32,
+    },
+}
+
+impl Objective<'_> {
+    /// Weight of cross-entropy on items that something else is learned from as well.
+    const fn cross_entropy(&self) -> f32 {
+        match *self {
+            Self::CrossEntropy => 1.0,
+            Self::Trie { cross_entropy, .. }
+            | Self::OwnedTrie { cross_entropy, .. }
+            | Self::Sorted { cross_entropy, .. } => cross_entropy,
+        }
+    }
 }
 
 /// The items of one inner round and their order. Batches are drawn from it as they are needed.
@@ -115,6 +156,7 @@ impl Settings {
             optimiser: AdamWConfig::default(),
             seed,
             label_unlabeled: false,
+            freeze_a: training.merge.freezes_a(),
         })
     }
 }
@@ -220,8 +262,7 @@ impl Distiller {
         part: &[u64],
         inner: u32,
     ) -> Result<Plan, WorkError> {
-        let limit = self.student.model.config().max_positions;
-        let limit = limit.min(self.settings.row_tokens);
+        let limit = self.row_tokens();
         let tokenised = part
             .par_iter()
             .map(|&index| {
@@ -270,15 +311,56 @@ impl Distiller {
     ) -> Result<f64, WorkError> {
         let before = u64::from(plan.inner) * plan.steps;
         let mut batches = plan.batches()?;
+        let frozen = self.frozen_a()?;
         let mut sum = 0.0;
         for step in 0..plan.steps {
             let rate = self.settings.schedule.at(before + step);
             let batch = &batches.next_batch().map_err(TrainError::from)?;
-            let loss = self.step(&Step { plan, items, batch }, objective, rate)?;
+            let found = self.gradients(&Step { plan, items, batch }, objective)?;
+            let loss = self.step(found, rate, frozen.as_deref())?;
             sum += loss;
             monitor.advance(step + 1, plan.steps, Some(loss))?;
         }
         Ok(sum / plan.steps.max(1) as f64)
+    }
+
+    /// Trains one inner round on items of text by cross-entropy and returns the mean loss of its steps in nats per learned
+    /// token. The order follows from the seed and the number of the inner round.
+    ///
+    /// # Errors
+    /// No items, one that does not fit a row, numbers that are not finite, or a monitor that says stop.
+    pub fn run_text(
+        &mut self,
+        items: impl Into<Items>,
+        inner: u32,
+        monitor: &mut dyn Monitor,
+    ) -> Result<f64, WorkError> {
+        let Settings {
+            rows, local_steps, ..
+        } = self.settings;
+        let seed = generator(&[self.settings.seed, u64::from(inner)]).next_u64();
+        let start = self.student.tokenizer.start_of_record();
+        let batches = Batches::new(items, start, rows, self.row_tokens(), seed);
+        let mut batches = batches.map_err(TrainError::from)?;
+        let before = u64::from(inner) * local_steps;
+        let frozen = self.frozen_a()?;
+        let mut sum = 0.0;
+        for step in 0..local_steps {
+            let rate = self.settings.schedule.at(before + step);
+            let batch = batches.next_batch().map_err(TrainError::from)?;
+            let found = self.text_gradients(&batch)?;
+            let loss = self.step(found, rate, frozen.as_deref())?;
+            sum += loss;
+            monitor.advance(step + 1, local_steps, Some(loss))?;
+        }
+        Ok(sum / local_steps.max(1) as f64)
+    }
+
+    /// Longest row.
+    #[must_use]
+    pub fn row_tokens(&self) -> usize {
+        let limit = self.student.model.config().max_positions;
+        limit.min(self.settings.row_tokens)
     }
 
     /// Writes what a later process needs to continue: the optimiser's state.
@@ -300,13 +382,19 @@ impl Distiller {
         Ok(())
     }
 
+    /// A as the inner round finds it, where it must stay so.
+    fn frozen_a(&self) -> Result<Option<Vec<f32>>, WorkError> {
+        let frozen = self.settings.freeze_a;
+        Ok(frozen.then(|| self.student.model.copy_of_a()).transpose()?)
+    }
+
     fn step(
         &mut self,
-        step: &Step<'_>,
-        objective: Objective<'_>,
+        found: (f64, Gradients),
         rate: f64,
+        frozen: Option<&[f32]>,
     ) -> Result<f64, WorkError> {
-        let (loss, gradients) = self.gradients(step, objective)?;
+        let (loss, gradients) = found;
         let steps = self.optimiser.steps();
         if !loss.is_finite() {
             let what = "loss";
@@ -314,7 +402,25 @@ impl Distiller {
         }
         self.optimiser
             .step(&mut self.student.model, &gradients, rate)?;
+        if let Some(a) = frozen {
+            self.student.model.restore_a(a)?;
+        }
         Ok(loss)
+    }
+
+    fn text_gradients(&self, batch: &Batch) -> Result<(f64, Gradients), WorkError> {
+        let model = &self.student.model;
+        let labels = ranks(model, &self.student.vocab, batch);
+        let pass = model.forward(&batch.packed, batch.rows.clone())?;
+        let terms = [Term::Labels {
+            labels: &labels,
+            weight: 1.0 / labels.len().max(1) as f32,
+        }];
+        let rows = ItemLoss {
+            tokens: &[],
+            terms: &terms,
+        };
+        pass.backward(&self.student.vocab, &[rows])
     }
 
     fn gradients(
@@ -328,108 +434,18 @@ impl Distiller {
             .student
             .model
             .forward(&batch.packed, batch.rows.clone())?;
-        let (trie, plain) = match objective {
-            Objective::CrossEntropy => (None, 1.0),
-            Objective::Trie {
-                targets,
-                cross_entropy,
-            } => (Some(targets), cross_entropy),
-        };
-        let labelled = labels.iter().filter(|&&label| label != NO_LABEL).count();
-        let goals = step.goals(
-            &self.student,
-            &labels,
-            plain / labelled.max(1) as f32,
-            trie.map(|targets| (targets, (1.0 - plain) / batch.rows.len() as f32)),
-        )?;
+        let goals = step.goals(&self.student, &labels, objective)?;
         let items: Vec<ItemLoss<'_>> = goals.iter().map(Goal::loss).collect();
-        pass.backward(&self.student.vocab, &items)
-    }
-}
-
-/// One batch and where its items come from.
-struct Step<'a> {
-    plan: &'a Plan,
-    items: &'a [reference::Item],
-    batch: &'a Batch,
-}
-
-impl Step<'_> {
-    /// Ranks to predict at the batch's rows; [`NO_LABEL`] where a token touches a byte that is no label.
-    fn labels(&self, student: &LoadedModel, all: bool) -> Result<Vec<u32>, WorkError> {
-        let mut labels = Vec::with_capacity(self.batch.rows.len());
-        for packed in &self.batch.items {
-            let unlabeled = &item_at(self.items, self.plan.indices[packed.item])?.unlabeled;
-            let ranks = student.ranks(&self.plan.tokens[packed.item].target);
-            let mut start = 0;
-            for rank in ranks {
-                let bytes = start..start + student.vocab.token_bytes(rank).len();
-                start = bytes.end;
-                let is_label = all || !unlabeled.iter().any(|span| overlap(span, &bytes));
-                labels.push(if is_label { rank } else { NO_LABEL });
-            }
-            labels.push(student.vocab.end_ranks().start);
-        }
-        Ok(labels)
-    }
-
-    /// What the rows of each item learn: their `labels`, and where there are fused records, these.
-    fn goals<'t>(
-        &self,
-        student: &LoadedModel,
-        labels: &'t [u32],
-        weight: f32,
-        trie: Option<(&'t Targets, f32)>,
-    ) -> Result<Vec<Goal<'t>>, WorkError> {
-        self.batch
-            .items
-            .iter()
-            .map(|packed| {
-                let index = self.plan.indices[packed.item];
-                let mut terms = Vec::with_capacity(2);
-                if let Some((targets, weight)) = trie {
-                    let target = targets
-                        .of(index)
-                        .ok_or_else(|| WorkError::Targets(format!("none for item {index}")))?;
-                    terms.push(Term::Trie { target, weight });
-                }
-                let labels = &labels[packed.logits.clone()];
-                terms.push(Term::Labels { labels, weight });
-                let tokens = student.ranks(&self.plan.tokens[packed.item].target);
-                Ok(Goal { tokens, terms })
+        let graphs = sorted::graphs(step, objective);
+        let more: &FurtherLoss<'_> = &|head, hidden, by_hidden, mut by_head| {
+            graphs.iter().try_fold(0.0, |sum, (k, items)| {
+                let by_head = by_head.as_deref_mut();
+                Ok(sum + head.graph(hidden, *k, items, by_hidden, by_head)?)
             })
-            .collect()
+        };
+        let more = (!graphs.is_empty()).then_some(more);
+        pass.backward_with(&self.student.vocab, &items, more)
     }
-}
-
-/// What one item's rows learn.
-struct Goal<'t> {
-    tokens: Vec<u32>,
-    terms: Vec<Term<'t>>,
-}
-
-impl Goal<'_> {
-    fn loss(&self) -> ItemLoss<'_> {
-        ItemLoss {
-            tokens: &self.tokens,
-            terms: &self.terms,
-        }
-    }
-}
-
-fn item_at(items: &[reference::Item], index: u64) -> Result<&reference::Item, WorkError> {
-    usize::try_from(index)
-        .ok()
-        .and_then(|index| items.get(index))
-        .ok_or(WorkError::Items {
-            first: index,
-            last: index.saturating_add(1),
-            items: items.len(),
-        })
-}
-
-fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
-    a.start < b.end && b.start < a.end
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
 use consilium_kernels::RecordShape;
+use consilium_kernels::loss::NO_LABEL;
 use consilium_protocol::manifest::{Defence, Distillation, MergeRule, SymbolSpace};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
@@ -8,7 +9,7 @@ use crate::worker::model::LoraConfig;
 use crate::worker::score::score_shard;
 use crate::worker::testing::{model, reference};
 
-const PART: [u64; 6] = [5, 1, 0, 7, 2, 4];
+pub(super) const PART: [u64; 6] = [5, 1, 0, 7, 2, 4];
 
 fn settings(local_steps: u64) -> Settings {
     Settings {
@@ -25,10 +26,11 @@ fn settings(local_steps: u64) -> Settings {
         optimiser: AdamWConfig::default(),
         seed: 11,
         label_unlabeled: false,
+        freeze_a: false,
     }
 }
 
-fn distiller(local_steps: u64) -> Distiller {
+pub(super) fn distiller(local_steps: u64) -> Distiller {
     Distiller::new(model(1), settings(local_steps)).unwrap()
 }
 
@@ -110,6 +112,59 @@ fn the_loss_falls_and_every_tensor_of_the_adapter_moves() {
             assert_ne!(tensor, &after[name], "{name} did not move");
         }
     }
+}
+
+#[test]
+fn items_that_are_not_owned_are_learned_from_labels_alone() {
+    let reference = reference();
+    let (items, targets) = (reference.items(), targets(&reference));
+    let distiller = distiller(3);
+    let plan = distiller.plan(items, &PART, 0).unwrap();
+    let batch = &plan.batches().unwrap().next_batch().unwrap();
+    let step = Step {
+        plan: &plan,
+        items,
+        batch,
+    };
+    let loss = |objective: Objective<'_>| distiller.gradients(&step, objective).unwrap().0;
+    let owned_by = |owned: &BTreeSet<u64>| {
+        loss(Objective::OwnedTrie {
+            targets: &targets,
+            owned,
+            cross_entropy: 0.1,
+        })
+    };
+    let all = BTreeSet::from(PART);
+    let trie = loss(Objective::Trie {
+        targets: &targets,
+        cross_entropy: 0.1,
+    });
+    let plain = loss(Objective::CrossEntropy);
+    assert!((owned_by(&all) - trie).abs() < 1e-9);
+    assert!((owned_by(&BTreeSet::new()) - plain).abs() < 1e-9);
+    let one = BTreeSet::from([plan.indices[batch.items[0].item]]);
+    let mixed = owned_by(&one);
+    assert!((mixed - trie).abs() > 1e-3 && (mixed - plain).abs() > 1e-3);
+}
+
+#[test]
+fn text_is_learned_and_its_order_follows_from_the_inner_round() {
+    let texts: Vec<Item> = {
+        let student = model(1);
+        let items = crate::worker::testing::LINES.iter();
+        items
+            .map(|line| student.whole_item("", line).unwrap())
+            .collect()
+    };
+    let items = Items::from(Arc::<[Item]>::from(texts));
+    let mut one = distiller(12);
+    let first = one.run_text(items.clone(), 0, &mut ()).unwrap();
+    let again = distiller(12).run_text(items.clone(), 0, &mut ()).unwrap();
+    assert_eq!(first.to_bits(), again.to_bits());
+    let other = distiller(12).run_text(items.clone(), 1, &mut ()).unwrap();
+    assert_ne!(first.to_bits(), other.to_bits());
+    let second = one.run_text(items, 1, &mut ()).unwrap();
+    assert!(second < 0.9 * first, "{first} to {second}");
 }
 
 #[test]
@@ -305,4 +360,58 @@ fn what_this_version_cannot_train_is_refused_by_name() {
         let error = Settings::of(&training, 9).unwrap_err().to_string();
         assert!(error.starts_with(field), "{error}");
     }
+}
+
+#[test]
+fn a_frozen_a_stays_while_everything_else_moves() {
+    let reference = reference();
+    let mut distiller = distiller(4);
+    distiller.settings.freeze_a = true;
+    let before = distiller.student.model.adapter().unwrap();
+    let plan = distiller.plan(reference.items(), &PART, 0).unwrap();
+    let objective = Objective::CrossEntropy;
+    distiller
+        .run(&plan, reference.items(), objective, &mut ())
+        .unwrap();
+    let after = distiller.student.model.adapter().unwrap();
+    for (name, tensor) in &before {
+        let stayed = *tensor == after[name];
+        assert_eq!(stayed, name.ends_with(".lora_A.weight"), "{name}");
+    }
+}
+
+#[test]
+fn stacked_factors_of_a_higher_rank_mean_the_same_product() {
+    let reference = reference();
+    let mut distiller = distiller(4);
+    let plan = distiller.plan(reference.items(), &PART, 0).unwrap();
+    let objective = Objective::CrossEntropy;
+    distiller
+        .run(&plan, reference.items(), objective, &mut ())
+        .unwrap();
+    let mut stacked = distiller.student.model.adapter().unwrap();
+    for (name, tensor) in &mut stacked {
+        let once = tensor.values.clone();
+        if name.ends_with(".lora_A.weight") {
+            tensor.values.extend(once);
+            tensor.shape[0] *= 2;
+        } else if name.ends_with(".lora_B.weight") {
+            let rows = once.chunks(tensor.shape[1]);
+            let halves = rows.flat_map(|row| row.iter().chain(row).map(|value| value / 2.0));
+            tensor.values = halves.collect();
+            tensor.shape[1] *= 2;
+        }
+    }
+    let bytes = [
+        distiller.adapter_bytes().unwrap(),
+        tensors::encode(&stacked).unwrap(),
+    ];
+    let item = &reference.items()[0];
+    let bits = bytes.map(|bytes| {
+        let mut pivot = model(1);
+        pivot.apply_adapter(settings(4).lora, &bytes).unwrap();
+        let texts = [(&*item.context, &*item.target)];
+        crate::worker::evaluate::bits_per_byte(&pivot, texts, &mut ()).unwrap()
+    });
+    assert!((bits[0] / bits[1] - 1.0).abs() < 1e-5, "{bits:?}");
 }

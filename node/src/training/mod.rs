@@ -1,5 +1,7 @@
 //! `consilium-node train` at the command line: options, signals, what is shown and written down while it runs.
 
+mod options;
+
 use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,26 +15,16 @@ use crate::args::TrainArgs;
 use crate::cli::on_threads;
 use crate::config::Config;
 use crate::error::NodeError;
-use crate::hub::ModelPlace;
 use crate::reply::Reply;
 use crate::worker::WorkError;
-use crate::worker::commands::{self, LoraFile, StageFile, TrainFile, Trained};
+use crate::worker::commands::{self, TrainFile, Trained};
 use crate::worker::data::Counts;
 use crate::worker::plan::{Memory, machine};
 use crate::worker::progress::{TrainingTerminal, human};
 use crate::worker::tensorboard::EventFile;
-use crate::worker::train::external::{ExternalRun, TARGETS, train_external};
+use crate::worker::train::external::train_external;
 use crate::worker::train::run::{Event, Shell, StepReport, Watch};
-
-/// Learning rates where none is named.
-const RATE: f64 = 1e-4;
-const ADAPTER_RATE: f64 = 2e-4;
-
-/// Tokens of a row where there is no file.
-const ROW_TOKENS: usize = 1024;
-
-/// Rows of a batch where there is no file.
-const ROWS: usize = 4;
+use options::{external_run, of_args};
 
 /// Trains. With `json`, stdout is one object a line for everything that happens, and the answer is the last.
 pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
@@ -77,43 +69,6 @@ fn external(
         .with("adapter", run.output.display().to_string())
         .with("layers", summary.layers)
         .with("parameters", summary.parameters))
-}
-
-/// What the command is told; what it could not be told is refused.
-fn external_run(file: &TrainFile, modules: &[String]) -> Result<ExternalRun, NodeError> {
-    let (Some(base), Some(lora), [stage]) = (&file.start, file.lora, file.stages.as_slice()) else {
-        let problem =
-            "a command trains an adapter in one stage: give start, a LoRA rank and one stage";
-        return Err(refuse("--external", problem).into());
-    };
-    if lora.embeddings_and_head {
-        return Err(refuse("lora.embeddings_and_head", "a command trains factors alone").into());
-    }
-    if file.held_out > 0.0 {
-        return Err(refuse(
-            "held_out",
-            "a command is not told what to hold out; leave it out",
-        )
-        .into());
-    }
-    let usual = || TARGETS.map(str::to_owned).to_vec();
-    Ok(ExternalRun {
-        base: base.clone(),
-        data: stage.text.clone(),
-        output: file.output.clone(),
-        rank: lora.rank,
-        alpha: lora.alpha(),
-        target_modules: if modules.is_empty() {
-            usual()
-        } else {
-            modules.to_vec()
-        },
-        steps: stage.steps,
-        learning_rate: stage.learning_rate,
-        rows: file.rows.saturating_mul(file.accumulate),
-        row_tokens: file.row_tokens,
-        seed: file.seed,
-    })
 }
 
 fn refuse(field: &'static str, problem: &str) -> WorkError {
@@ -173,31 +128,15 @@ pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
         commands::plan(&file, args.memory, &mut shell)
     })?;
     let mut reply = match planned.refusal {
+        None if planned.memory.is_none() => {
+            Reply::done("the run can start; the memory of a device is not estimated")
+        }
         None => Reply::done("the run fits"),
         Some(error) => Reply::no(&NodeError::from(error)),
     };
-    let Memory {
-        weights,
-        adapters,
-        gradients,
-        optimiser,
-        activations,
-        head,
-        process,
-        loading,
-    } = planned.memory;
-    for (name, bytes) in [
-        ("memory_bytes", planned.memory.total()),
-        ("weights_bytes", weights),
-        ("adapters_bytes", adapters),
-        ("gradients_bytes", gradients),
-        ("optimiser_bytes", optimiser),
-        ("activations_bytes", activations),
-        ("head_bytes", head),
-        ("process_bytes", process),
-        ("loading_bytes", loading),
-    ] {
-        reply = reply.with(name, bytes);
+    reply = reply.with("device", json!(planned.device));
+    if let Some(memory) = planned.memory {
+        reply = with_memory(reply, memory);
     }
     if let Some(budget) = planned.budget {
         reply = reply
@@ -224,6 +163,36 @@ pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
         .with("time", human(time.total())))
 }
 
+/// The peak and its parts.
+fn with_memory(mut reply: Reply, memory: Memory) -> Reply {
+    let Memory {
+        weights,
+        offloaded,
+        adapters,
+        gradients,
+        optimiser,
+        activations,
+        head,
+        process,
+        loading,
+    } = memory;
+    for (name, bytes) in [
+        ("memory_bytes", memory.total()),
+        ("weights_bytes", weights),
+        ("offloaded_bytes", offloaded),
+        ("adapters_bytes", adapters),
+        ("gradients_bytes", gradients),
+        ("optimiser_bytes", optimiser),
+        ("activations_bytes", activations),
+        ("head_bytes", head),
+        ("process_bytes", process),
+        ("loading_bytes", loading),
+    ] {
+        reply = reply.with(name, bytes);
+    }
+    reply
+}
+
 /// The first signal asks the run to end after its step; it writes a checkpoint first.
 fn stop_on_signals() -> Result<Arc<AtomicBool>, NodeError> {
     let stop = Arc::new(AtomicBool::new(false));
@@ -236,75 +205,6 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>, NodeError> {
         })?;
     }
     Ok(stop)
-}
-
-/// The run that the options describe, on top of a file if there is one.
-pub(crate) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
-    let rate = args.learning_rate.unwrap_or(match args.lora_rank {
-        Some(_) => ADAPTER_RATE,
-        None => RATE,
-    });
-    let mut file = match (&args.file, &args.output, &args.start, args.steps) {
-        (Some(path), _, _, _) => TrainFile::load(path)?,
-        (None, Some(output), Some(start), Some(steps)) => {
-            let stage = StageFile::new(args.data.clone(), steps, rate);
-            TrainFile {
-                rows: ROWS,
-                row_tokens: ROW_TOKENS,
-                ..TrainFile::new(output.clone(), start.clone(), stage)
-            }
-        }
-        _ => {
-            return Err(refuse(
-                "file",
-                "name a file, or --start, --data, --output and --steps",
-            ));
-        }
-    };
-    let for_stage = !args.data.is_empty() || args.steps.is_some() || args.learning_rate.is_some();
-    match file.stages.as_mut_slice() {
-        [stage] if for_stage => {
-            if !args.data.is_empty() {
-                stage.text.clone_from(&args.data);
-            }
-            stage.steps = args.steps.unwrap_or(stage.steps);
-            stage.learning_rate = args.learning_rate.unwrap_or(stage.learning_rate);
-        }
-        _ if for_stage => {
-            return Err(refuse(
-                "--data, --steps, --learning-rate",
-                "the file has several stages; change them in the file",
-            ));
-        }
-        _ => {}
-    }
-    if let Some(start) = &args.start {
-        let folder = ModelPlace::from(start.as_path()).resolve()?;
-        (file.start, file.new) = (Some(folder), None);
-    }
-    file.output = args.output.clone().unwrap_or(file.output);
-    file.run = args.run.clone().or(file.run);
-    file.rows = args.rows.unwrap_or(file.rows);
-    file.row_tokens = args.row_tokens.unwrap_or(file.row_tokens);
-    file.accumulate = args.accumulate.unwrap_or(file.accumulate);
-    file.held_out = args.held_out.unwrap_or(file.held_out);
-    file.checkpoint_every = args.checkpoint_every.unwrap_or(file.checkpoint_every);
-    file.device = args.device.unwrap_or(file.device);
-    file.checkpoint_activations |= args.checkpoint_activations;
-    file.offload |= args.offload;
-    file.seed = args.seed.unwrap_or(file.seed);
-    file.max_bad_rows = args.max_bad_rows.unwrap_or(file.max_bad_rows);
-    if let Some(rank) = args.lora_rank {
-        let embeddings_and_head = file.lora.is_some_and(|lora| lora.embeddings_and_head);
-        file.lora = Some(LoraFile {
-            rank,
-            alpha: args.lora_alpha,
-            embeddings_and_head,
-        });
-    }
-    file.check()
-        .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
-    Ok(file)
 }
 
 /// Everyone who sees what happens in a run.

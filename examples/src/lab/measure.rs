@@ -1,14 +1,17 @@
-//! Every arm answers the same questions.
+//! Every model answers the same questions.
 
+use crate::report::Scores;
+use crate::world::{EvaluationItem, World};
 use anyhow::Result;
-use consilium_examples::report::{Arm, ArmResult, Tally};
-use consilium_examples::world::{EvaluationItem, World};
 use consilium_node::worker::evaluate::{bits_per_byte, rank_choices};
 
 use consilium_node::worker::source::LoadedModel;
 
 /// Puts all test sets to a model.
-pub(crate) fn measure(arm: Arm, model: &LoadedModel, world: &World) -> Result<ArmResult> {
+///
+/// # Errors
+/// A model that cannot read the questions or gives no finite numbers.
+pub fn measure(model: &LoadedModel, world: &World) -> Result<Scores> {
     let mut bits = [0.0; 3];
     for (bits, lines) in bits.iter_mut().zip(&world.tests.lines) {
         let texts = lines
@@ -16,12 +19,9 @@ pub(crate) fn measure(arm: Arm, model: &LoadedModel, world: &World) -> Result<Ar
             .map(|item| (item.context.as_str(), item.target.as_str()));
         *bits = bits_per_byte(model, texts, &mut ())?;
     }
-    let mut result = ArmResult {
-        arm,
+    let mut scores = Scores {
         bits,
-        one_owner: Tally::default(),
-        two_owners: Tally::default(),
-        rules: [Tally::default(); 3],
+        ..Scores::default()
     };
     let facts: Vec<_> = world
         .tests
@@ -31,9 +31,9 @@ pub(crate) fn measure(arm: Arm, model: &LoadedModel, world: &World) -> Result<Ar
         .collect();
     for (question, right) in world.tests.facts.iter().zip(answers(model, &facts)?) {
         if question.also.is_some() {
-            result.two_owners.count(right);
+            scores.two_owners.count(right);
         } else {
-            result.one_owner.count(right);
+            scores.one_owner.count(right);
         }
     }
     let rules: Vec<_> = world
@@ -43,11 +43,11 @@ pub(crate) fn measure(arm: Arm, model: &LoadedModel, world: &World) -> Result<Ar
         .map(|question| &question.item)
         .collect();
     for (question, right) in world.tests.rules.iter().zip(answers(model, &rules)?) {
-        if let Some(tally) = result.rules.get_mut(question.set.index()) {
+        if let Some(tally) = scores.rules.get_mut(question.set.index()) {
             tally.count(right);
         }
     }
-    Ok(result)
+    Ok(scores)
 }
 
 /// Whether the true choice ranks strictly before all others, per item.

@@ -3,7 +3,7 @@
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "this module is the example's voice"
+    reason = "this module is the voice of the examples"
 )]
 #![expect(
     clippy::disallowed_methods,
@@ -12,11 +12,11 @@
 
 use std::time::Instant;
 
-use consilium_examples::report::Phase;
+use crate::report::Phase;
 
 /// Stopwatch of one run.
 #[derive(Debug)]
-pub(crate) struct Clock {
+pub struct Clock {
     start: Instant,
     lap: Instant,
     phases: Vec<Phase>,
@@ -24,7 +24,7 @@ pub(crate) struct Clock {
 
 impl Clock {
     /// Starts now.
-    pub(crate) fn start() -> Self {
+    pub fn start() -> Self {
         let start = Instant::now();
         Self {
             start,
@@ -34,7 +34,7 @@ impl Clock {
     }
 
     /// Says what begins now.
-    pub(crate) fn begin(&mut self, what: &str) {
+    pub fn begin(&mut self, what: &str) {
         self.lap = Instant::now();
         say(&format!(
             "{:7.1} s  {what}",
@@ -43,12 +43,12 @@ impl Clock {
     }
 
     /// Notes how long it took since the last beginning.
-    pub(crate) fn end(&mut self, name: &str) {
+    pub fn end(&mut self, name: &str) {
         self.note(name, self.lap.elapsed().as_secs_f64());
     }
 
     /// Notes a time measured elsewhere.
-    pub(crate) fn note(&mut self, name: &str, seconds: f64) {
+    pub fn note(&mut self, name: &str, seconds: f64) {
         self.phases.push(Phase {
             name: name.to_owned(),
             seconds,
@@ -56,17 +56,17 @@ impl Clock {
     }
 
     /// Phases and the time in all.
-    pub(crate) fn finish(self) -> (Vec<Phase>, f64) {
+    pub fn finish(self) -> (Vec<Phase>, f64) {
         (self.phases, self.start.elapsed().as_secs_f64())
     }
 }
 
 /// Talk: standard error.
-pub(crate) fn say(text: &str) {
+pub fn say(text: &str) {
     eprintln!("{text}");
 }
 
 /// The result: standard output.
-pub(crate) fn result(text: &str) {
+pub fn result(text: &str) {
     println!("{text}");
 }

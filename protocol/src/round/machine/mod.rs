@@ -1,17 +1,17 @@
 //! The state of a round and the rules that move it.
 
+mod admission;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::effect::{Admission, Effect, RoundError, RoundPhase, RoundTask, Work};
 use super::parts::{part_seed, parts};
 use crate::artefact::Kind;
-use crate::contribution::Statement;
 use crate::event::{Event, Phase, Reason};
 use crate::ids::{Digest, InstitutionId};
 use crate::manifest::Manifest;
 use crate::message::Part;
-use crate::reject::RejectCode;
 use crate::time::UnixMillis;
 
 /// Artefacts of one member and one kind by sequence.
@@ -40,6 +40,8 @@ pub struct Round {
     parts: BTreeMap<InstitutionId, Part>,
     /// Members of the latest `Closed`.
     closed: Vec<InstitutionId>,
+    /// What their adapters count, where it was an inner round. A capacity that changes later changes nothing.
+    weights: BTreeMap<InstitutionId, u32>,
 }
 
 impl Round {
@@ -60,6 +62,7 @@ impl Round {
             expected: BTreeSet::new(),
             parts: BTreeMap::new(),
             closed: Vec::new(),
+            weights: BTreeMap::new(),
         }
     }
 
@@ -77,7 +80,14 @@ impl Round {
                     });
                 }
                 self.adapter = Some(*start);
-                Ok(self.begin(RoundPhase::Contribute, at))
+                Ok(self.begin(
+                    if self.shares_records() {
+                        RoundPhase::Contribute
+                    } else {
+                        RoundPhase::Distil { inner: 0 }
+                    },
+                    at,
+                ))
             }
             (_, RoundPhase::Opening) => Err(self.unexpected(event)),
             (_, phase) if phase.is_finished() => Err(self.unexpected(event)),
@@ -133,7 +143,7 @@ impl Round {
                     report: *report,
                 }))
             }
-            (Event::Rejected { reason }, _) => self.reject(*reason, at, event),
+            (Event::Rejected { reason, .. }, _) => self.reject(*reason, at, event),
             _ => Err(self.unexpected(event)),
         }
     }
@@ -150,6 +160,8 @@ impl Round {
         } else {
             late.then_some(Event::Rejected {
                 reason: Reason::Quorum,
+                blamed: Vec::new(),
+                report: None,
             })
         }
     }
@@ -181,9 +193,8 @@ impl Round {
                     .closed
                     .iter()
                     .filter_map(|who| {
-                        let part = self.parts.get(who)?;
-                        let weight = u32::try_from(part.to - part.from).unwrap_or(u32::MAX);
-                        Some((who.clone(), self.slot(who, Kind::Adapter, inner)?, weight))
+                        let adapter = self.slot(who, Kind::Adapter, inner)?;
+                        Some((who.clone(), adapter, *self.weights.get(who)?))
                     })
                     .collect(),
             }),
@@ -223,14 +234,7 @@ impl Round {
                 (!shards.is_empty()).then_some(RoundTask::Score { shards })
             }
             Some(Phase::Distil { inner }) if self.slot(who, Kind::Adapter, inner).is_none() => {
-                self.adapter.zip(self.targets).zip(self.parts.get(who)).map(
-                    |((start, targets), part)| RoundTask::Distil {
-                        inner,
-                        start,
-                        targets,
-                        part: *part,
-                    },
-                )
+                self.training_task(who, inner)
             }
             Some(Phase::Evaluate) if self.slot(who, Kind::Evaluation, 0).is_none() => self
                 .adapter
@@ -238,19 +242,6 @@ impl Round {
             _ => None,
         };
         task.unwrap_or(RoundTask::Wait)
-    }
-
-    /// Whether a verified contribution may come in. A repeat of what was accepted is welcome in every later phase.
-    ///
-    /// # Errors
-    /// What the sender is told.
-    pub fn admit(&self, statement: &Statement) -> Result<Admission, RejectCode> {
-        self.admission(
-            &statement.institution,
-            statement.kind,
-            statement.sequence,
-            statement.artefact,
-        )
     }
 
     /// The round's manifest.
@@ -299,6 +290,10 @@ impl Round {
         self.since = at;
         self.parts.clear();
         match phase {
+            // Nobody has shown itself before: everybody is waited for, as for records.
+            RoundPhase::Distil { inner: 0 } if !self.shares_records() => {
+                self.expected = self.manifest.members.iter().cloned().collect();
+            }
             RoundPhase::Distil { inner } => {
                 let able: Vec<(InstitutionId, u32)> = self
                     .capacities
@@ -316,8 +311,14 @@ impl Round {
         wake.into_iter().chain([Effect::Publish]).collect()
     }
 
-    /// Members whose part would be empty are not expected: they would merge with weight 0.
+    /// Members whose part would be empty are not expected: they would merge with weight 0. Where no records are shared
+    /// there are no parts, and those of capacity 0 are not expected.
     fn share(&mut self, inner: u32, able: &[(InstitutionId, u32)]) {
+        if !self.shares_records() {
+            let trains = able.iter().filter(|(_, capacity)| *capacity > 0);
+            self.expected = trains.map(|(who, _)| who.clone()).collect();
+            return;
+        }
         let seed = part_seed(&self.digest, inner);
         self.parts = parts(seed, self.manifest.items, able)
             .into_iter()
@@ -332,12 +333,46 @@ impl Round {
         }
         self.capacities.insert(who.clone(), capacity);
         self.dropped.remove(who);
-        if let RoundPhase::Distil { inner } = self.phase
-            && self.expected.is_empty()
-        {
-            self.share(inner, &[(who.clone(), capacity)]);
+        match self.phase {
+            RoundPhase::Distil { inner: 0 } if !self.shares_records() => {
+                if capacity > 0 {
+                    self.expected.insert(who.clone());
+                } else if self.slot(who, Kind::Adapter, 0).is_none() {
+                    self.expected.remove(who);
+                }
+            }
+            RoundPhase::Distil { inner } if self.expected.is_empty() => {
+                self.share(inner, &[(who.clone(), capacity)]);
+            }
+            _ => {}
         }
         Ok(vec![Effect::Publish])
+    }
+
+    /// What a member that is expected trains on.
+    fn training_task(&self, who: &InstitutionId, inner: u32) -> Option<RoundTask> {
+        let start = self.adapter?;
+        if self.shares_records() {
+            return Some(RoundTask::Distil {
+                inner,
+                start,
+                targets: self.targets?,
+                part: *self.parts.get(who)?,
+            });
+        }
+        let is_expected = self.expected.contains(who);
+        is_expected.then_some(RoundTask::Train { inner, start })
+    }
+
+    /// What a member's adapter counts in the merge, at least 1.
+    fn weight(&self, who: &InstitutionId) -> Option<u32> {
+        if self.shares_records() {
+            let part = self.parts.get(who)?;
+            return Some(u32::try_from(part.to - part.from).unwrap_or(u32::MAX));
+        }
+        let declared = self.capacities.get(who).copied().unwrap_or(1);
+        let most = self.manifest.max_weight.unwrap_or(1);
+        Some(declared.min(most).max(1))
     }
 
     fn accept(
@@ -368,45 +403,6 @@ impl Round {
         }
     }
 
-    fn admission(
-        &self,
-        who: &InstitutionId,
-        kind: Kind,
-        sequence: u32,
-        artefact: Digest,
-    ) -> Result<Admission, RejectCode> {
-        if !self.is_member(who) {
-            return Err(RejectCode::NotMember);
-        }
-        let slots = match kind {
-            Kind::Records => self.manifest.shards(),
-            Kind::Adapter => self.manifest.training.inner_rounds,
-            Kind::Evaluation => 1,
-        };
-        if sequence >= slots {
-            return Err(RejectCode::Content);
-        }
-        match self.slot(who, kind, sequence) {
-            Some(held) if held == artefact => return Ok(Admission::Repeat),
-            Some(_) => return Err(RejectCode::Equivocation),
-            None => {}
-        }
-        let open = match (kind, self.phase) {
-            (Kind::Records, RoundPhase::Contribute) | (Kind::Evaluation, RoundPhase::Evaluate) => {
-                true
-            }
-            (Kind::Adapter, RoundPhase::Distil { inner }) => {
-                inner == sequence && self.expected.contains(who)
-            }
-            _ => false,
-        };
-        if open {
-            Ok(Admission::New)
-        } else {
-            Err(RejectCode::WrongPhase)
-        }
-    }
-
     fn close(
         &mut self,
         phase: Phase,
@@ -427,6 +423,10 @@ impl Round {
         }
         if !self.is_complete(&complete) {
             self.check_late(phase, at)?;
+        }
+        if let Phase::Distil { .. } = phase {
+            let weight = |who: &InstitutionId| Some((who.clone(), self.weight(who)?));
+            self.weights = members.iter().filter_map(weight).collect();
         }
         self.phase = match phase {
             Phase::Contribute => RoundPhase::Fusing,
@@ -450,7 +450,9 @@ impl Round {
         event: &Event,
     ) -> Result<Vec<Effect>, RoundError> {
         match (reason, self.phase) {
-            (Reason::Operator, _) | (Reason::Gate | Reason::NoGain, RoundPhase::Judging) => {}
+            (Reason::Operator, _)
+            | (Reason::Gate | Reason::NoGain, RoundPhase::Judging)
+            | (Reason::Screening | Reason::PublicGate, RoundPhase::Fusing) => {}
             (Reason::Quorum, now) => {
                 let phase = now.collecting().ok_or_else(|| self.unexpected(event))?;
                 self.check_late(phase, at)?;
@@ -459,7 +461,9 @@ impl Round {
                     return Err(RoundError::Quorum { phase, got, quorum });
                 }
             }
-            (Reason::Gate | Reason::NoGain, _) => return Err(self.unexpected(event)),
+            (Reason::Gate | Reason::NoGain | Reason::Screening | Reason::PublicGate, _) => {
+                return Err(self.unexpected(event));
+            }
         }
         Ok(self.finish(RoundPhase::Rejected { reason }))
     }
@@ -480,45 +484,13 @@ impl Round {
         }
     }
 
-    /// Members whose contributions to the current phase are all here, ascending; in `Evaluate` also those that joined
-    /// after it began.
-    fn complete(&self) -> Vec<InstitutionId> {
-        let is_complete = |who: &InstitutionId| match self.phase {
-            RoundPhase::Contribute => {
-                let slots = self.slots.get(&(Kind::Records, who.clone()));
-                slots.map_or(0, BTreeMap::len)
-                    >= usize::try_from(self.manifest.shards()).unwrap_or(usize::MAX)
-            }
-            RoundPhase::Distil { inner } => self.slot(who, Kind::Adapter, inner).is_some(),
-            RoundPhase::Evaluate => self.slot(who, Kind::Evaluation, 0).is_some(),
-            _ => false,
-        };
-        let members = self.manifest.members.iter();
-        members.filter(|who| is_complete(who)).cloned().collect()
-    }
-
-    fn is_complete(&self, complete: &[InstitutionId]) -> bool {
-        complete.len() >= self.quorum()
-            && self
-                .expected
-                .iter()
-                .all(|who| complete.binary_search(who).is_ok())
-    }
-
-    fn quorum(&self) -> usize {
-        usize::try_from(self.manifest.quorum)
-            .unwrap_or(usize::MAX)
-            .min(self.expected.len())
-            .max(1)
-    }
-
     fn slot(&self, who: &InstitutionId, kind: Kind, sequence: u32) -> Option<Digest> {
         let slots = self.slots.get(&(kind, who.clone()))?;
         slots.get(&sequence).copied()
     }
 
-    fn is_member(&self, who: &InstitutionId) -> bool {
-        self.manifest.members.binary_search(who).is_ok()
+    const fn shares_records(&self) -> bool {
+        self.manifest.mode.shares_records()
     }
 
     const fn unexpected(&self, event: &Event) -> RoundError {

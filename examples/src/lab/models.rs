@@ -1,10 +1,10 @@
-//! The models of the example: one source per institution on its own text, and the pivot on public text.
+//! The models of the examples: one source per institution on its own text, and the pivot on public text.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::world::World;
 use anyhow::{Context, Result};
-use consilium_examples::world::{Institution, World};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::data::{Item, Record, tokenize};
 use consilium_node::worker::model::ModelConfig;
@@ -18,29 +18,29 @@ const FEED_FORWARD: usize = 344;
 const RATE: f64 = 3e-3;
 
 /// Tokens of each source's vocabulary, in the order of the institutions: no two alike.
-const SOURCE_TOKENS: [usize; 3] = [384, 448, 512];
+const SOURCE_TOKENS: [usize; 4] = [384, 448, 512, 576];
 const SOURCE_LAYERS: usize = 2;
 const PIVOT_TOKENS: usize = 400;
 const PIVOT_LAYERS: usize = 3;
 
-/// A source: a little public text, so that it is not absurd abroad, then its own.
-pub(crate) fn train_source(world: &World, at: usize, folder: &Path) -> Result<()> {
-    let institution: &Institution = world.institutions.get(at).context("no such institution")?;
-    let private: Vec<&str> = institution.private.iter().map(String::as_str).collect();
+/// The source of institution `at` (0 to 3) in `folder`: a little public text, so that it is not absurd abroad, then its
+/// own.
+///
+/// # Errors
+/// No such institution, training that ends in numbers that are not finite, or a folder that cannot be written.
+pub fn train_source(world: &World, private: &[String], at: usize, folder: &Path) -> Result<()> {
+    let tokens = *SOURCE_TOKENS.get(at).context("no such institution")?;
+    let private: Vec<&str> = private.iter().map(String::as_str).collect();
     let stages = [(public_text(world), 80), (private.clone(), 250)];
     let seed = world.seed * 10 + at as u64;
-    train(
-        &private,
-        SOURCE_TOKENS[at],
-        SOURCE_LAYERS,
-        &stages,
-        seed,
-        folder,
-    )
+    train(&private, tokens, SOURCE_LAYERS, &stages, seed, folder)
 }
 
-/// The pivot: a tokenizer of its own, hardly trained.
-pub(crate) fn train_pivot(world: &World, folder: &Path) -> Result<()> {
+/// The pivot in `folder`: a tokenizer of its own, hardly trained.
+///
+/// # Errors
+/// As [`train_source`].
+pub fn train_pivot(world: &World, folder: &Path) -> Result<()> {
     let public = public_text(world);
     let stages = [(public.clone(), 120)];
     train(

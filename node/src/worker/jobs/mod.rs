@@ -1,36 +1,31 @@
 //! The jobs of the spool, one at a time.
 
+mod distil;
+mod lesson;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use consilium_kernels::RecordShape;
-use consilium_kernels::quant::Format;
 use consilium_protocol::evaluation::Evaluation;
-use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::{Clock as _, Digest, limits};
 
-use super::device::DeviceChoice;
-use super::error::WorkError;
-use super::evaluate::evaluate;
-use super::holdout;
-use super::model::{BaseStorage, OffloadFile};
-use super::monitor::Monitor;
-use super::part::items_of;
-use super::progress::Terminal;
-use super::score::score_shard;
-use super::source::LoadedModel;
-use super::train::distill::{Distiller, Objective, Settings};
-use super::train::targets::Targets;
 use crate::config::{Config, Memory};
 use crate::error::with_causes;
 use crate::hub::ModelPlace;
-use crate::spool::{DistilJob, EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
-
-/// Begins the name of every state of an optimiser.
-const STATE: &str = "optimiser-";
+use crate::spool::{EvaluateJob, Job, JobId, Outcome, ScoreJob, Spool};
+use crate::worker::error::WorkError;
+use crate::worker::evaluate::evaluate;
+use crate::worker::holdout;
+use crate::worker::monitor::Monitor;
+use crate::worker::progress::Terminal;
+use crate::worker::reference::ReferenceCache;
+use crate::worker::score::score_shard;
+use crate::worker::source::LoadedModel;
+use crate::worker::train::distill::Settings;
+use distil::Running;
 
 /// What the worker reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +40,8 @@ pub struct Folders {
     pub source_chat_template: bool,
     /// Private items for the evaluation, JSON lines.
     pub holdout: PathBuf,
+    /// Files or folders of private text that rounds of mode `adapters` train on; may be empty.
+    pub train_data: Vec<PathBuf>,
 }
 
 impl From<&Config> for Folders {
@@ -58,6 +55,7 @@ impl From<&Config> for Folders {
                 .then(|| config.source.clone()),
             source_chat_template: config.source_chat_template,
             holdout: config.holdout.clone(),
+            train_data: config.train_data.clone(),
         }
     }
 }
@@ -70,20 +68,10 @@ pub struct Worker<'a> {
     folders: Folders,
     spool: Spool,
     stop: &'a dyn Fn() -> bool,
-    reference: Option<Arc<ReferenceSet>>,
+    reference: ReferenceCache,
     source: Option<LoadedModel>,
     distiller: Option<Running>,
     memory: Memory,
-    device: DeviceChoice,
-}
-
-/// A distiller and where it is.
-#[derive(Debug)]
-struct Running {
-    distiller: Distiller,
-    manifest: Digest,
-    /// Last inner round that it has seen the end of.
-    after: Option<u32>,
 }
 
 impl<'a> Worker<'a> {
@@ -96,21 +84,14 @@ impl<'a> Worker<'a> {
             spool: Spool::open(&folders.spool)?,
             folders,
             stop,
-            reference: None,
+            reference: ReferenceCache::default(),
             source: None,
             distiller: None,
             memory: Memory::default(),
-            device: DeviceChoice::Cpu,
         })
     }
 
-    /// Computes elsewhere than on the processors.
-    #[must_use]
-    pub fn on(self, device: DeviceChoice) -> Self {
-        Self { device, ..self }
-    }
-
-    /// Holds the pivot in another way while an adapter of it is trained.
+    /// Computes elsewhere, and holds the pivot in another way while an adapter of it is trained.
     #[must_use]
     pub fn with_memory(self, memory: Memory) -> Self {
         Self { memory, ..self }
@@ -171,7 +152,7 @@ impl<'a> Worker<'a> {
     }
 
     fn score(&mut self, id: &JobId, job: &ScoreJob) -> Result<Done, WorkError> {
-        let reference = self.reference(&job.reference)?;
+        let reference = self.reference.read(&self.spool, &job.reference)?;
         self.distiller = None;
         let source = self.take_source()?.ok_or_else(|| WorkError::Setting {
             field: "source",
@@ -194,146 +175,6 @@ impl<'a> Worker<'a> {
         Ok((artefact, notes))
     }
 
-    fn distil(&mut self, id: &JobId, job: &DistilJob) -> Result<Done, WorkError> {
-        self.source = None;
-        let reference = self.reference(&job.reference)?;
-        let mut running = self.resume(job)?;
-        let result = self.inner_round(id, job, &reference, &mut running.distiller);
-        // After an error the optimiser is somewhere inside of the round; the next job reads it back from disk.
-        if result.is_ok() {
-            running.after = Some(job.inner);
-            self.distiller = Some(running);
-        }
-        result
-    }
-
-    fn inner_round(
-        &self,
-        id: &JobId,
-        job: &DistilJob,
-        reference: &ReferenceSet,
-        distiller: &mut Distiller,
-    ) -> Result<Done, WorkError> {
-        let items = reference.items();
-        if items.len() as u64 != job.items {
-            return Err(WorkError::Setting {
-                field: "items",
-                problem: format!("{}, but the reference set has {}", job.items, items.len()),
-            });
-        }
-        let start = self.spool.read_blob(&job.start, limits::ARTEFACT)?;
-        distiller.set_start(&start)?;
-        let part = items_of(&job.part, job.items)?;
-        let plan = distiller.plan(items, &part, job.inner)?;
-        let visited = plan.visited()?;
-        let targets = Targets::gather(reference, &visited, job.shard_items, |index| {
-            let digest = usize::try_from(index)
-                .ok()
-                .and_then(|index| job.targets.get(index))
-                .ok_or_else(|| WorkError::Targets(format!("the job names no shard {index}")))?;
-            Ok(self.spool.read_blob(digest, limits::SHARD)?)
-        })?;
-        let objective = Objective::Trie {
-            targets: &targets,
-            cross_entropy: job.training.cross_entropy_permille as f32 / 1000.0,
-        };
-        let mut watch = Watch::new(&self.spool, self.stop, id, "steps");
-        let loss = distiller.run(&plan, items, objective, &mut watch)?;
-        let artefact = self.spool.put_blob(&distiller.adapter_bytes()?)?;
-        self.keep_state(job, distiller)?;
-        let notes = notes([("loss", loss), ("usable_items", plan.usable() as f64)]);
-        Ok((artefact, notes))
-    }
-
-    /// The distiller as it was when the inner round before this job's ended, or a new one.
-    fn resume(&mut self, job: &DistilJob) -> Result<Running, WorkError> {
-        let settings = Settings::of(&job.training, job.seed)?;
-        let saved = self.saved_states(&job.manifest)?;
-        let before = saved.iter().rev().find(|(inner, _)| *inner < job.inner);
-        let after = before.map(|(inner, _)| *inner);
-        if let Some(running) = self.distiller.take()
-            && running.manifest == job.manifest
-            && running.after == after
-            && *running.distiller.settings() == settings
-        {
-            return Ok(running);
-        }
-        let folder = self.folders.pivot.resolve()?;
-        let mut pivot = LoadedModel::load_as(&folder, &self.storage(&settings)?)?;
-        let again = self.memory.checkpoint_activations;
-        pivot.model.checkpoint_activations(again);
-        let mut distiller = Distiller::new(pivot, settings)?;
-        if let Some((inner, name)) = before {
-            distiller.restore_state(&self.spool.state_path(name))?;
-            tracing::info!(
-                inner,
-                "continues with the optimiser of an earlier inner round"
-            );
-        }
-        Ok(Running {
-            distiller,
-            manifest: job.manifest,
-            after,
-        })
-    }
-
-    /// How the pivot is stored while its adapter is trained.
-    fn storage(&self, settings: &Settings) -> Result<BaseStorage, WorkError> {
-        let placement = self.device.placement(self.memory.offload)?;
-        let offload = if self.memory.offload && placement.is_none() {
-            Some(Arc::new(OffloadFile::create(&self.spool.state_path(""))?))
-        } else {
-            None
-        };
-        // On a device the base has the placement's type, unless it is stored in fewer bits than that.
-        let format = match self.memory.base {
-            Format::Bf16 if placement.is_some() => Format::F32,
-            format => format,
-        };
-        Ok(BaseStorage {
-            format,
-            tables: !(settings.lora.saves_embedding || settings.lora.saves_head),
-            offload,
-            placement,
-        })
-    }
-
-    /// Writes the optimiser's state and removes those that no job can need: other rounds', and of this round's all but
-    /// the one before, because the job may be done again.
-    fn keep_state(&self, job: &DistilJob, distiller: &Distiller) -> Result<(), WorkError> {
-        let name = state_name(&job.manifest, job.inner);
-        distiller.save_state(&self.spool.state_path(&name))?;
-        let needed: Vec<String> = self
-            .saved_states(&job.manifest)?
-            .into_iter()
-            .filter(|(inner, _)| *inner <= job.inner)
-            .map(|(_, name)| name)
-            .rev()
-            .take(2)
-            .collect();
-        for name in self.spool.states_named(STATE)? {
-            if !needed.contains(&name) {
-                self.spool.remove_state(&name)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// States of a round by inner round, ascending.
-    fn saved_states(&self, manifest: &Digest) -> Result<Vec<(u32, String)>, WorkError> {
-        let mut found: Vec<(u32, String)> = self
-            .spool
-            .states_named(STATE)?
-            .into_iter()
-            .filter_map(|name| {
-                let inner = name.rsplit_once('-')?.1.parse().ok()?;
-                (name == state_name(manifest, inner)).then_some((inner, name))
-            })
-            .collect();
-        found.sort_unstable();
-        Ok(found)
-    }
-
     fn evaluate(&mut self, id: &JobId, job: &EvaluateJob) -> Result<Done, WorkError> {
         self.distiller = None;
         let items = holdout::read(&self.folders.holdout)?;
@@ -346,7 +187,7 @@ impl<'a> Worker<'a> {
         let source_score = source
             .map(|source| evaluate(&source, &items, &mut watch))
             .transpose()?;
-        let pivot = LoadedModel::load_on(&self.folders.pivot.resolve()?, self.device)?;
+        let pivot = LoadedModel::load_on(&self.folders.pivot.resolve()?, self.memory.device)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = pivot;
         candidate.apply_adapter(shape, &adapter)?;
@@ -376,23 +217,11 @@ impl<'a> Worker<'a> {
             (None, None) => return Ok(None),
         };
         let folder = place.resolve()?;
-        let mut source = LoadedModel::load_on(&folder, self.device)?;
+        let mut source = LoadedModel::load_on(&folder, self.memory.device)?;
         if self.folders.source_chat_template {
             source.use_chat_template(&folder)?;
         }
         Ok(Some(source))
-    }
-
-    fn reference(&mut self, digest: &Digest) -> Result<Arc<ReferenceSet>, WorkError> {
-        if let Some(reference) = &self.reference
-            && reference.digest() == *digest
-        {
-            return Ok(Arc::clone(reference));
-        }
-        let bytes = self.spool.read_blob(digest, limits::ARTEFACT)?;
-        let reference = Arc::new(ReferenceSet::parse(&bytes)?);
-        self.reference = Some(Arc::clone(&reference));
-        Ok(reference)
     }
 }
 
@@ -452,10 +281,6 @@ pub(crate) fn check_symbols(symbols: u16, width: usize) -> Result<(), WorkError>
              rebuild its head"
         ),
     })
-}
-
-fn state_name(manifest: &Digest, inner: u32) -> String {
-    format!("{STATE}{manifest}-{inner:04}")
 }
 
 fn notes<const N: usize>(numbers: [(&str, f64); N]) -> BTreeMap<String, f64> {

@@ -1,13 +1,11 @@
-//! What the round is compared with: the same pivot and the same adapters in one place; what is learned from differs.
+//! One trainer: the same pivot and the same adapters in one place; what is learned from differs.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use consilium_aggregator::fusion;
-use consilium_examples::world::World;
-
 use consilium_node::worker::source::LoadedModel;
-use consilium_node::worker::train::distill::{Distiller, Objective, Settings};
+use consilium_node::worker::train::distill::{Distiller, Objective, Plan, Settings};
 use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::{Manifest, Training};
@@ -19,69 +17,105 @@ use rand_chacha::ChaCha8Rng;
 
 /// One trainer in one place, under the adapters of the round.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Trainer<'a> {
+pub struct Trainer<'a> {
     /// Folder of the pivot.
-    pub(crate) pivot: &'a Path,
+    pub pivot: &'a Path,
     /// The round's training; rate and steps are replaced.
-    pub(crate) training: &'a Training,
+    pub training: &'a Training,
     /// Steps of 12 rows.
-    pub(crate) steps: u64,
+    pub steps: u64,
     /// Peak learning rate.
-    pub(crate) rate: f64,
+    pub rate: f64,
     /// Seed of data order and adapter.
-    pub(crate) seed: u64,
+    pub seed: u64,
 }
 
 impl Trainer<'_> {
     /// Trains on the observed tokens of `items`, declared answers included: the strongest use of such labels.
-    pub(crate) fn on_labels(&self, items: &[Item]) -> Result<LoadedModel> {
-        self.run(items, Objective::CrossEntropy)
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn on_labels(&self, items: &[Item]) -> Result<LoadedModel> {
+        self.run(items, Objective::CrossEntropy, true)
     }
 
-    /// Distils from fused records, as the nodes do.
-    pub(crate) fn on_targets(&self, items: &[Item], targets: &Targets) -> Result<LoadedModel> {
+    /// Distils from fused records, as the nodes do: declared answers are no labels.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn on_targets(&self, items: &[Item], targets: &Targets) -> Result<LoadedModel> {
         let cross_entropy = self.training.cross_entropy_permille as f32 / 1000.0;
-        self.run(
-            items,
-            Objective::Trie {
-                targets,
-                cross_entropy,
-            },
-        )
+        let objective = Objective::Trie {
+            targets,
+            cross_entropy,
+        };
+        self.run(items, objective, false)
     }
 
-    fn run(&self, items: &[Item], objective: Objective<'_>) -> Result<LoadedModel> {
+    /// Trains the pivot's adapter for all steps. `answers` says whether declared answers are labels as well.
+    ///
+    /// # Errors
+    /// A pivot that cannot be loaded, targets that do not fit the items, or numbers that are not finite.
+    pub fn run(
+        &self,
+        items: &[Item],
+        objective: Objective<'_>,
+        answers: bool,
+    ) -> Result<LoadedModel> {
+        let (mut distiller, plan) = self.begin(items, answers)?;
+        distiller.run(&plan, items, objective, &mut ())?;
+        Ok(distiller.into_student())
+    }
+
+    /// The pivot with a fresh adapter, and the order in which it will see the items.
+    ///
+    /// # Errors
+    /// A pivot that cannot be loaded, or items of which none fits a row.
+    pub fn begin(&self, items: &[Item], answers: bool) -> Result<(Distiller, Plan)> {
         let pivot = LoadedModel::load(self.pivot)?;
         let mut settings = Settings::of(self.training, self.seed)?;
         settings.local_steps = self.steps;
         settings.schedule.steps = self.steps;
         settings.schedule.rate = self.rate;
-        settings.label_unlabeled = true;
-        let mut distiller = Distiller::new(pivot, settings)?;
+        settings.label_unlabeled = answers;
+        let distiller = Distiller::new(pivot, settings)?;
         let all: Vec<u64> = (0..items.len() as u64).collect();
         let plan = distiller.plan(items, &all, 0)?;
-        distiller.run(&plan, items, objective, &mut ())?;
-        Ok(distiller.into_student())
+        Ok((distiller, plan))
     }
 }
 
-/// All private text as items of one set: what nobody in the consortium may have, the bound.
-pub(crate) fn union_of_private_text(world: &World) -> Vec<Item> {
-    world
-        .institutions
-        .iter()
-        .flat_map(|institution| &institution.private)
+/// Lines of text as items of one set. Of all private text: what nobody in the consortium may have, the bound.
+pub fn items_of<'a>(lines: impl IntoIterator<Item = &'a String>) -> Vec<Item> {
+    lines
+        .into_iter()
         .map(|line| Item {
             context: String::new(),
             target: line.clone(),
-            unlabeled: Vec::new(),
+            ..Item::default()
         })
         .collect()
 }
 
+/// The records of all items of a set, from its shards in order.
+///
+/// # Errors
+/// Shards of another set, or that do not fit the items.
+pub fn targets_of(reference: &ReferenceSet, shard_items: u32, shards: &[Shard]) -> Result<Targets> {
+    let all: Vec<u64> = (0..reference.items().len() as u64).collect();
+    let targets = Targets::gather(reference, &all, shard_items, |index| {
+        let shard = shards.get(index as usize).map(Shard::to_bytes);
+        Ok(shard.transpose().ok().flatten().unwrap_or_default())
+    })?;
+    Ok(targets)
+}
+
 /// Fuses records after moving them between items of equal length: what remains is format without knowledge. Returns the
 /// targets in shards of the whole set.
-pub(crate) fn permuted_targets(
+///
+/// # Errors
+/// Records that do not fit the items.
+pub fn permuted_targets(
     manifest: &Manifest,
     reference: &ReferenceSet,
     shards: &[(InstitutionId, Vec<Shard>)],

@@ -6,10 +6,13 @@ use std::sync::Mutex;
 use anyhow::{Context, Result};
 
 /// Something to do once.
-pub(crate) type Job<'a, T> = Box<dyn FnOnce() -> Result<T> + Send + 'a>;
+pub type Job<'a, T> = Box<dyn FnOnce() -> Result<T> + Send + 'a>;
 
 /// Does the jobs, as many at a time as there are cores; results in the order of the jobs.
-pub(crate) fn in_parallel<T: Send>(jobs: Vec<Job<'_, T>>) -> Result<Vec<T>> {
+///
+/// # Errors
+/// The first job that failed.
+pub fn in_parallel<T: Send>(jobs: Vec<Job<'_, T>>) -> Result<Vec<T>> {
     let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let results: Vec<Mutex<Option<Result<T>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
     let queue = Mutex::new(jobs.into_iter().enumerate());

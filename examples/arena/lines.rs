@@ -1,0 +1,242 @@
+//! What the comparison is held to: every line on every seed, from the same rows that are written.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Regime;
+use crate::arms::{ARMS, Role};
+use crate::attacks::AttackRow;
+use crate::table::Row;
+
+/// A promise and what was found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Line {
+    /// What must hold on every seed.
+    pub(crate) promise: String,
+    /// Whether it does; none where an arm that it needs was not run.
+    pub(crate) holds: Option<bool>,
+    /// The figures, per seed.
+    pub(crate) found: String,
+}
+
+/// A figure of one seed and whether it is good enough; none where an arm is missing.
+type Found = Option<(bool, String)>;
+
+/// A promise and how a seed keeps it.
+type Promise = (&'static str, fn(&Seed<'_>) -> Found);
+
+/// Every line that these rows can decide.
+pub(crate) fn check(rows: &[Row], attacks: &[AttackRow]) -> Vec<Line> {
+    let lines: [Promise; 9] = [
+        ("ours: union bits at least 3 % below SFT", below_sft),
+        ("ours: union bits below every source", below_sources),
+        ("ours: facts at least .5, where chance is .083", facts),
+        (
+            "ours: recovers .35 of the bits and .5 of the facts",
+            recovered,
+        ),
+        ("permuted records: facts at most .15", control),
+        ("8 symbols and tail: within 1 % of 64", narrow),
+        ("12 drawn symbols: within 1 % of 64", drawn),
+        ("uniform mean: worse than routing", mean),
+        ("InfiFusion: fewer bits than plain ULD", infifusion),
+    ];
+    let seeds = seeds(rows);
+    lines
+        .iter()
+        .map(|(promise, of)| {
+            let found: Vec<Found> = seeds.iter().map(of).collect();
+            let known: Vec<&(bool, String)> = found.iter().flatten().collect();
+            Line {
+                promise: (*promise).to_owned(),
+                holds: (known.len() == seeds.len() && !seeds.is_empty())
+                    .then(|| known.iter().all(|(holds, _)| *holds)),
+                found: known
+                    .iter()
+                    .map(|(_, figure)| figure.as_str())
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            }
+        })
+        .chain([first(rows), bounded(attacks), harmless(attacks)])
+        .collect()
+}
+
+/// Rows of one seed in the regime of random answers, where a gain can come from nowhere but the records.
+struct Seed<'a>(Vec<&'a Row>);
+
+fn seeds(rows: &[Row]) -> Vec<Seed<'_>> {
+    let of_regime = || rows.iter().filter(|row| row.regime == Regime::Random);
+    let mut seeds: Vec<u64> = of_regime().map(|row| row.seed).collect();
+    seeds.sort_unstable();
+    seeds.dedup();
+    seeds
+        .into_iter()
+        .map(|seed| Seed(of_regime().filter(|row| row.seed == seed).collect()))
+        .collect()
+}
+
+impl Seed<'_> {
+    fn row(&self, arm: &str) -> Option<&Row> {
+        self.0.iter().copied().find(|row| row.arm == arm)
+    }
+
+    fn bits(&self, arm: &str) -> Option<f64> {
+        Some(self.row(arm)?.scores.union())
+    }
+
+    fn facts(&self, arm: &str) -> Option<f64> {
+        self.row(arm)?.scores.facts().rate()
+    }
+
+    /// Bits of an arm relative to those of another.
+    fn ratio(&self, arm: &str, to: &str) -> Option<f64> {
+        Some(self.bits(arm)? / self.bits(to)?)
+    }
+}
+
+/// Name of the default among the arms.
+const OURS: &str = "softmax";
+
+fn below_sft(seed: &Seed<'_>) -> Found {
+    let ratio = seed.ratio(OURS, "sft")?;
+    Some((ratio <= 0.97, format!("{ratio:.3}")))
+}
+
+fn below_sources(seed: &Seed<'_>) -> Found {
+    let sources = ARMS.iter().filter(|arm| arm.role == Role::Source);
+    let best = sources
+        .map(|arm| seed.bits(arm.id))
+        .collect::<Option<Vec<_>>>()?
+        .into_iter()
+        .fold(f64::INFINITY, f64::min);
+    let ours = seed.bits(OURS)?;
+    Some((ours < best, format!("{ours:.3} against {best:.3}")))
+}
+
+fn facts(seed: &Seed<'_>) -> Found {
+    let facts = seed.facts(OURS)?;
+    Some((facts >= 0.5, format!("{facts:.3}")))
+}
+
+fn recovered(seed: &Seed<'_>) -> Found {
+    let [sft, ours, bound] = ["sft", OURS, "centralised"].map(|arm| seed.row(arm));
+    let (sft, ours, bound) = (sft?.scores, ours?.scores, bound?.scores);
+    let bits = (sft.union() - ours.union()) / (sft.union() - bound.union());
+    let rate = |scores: consilium_examples::report::Scores| scores.facts().rate();
+    let facts = (rate(ours)? - rate(sft)?) / (rate(bound)? - rate(sft)?);
+    Some((
+        bits >= 0.35 && facts >= 0.5,
+        format!("{bits:.2} and {facts:.2}"),
+    ))
+}
+
+fn control(seed: &Seed<'_>) -> Found {
+    let facts = seed.facts("permuted")?;
+    Some((facts <= 0.15, format!("{facts:.3}")))
+}
+
+fn narrow(seed: &Seed<'_>) -> Found {
+    let ratio = seed.ratio("top8", "dense")?;
+    Some((ratio <= 1.01, format!("{ratio:.4}")))
+}
+
+fn drawn(seed: &Seed<'_>) -> Found {
+    let ratio = seed.ratio("drawn", "dense")?;
+    Some((ratio <= 1.01, format!("{ratio:.4}")))
+}
+
+fn mean(seed: &Seed<'_>) -> Found {
+    let ratio = seed.ratio("mean", OURS)?;
+    Some((ratio > 1.0, format!("{ratio:.3}")))
+}
+
+fn infifusion(seed: &Seed<'_>) -> Found {
+    let ratio = seed.ratio("infifusion", "uld")?;
+    let sft = seed.ratio("infifusion", "sft")?;
+    Some((ratio < 1.0, format!("{ratio:.3} (of SFT {sft:.3})")))
+}
+
+/// Whether every attack but collusion costs the default rule at most 5 %.
+fn bounded(attacks: &[AttackRow]) -> Line {
+    let worst = attacks
+        .iter()
+        .filter(|row| row.attack != "none" && !row.is_collusion())
+        .filter_map(|row| Some((*row.cost_permille.first()? / 10.0, row.label())))
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    Line {
+        promise: "default rule: every attack of one in five but collusion costs at most 5 %"
+            .to_owned(),
+        holds: worst.as_ref().map(|(cost, _)| *cost <= 5.0),
+        found: worst.map_or_else(String::new, |(cost, label)| {
+            format!("{cost:.1} % by {label}")
+        }),
+    }
+}
+
+/// Whether the default rule costs at most 1 % against the plain mean where nobody lies.
+fn harmless(attacks: &[AttackRow]) -> Line {
+    let worst = attacks
+        .iter()
+        .filter(|row| row.attack == "none")
+        .filter_map(|row| row.cost_permille.get(1))
+        // The plain mean against the default; the other way round it is this.
+        .map(|mean| 100.0 * (1000.0 / (1000.0 + mean) - 1.0))
+        .reduce(f64::max);
+    Line {
+        promise: "default rule: at most 1 % above the plain mean where nobody lies".to_owned(),
+        holds: worst.map(|cost| cost <= 1.0),
+        found: worst.map_or_else(String::new, |cost| format!("{cost:+.1} %")),
+    }
+}
+
+/// Whether the default is first among all arms that no bound and no control is, by mean bits and by mean facts.
+fn first(rows: &[Row]) -> Line {
+    let rivals = ARMS.iter().filter(|arm| {
+        matches!(
+            arm.role,
+            Role::Baseline | Role::Method | Role::Ours | Role::Source
+        )
+    });
+    let mut best_bits: Option<(f64, &str)> = None;
+    let mut best_facts: Option<(f64, &str)> = None;
+    let mut ours = None;
+    for arm in rivals {
+        let of: Vec<&Row> = rows
+            .iter()
+            .filter(|row| row.arm == arm.id && row.regime == Regime::Random)
+            .collect();
+        if of.is_empty() {
+            continue;
+        }
+        let count = of.len() as f64;
+        let bits = of.iter().map(|row| row.scores.union()).sum::<f64>() / count;
+        let facts = of
+            .iter()
+            .filter_map(|row| row.scores.facts().rate())
+            .sum::<f64>()
+            / count;
+        if best_bits.is_none_or(|(best, _)| bits < best) {
+            best_bits = Some((bits, arm.label));
+        }
+        if best_facts.is_none_or(|(best, _)| facts > best) {
+            best_facts = Some((facts, arm.label));
+        }
+        if arm.id == OURS {
+            ours = Some((bits, facts));
+        }
+    }
+    let found = match (best_bits, best_facts) {
+        (Some((bits, by_bits)), Some((facts, by_facts))) => {
+            format!("bits {bits:.3} by {by_bits}, facts {facts:.3} by {by_facts}")
+        }
+        _ => String::new(),
+    };
+    Line {
+        promise: "ours: first on bits and on facts, by the mean over the seeds".to_owned(),
+        holds: ours
+            .zip(best_bits)
+            .zip(best_facts)
+            .map(|(((bits, facts), most), right)| bits <= most.0 && facts >= right.0),
+        found,
+    }
+}

@@ -1,0 +1,180 @@
+//! What the arms scored, and the same as text.
+
+use std::fmt::Write as _;
+
+use consilium_examples::report::{Scores, Spread};
+use serde::{Deserialize, Serialize};
+
+use crate::Regime;
+use crate::arms::{ARMS, Role, named};
+use crate::attacks::{AttackRow, RULES};
+use crate::lines::Line;
+
+/// One arm on one seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Row {
+    /// The arm's name.
+    pub(crate) arm: String,
+    /// What the public text says.
+    pub(crate) regime: Regime,
+    /// The seed.
+    pub(crate) seed: u64,
+    /// Its answers.
+    #[serde(flatten)]
+    pub(crate) scores: Scores,
+}
+
+/// Everything that a run found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    /// What makes it again.
+    pub(crate) command: String,
+    /// Steps of every trained arm.
+    pub(crate) steps: u64,
+    /// What was promised, and whether it holds.
+    pub(crate) lines: Vec<Line>,
+    /// Every arm on every seed.
+    pub(crate) rows: Vec<Row>,
+    /// Every attack on every seed.
+    pub(crate) attacks: Vec<AttackRow>,
+}
+
+/// A column: heading, value of an arm, decimals.
+pub(crate) type Column = (&'static str, fn(&Scores) -> Option<f64>);
+
+/// Columns of the table.
+pub(crate) const COLUMNS: [Column; 5] = [
+    ("bits, union", |scores| Some(scores.union())),
+    ("facts", |scores| scores.facts().rate()),
+    ("rule, private", |scores| scores.rules[0].rate()),
+    ("rule, public only", |scores| scores.rules[1].rate()),
+    ("rule, nowhere", |scores| scores.rules[2].rate()),
+];
+
+impl Row {
+    /// One line for who waits.
+    pub(crate) fn line(&self) -> String {
+        let label = named(&self.arm).map_or(self.arm.as_str(), |arm| arm.label);
+        let cells: Vec<String> = COLUMNS
+            .iter()
+            .map(|(_, of)| of(&self.scores).map_or_else(|| "-".to_owned(), |v| format!("{v:.3}")))
+            .collect();
+        format!("           {label:<32}{}", cells.join("  "))
+    }
+}
+
+impl Outcome {
+    /// Regimes in which anything ran, ascending.
+    pub(crate) fn regimes(&self) -> Vec<Regime> {
+        let mut regimes: Vec<Regime> = self.rows.iter().map(|row| row.regime).collect();
+        regimes.sort_unstable();
+        regimes.dedup();
+        regimes
+    }
+
+    /// Attacks in the order in which they were made, with the mean cost under each rule in per cent.
+    pub(crate) fn attack_costs(&self) -> Vec<(String, Vec<f64>)> {
+        let mut found: Vec<(String, Vec<&AttackRow>)> = Vec::new();
+        for row in &self.attacks {
+            let label = row.label();
+            match found.iter_mut().find(|(known, _)| *known == label) {
+                Some((_, rows)) => rows.push(row),
+                None => found.push((label, vec![row])),
+            }
+        }
+        let mean = |rows: &[&AttackRow], rule: usize| {
+            let costs = rows.iter().filter_map(|row| row.cost_permille.get(rule));
+            costs.sum::<f64>() / 10.0 / rows.len() as f64
+        };
+        found
+            .into_iter()
+            .map(|(label, rows)| {
+                (
+                    label,
+                    (0..RULES.len()).map(|rule| mean(&rows, rule)).collect(),
+                )
+            })
+            .collect()
+    }
+
+    /// A column of an arm in a regime, over the seeds.
+    pub(crate) fn spread(&self, arm: &str, regime: Regime, column: &Column) -> Option<Spread> {
+        let rows = self
+            .rows
+            .iter()
+            .filter(|row| row.arm == arm && row.regime == regime);
+        Spread::of(rows.map(|row| (column.1)(&row.scores)))
+    }
+}
+
+/// The table of each regime and the pass lines, for a terminal.
+pub(crate) fn render(outcome: &Outcome) -> String {
+    let mut text = String::new();
+    for regime in outcome.regimes() {
+        let _ = write!(
+            text,
+            "\n{}; {} steps per arm; mean (least to most) over the seeds\n{:<32}",
+            regime.label(),
+            outcome.steps,
+            "arm"
+        );
+        for (heading, _) in COLUMNS {
+            let _ = write!(text, "{heading:>22}");
+        }
+        text.push('\n');
+        for arm in ARMS {
+            let cells: Vec<Option<Spread>> = COLUMNS
+                .iter()
+                .map(|column| outcome.spread(arm.id, regime, column))
+                .collect();
+            if cells.iter().all(Option::is_none) {
+                continue;
+            }
+            let mark = if arm.role == Role::Ours { "*" } else { "" };
+            let _ = write!(text, "{:<32}", format!("{}{mark}", arm.label));
+            for cell in cells {
+                let _ = write!(text, "{:>22}", cell.map_or_else(|| "-".to_owned(), show));
+            }
+            text.push('\n');
+        }
+    }
+    attacks(&mut text, outcome);
+    text.push_str("\nPromises\n");
+    for line in &outcome.lines {
+        let verdict = match line.holds {
+            Some(true) => "holds",
+            Some(false) => "FAILS",
+            None => "not run",
+        };
+        let _ = writeln!(text, "{verdict:<9}{} {}", line.promise, line.found);
+    }
+    text
+}
+
+/// Costs of attacks, mean over the seeds.
+fn attacks(text: &mut String, outcome: &Outcome) {
+    if outcome.attacks.is_empty() {
+        return;
+    }
+    let _ = write!(
+        text,
+        "\nOne of five institutions lies: bits more than without it, in per cent; `none`: than the default rule\n{:<40}",
+        "attack"
+    );
+    for rule in RULES {
+        let _ = write!(text, "{rule:>14}");
+    }
+    text.push('\n');
+    for (label, costs) in outcome.attack_costs() {
+        let _ = write!(text, "{label:<40}");
+        for cost in costs {
+            let _ = write!(text, "{cost:>14.1}");
+        }
+        text.push('\n');
+    }
+}
+
+/// Mean and range.
+pub(crate) fn show(spread: Spread) -> String {
+    format!("{:.3} ({:.3}-{:.3})", spread.mean, spread.min, spread.max)
+}

@@ -1,0 +1,8 @@
+//! What the examples make and measure models with: one trainer, one set of questions, one way of using the cores.
+
+pub mod clock;
+pub mod folder;
+pub mod measure;
+pub mod models;
+pub mod parallel;
+pub mod trainer;
