@@ -26,12 +26,13 @@ pub struct RunOptions {
 /// place and is done again by the next worker.
 ///
 /// # Errors
-/// The spool cannot be used. A job that fails is no such error; its result says so.
+/// The spool cannot be used, or the device that was chosen is not there. A job that fails is no such error; its result says so.
 pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
     let ending = Ending::watch(options.end_with_parent).map_err(|source| WorkError::Process {
         doing: "watch for signals",
         source,
     })?;
+    let device = options.memory.device.found()?;
     let threads = options.threads.map_or(0, NonZeroUsize::get);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -44,7 +45,7 @@ pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
     pool.install(|| {
         let mut worker = Worker::new(folders, &stop)?.with_memory(options.memory);
         let threads = rayon::current_num_threads();
-        tracing::info!(spool = %worker.spool().dir().display(), threads, "worker waits for jobs");
+        tracing::info!(spool = %worker.spool().dir().display(), threads, ?device, "worker waits for jobs");
         while !stop() {
             if !worker.work()? {
                 worker.spool().wait_for_change(PATIENCE)?;
