@@ -168,7 +168,8 @@ impl Vocab {
     }
 
     /// Ranks of the class of a byte or end token; `None` for ignored ones and ranks out of range.
-    pub(crate) fn class(&self, rank: u32) -> Option<Range<usize>> {
+    #[must_use]
+    pub fn class(&self, rank: u32) -> Option<Range<usize>> {
         if self.ends.contains(&rank) {
             return Some(self.ends());
         }

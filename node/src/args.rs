@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use consilium_kernels::quant::Format;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
-use crate::config::format;
+use crate::config::{DeviceChoice, format};
 use crate::scorer::{RawServer, ScorerError, ScorerSettings};
 
 /// The program at an institution: trains, scores, and takes part in rounds.
@@ -160,9 +160,13 @@ pub(crate) struct TrainArgs {
     /// Compute activations again in the backward pass rather than keep them: less memory, a third more work.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(crate) checkpoint_activations: Option<bool>,
-    /// Leave the weights of the layers in a file in the run's folder, and read one layer at a time.
+    /// Leave the weights of the layers in a file in the run's folder, beside an NVIDIA device in the host's memory, and read one
+    /// layer at a time.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(crate) offload: Option<bool>,
+    /// Where the model computes; auto without it.
+    #[arg(long, value_enum, value_name = "DEVICE")]
+    pub(crate) device: Option<DeviceChoice>,
     /// Share of the records that is held out; the weights that do best on it are kept.
     #[arg(long, value_name = "SHARE")]
     pub(crate) held_out: Option<f64>,
@@ -222,6 +226,9 @@ pub(crate) struct ScoreArgs {
     /// Wrap what an item gives in the model's own chat template.
     #[arg(long)]
     pub(crate) chat_template: bool,
+    /// Where the model computes.
+    #[arg(long, value_enum, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }
@@ -279,6 +286,9 @@ pub(crate) struct EvaluateArgs {
     /// Items, JSON lines.
     #[arg(long)]
     pub(crate) data: PathBuf,
+    /// Where the model computes.
+    #[arg(long, value_enum, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
 }

@@ -163,7 +163,8 @@ fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {
             chat_template: args.chat_template,
         };
         let (reference, out) = (&args.reference, &args.out);
-        commands::score(&model, reference, items, &shape, out, &mut terminal)
+        let device = args.device;
+        commands::score(&model, device, reference, items, &shape, out, &mut terminal)
     })?;
     Ok(Reply::done(format!("wrote {}", args.out.display()))
         .with("shard", args.out.display().to_string())
@@ -178,6 +179,7 @@ fn evaluate(args: &EvaluateArgs) -> Result<Reply, NodeError> {
         commands::evaluate(
             &args.model,
             adapter,
+            args.device,
             &args.data,
             &mut Terminal::new("items"),
         )

@@ -82,7 +82,7 @@ fn stored(format: Format) -> BaseStorage {
     BaseStorage {
         format,
         tables: true,
-        offload: None,
+        ..BaseStorage::default()
     }
 }
 

@@ -56,7 +56,7 @@ fn load(folder: &str) {
     let storage = BaseStorage {
         format,
         tables: true,
-        offload: None,
+        ..BaseStorage::default()
     };
     let before = peak().unwrap();
     // The last token first, so that the head's rows have to move.

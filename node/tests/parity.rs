@@ -1,5 +1,6 @@
 //! The decoder computes what Python transformers and peft compute: random folders of every family, with and without
-//! adapters, their logits and the gradients of one training step.
+//! adapters, their logits and the gradients of one training step. It does so with the host's operations, and with those that it uses
+//! on devices, here on the host's memory.
 //!
 //! `tests/interop/make_fixtures.py` makes the folders and what is expected of them.
 
@@ -7,11 +8,12 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device};
 use consilium_kernels::loss::{ItemLoss, Term};
 use consilium_kernels::{TokenKind, Vocab};
 use consilium_node::worker::model::{
-    AdapterConfig, LoraConfig, Model, ModelError, NamedTensor, NamedTensors, Packed, load_adapter,
-    load_folder, save_adapter, save_folder, tensors,
+    AdapterConfig, LoraConfig, Model, ModelError, NamedTensor, NamedTensors, Packed, Placement,
+    load_adapter, load_folder, save_adapter, save_folder, tensors,
 };
 use safetensors::SafeTensors;
 
@@ -142,6 +144,22 @@ impl From<consilium_kernels::LossError> for Failure {
 
 /// Logits, gradients, and what is written again, of the folder of one family.
 fn judge(family: &str, folder: &Path) {
+    judge_in(family, folder, None);
+    judge_in(
+        family,
+        folder,
+        Some(&Placement::new(Device::Cpu, DType::F32)),
+    );
+}
+
+fn judge_in(family: &str, folder: &Path, placement: Option<&Placement>) {
+    let load = |folder: &Path| {
+        let mut model = load(folder);
+        if let Some(placement) = placement {
+            model.place(placement.clone()).unwrap();
+        }
+        model
+    };
     let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
     let ids = ids(&expected);

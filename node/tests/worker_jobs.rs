@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use consilium_kernels::quant::Format;
-use consilium_node::config::Memory;
+use consilium_node::config::{DeviceChoice, Memory};
 use consilium_node::spool::{
     DistilJob, EvaluateJob, Job, JobId, Lesson, Outcome, RecordFiles, Rival, ScoreJob, Spool,
 };
@@ -400,7 +400,10 @@ fn a_worker_that_restarts_repeats_or_holds_less_gives_the_same_adapters() {
         assert!(!worker.work().unwrap(), "nothing is left to do");
         adapters
     };
-    let plain = Memory::default();
+    let plain = Memory {
+        device: DeviceChoice::Cpu,
+        ..Memory::default()
+    };
     let less = Memory {
         checkpoint_activations: true,
         offload: true,

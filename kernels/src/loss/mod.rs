@@ -150,6 +150,23 @@ pub struct ItemLoss<'a> {
     pub terms: &'a [Term<'a>],
 }
 
+impl ItemLoss<'_> {
+    /// Rows of logits that the item takes.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        let is_trie = |term: &Term<'_>| matches!(term, Term::Trie { .. });
+        match self.terms.first() {
+            Some(Term::Labels { labels, .. }) if !self.terms.iter().any(is_trie) => labels.len(),
+            Some(
+                Term::Tokens { target, .. }
+                | Term::Sorted { target, .. }
+                | Term::Standardised { target, .. },
+            ) if !self.terms.iter().any(is_trie) => target.positions(),
+            _ => self.tokens.len() + 1,
+        }
+    }
+}
+
 /// Sum of all terms of all items in nats; overwrites `logits`, the rows of all items one after the
 /// other `[rows, V]`, with its gradient. Ignored tokens get zeros.
 ///
@@ -251,16 +268,7 @@ fn check_item(
     item: &ItemLoss<'_>,
     offsets: &mut Vec<usize>,
 ) -> Result<usize, LossError> {
-    let is_trie = |term: &Term<'_>| matches!(term, Term::Trie { .. });
-    let rows = match item.terms.first() {
-        Some(Term::Labels { labels, .. }) if !item.terms.iter().any(is_trie) => labels.len(),
-        Some(
-            Term::Tokens { target, .. }
-            | Term::Sorted { target, .. }
-            | Term::Standardised { target, .. },
-        ) if !item.terms.iter().any(is_trie) => target.positions(),
-        _ => item.tokens.len() + 1,
-    };
+    let rows = item.rows();
     let before = offsets.len();
     offsets.resize(before + rows, 0);
     for term in item.terms {

@@ -117,6 +117,7 @@ impl Job {
             format: weights.format,
             tables: true,
             offload,
+            placement: None,
         };
         let order = vocab.id_of_rank().to_vec();
         let mut model = random_as(config, order, 1, &storage).expect("a plain model");
@@ -134,7 +135,7 @@ impl Job {
         }
         let labels = next_of_each(&model, &batch);
         let rows = batch.tokens.len();
-        let optimiser = AdamW::new(&model, AdamWConfig::default());
+        let optimiser = AdamW::new(&model, AdamWConfig::default()).expect("plain weights");
         Self {
             model,
             vocab,

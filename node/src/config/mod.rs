@@ -14,6 +14,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use consilium_kernels::quant::Format;
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId};
@@ -140,11 +141,12 @@ impl Policy {
 pub struct WorkerConfig {
     /// Threads; all cores if absent.
     pub threads: Option<NonZeroUsize>,
-    /// How the pivot is held while an adapter of it is trained.
+    /// Where models compute, and how the pivot is held while an adapter of it is trained.
     pub memory: Memory,
 }
 
-/// How a model is held in memory while an adapter of it is trained: keys of `[worker]`, in node.toml and in a training file.
+/// Where models compute, and how one is held in memory while an adapter of it is trained: keys of `[worker]`, in node.toml and in
+/// a training file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Memory {
@@ -153,8 +155,24 @@ pub struct Memory {
     pub base: Format,
     /// Whether activations are computed again in the backward pass rather than kept.
     pub checkpoint_activations: bool,
-    /// Whether the layers' weights stay in a file, in the spool or in the run's folder, and are read when they are computed.
+    /// Whether the layers' weights stay in a file, in the spool or in the run's folder, or beside an NVIDIA device in the host's
+    /// memory, and are read when they are computed.
     pub offload: bool,
+    /// Where models compute, also those that are not trained.
+    pub device: DeviceChoice,
+}
+
+/// Where models compute, as settings and options say it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// This machine's processors.
+    Cpu,
+    /// The first NVIDIA device that the process sees (`CUDA_VISIBLE_DEVICES`); an error where there is none.
+    Cuda,
+    /// An NVIDIA device where this program can use one, else the processors.
+    #[default]
+    Auto,
 }
 
 /// Host and port.

@@ -9,7 +9,7 @@ use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId, limits};
 use serde::Deserialize;
 
-use super::{ExternalCommand, Memory, Policy, WorkerConfig, format};
+use super::{DeviceChoice, ExternalCommand, Memory, Policy, WorkerConfig, format};
 use crate::scorer::RawServer;
 use crate::scorer::settings::WrongValue;
 
@@ -102,6 +102,8 @@ pub(super) struct RawWorker {
     pub(super) checkpoint_activations: bool,
     #[serde(default)]
     pub(super) offload: bool,
+    #[serde(default)]
+    pub(super) device: DeviceChoice,
 }
 
 impl RawPolicy {
@@ -164,6 +166,7 @@ impl RawWorker {
                 base,
                 checkpoint_activations: self.checkpoint_activations,
                 offload: self.offload,
+                device: self.device,
             },
         })
     }

@@ -61,11 +61,14 @@ max_bytes = 4_294_967_296
 [worker]
 # Threads; all cores without it.
 # threads = 8
+# Where models compute: "cpu"; "cuda", an NVIDIA device; or "auto", such a device where there is one. Programs built without
+# the feature `cuda` have only "cpu". Base weights are bf16 there; int8 and nf4 are decoded by the processor, slowly.
+# device = "auto"
 # How the pivot's weights are stored while its adapter is trained: "f32", "bf16", "int8" or "nf4" (4 bits).
 # base = "f32"
 # Activations are computed again in the backward pass rather than kept: less memory, a third more work.
 # checkpoint_activations = false
-# The weights of the layers stay in a file in the spool, and one layer at a time is read.
+# The weights of the layers stay in a file in the spool (with "cuda" in the host's memory), and one layer at a time is read.
 # offload = false
 
 # Score with the source through the site's own model server; its folder above then needs only config.json and the tokenizer.

@@ -22,9 +22,11 @@ fn what_init_writes_is_accepted_and_paths_start_at_the_file() {
     assert_eq!(config.worker.memory, Memory::default());
     let small = sample()
         .replace("# base = \"f32\"", "base = \"nf4\"")
+        .replace("# device = \"auto\"", "device = \"cpu\"")
         .replace("# offload = false", "offload = true");
     let memory = parse(&small).unwrap().worker.memory;
     assert_eq!((memory.base, memory.offload), (Format::Nf4, true));
+    assert_eq!(memory.device, DeviceChoice::Cpu);
     assert!(!memory.checkpoint_activations);
     let absolute = sample().replace("\"pivot\"", "\"/models/pivot\"");
     let pivot = parse(&absolute).unwrap().pivot;
@@ -94,6 +96,12 @@ fn every_error_names_file_key_and_fix() {
         ("# threads = 8", "thread = 8", "thread", "expected"),
         ("# base = \"f32\"", "base = \"fp4\"", "worker.base", "nf4"),
         ("# offload = false", "offload = 1", "offload", "boolean"),
+        (
+            "# device = \"auto\"",
+            "device = \"gpu\"",
+            "device = \"gpu\"",
+            "`cuda`",
+        ),
         ("# capacity = 1", "capacity = -1", "capacity", "u32"),
         (
             "# source_chat_template = false",

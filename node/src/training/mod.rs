@@ -128,33 +128,15 @@ pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
         commands::plan(&file, args.memory, &mut shell)
     })?;
     let mut reply = match planned.refusal {
+        None if planned.memory.is_none() => {
+            Reply::done("the run can start; the memory of a device is not estimated")
+        }
         None => Reply::done("the run fits"),
         Some(error) => Reply::no(&NodeError::from(error)),
     };
-    let Memory {
-        weights,
-        offloaded,
-        adapters,
-        gradients,
-        optimiser,
-        activations,
-        head,
-        process,
-        loading,
-    } = planned.memory;
-    for (name, bytes) in [
-        ("memory_bytes", planned.memory.total()),
-        ("weights_bytes", weights),
-        ("offloaded_bytes", offloaded),
-        ("adapters_bytes", adapters),
-        ("gradients_bytes", gradients),
-        ("optimiser_bytes", optimiser),
-        ("activations_bytes", activations),
-        ("head_bytes", head),
-        ("process_bytes", process),
-        ("loading_bytes", loading),
-    ] {
-        reply = reply.with(name, bytes);
+    reply = reply.with("device", json!(planned.device));
+    if let Some(memory) = planned.memory {
+        reply = with_memory(reply, memory);
     }
     if let Some(budget) = planned.budget {
         reply = reply
@@ -179,6 +161,36 @@ pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
         .with("seconds_per_step", time.seconds_per_step)
         .with("seconds", time.seconds.round())
         .with("time", human(time.total())))
+}
+
+/// The peak and its parts.
+fn with_memory(mut reply: Reply, memory: Memory) -> Reply {
+    let Memory {
+        weights,
+        offloaded,
+        adapters,
+        gradients,
+        optimiser,
+        activations,
+        head,
+        process,
+        loading,
+    } = memory;
+    for (name, bytes) in [
+        ("memory_bytes", memory.total()),
+        ("weights_bytes", weights),
+        ("offloaded_bytes", offloaded),
+        ("adapters_bytes", adapters),
+        ("gradients_bytes", gradients),
+        ("optimiser_bytes", optimiser),
+        ("activations_bytes", activations),
+        ("head_bytes", head),
+        ("process_bytes", process),
+        ("loading_bytes", loading),
+    ] {
+        reply = reply.with(name, bytes);
+    }
+    reply
 }
 
 /// The first signal asks the run to end after its step; it writes a checkpoint first.

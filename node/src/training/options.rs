@@ -71,6 +71,7 @@ pub(super) fn of_args(args: &TrainArgs) -> Result<TrainFile, WorkError> {
             .checkpoint_activations
             .unwrap_or(held.checkpoint_activations),
         offload: args.offload.unwrap_or(held.offload),
+        device: args.device.unwrap_or(held.device),
     };
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
@@ -120,7 +121,8 @@ pub(super) fn external_run(file: &TrainFile, modules: &[String]) -> Result<Exter
     }
     if file.worker != Memory::default() {
         let problem = "the command decides how it holds the model; leave them out";
-        return Err(refuse("base, checkpoint_activations, offload", problem));
+        let fields = "base, checkpoint_activations, offload, device";
+        return Err(refuse(fields, problem));
     }
     let Some(steps) = stage.steps else {
         let problem = "the command does not know the rows of an epoch; give --steps";

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 pub struct RunOptions {
     /// Threads of the computations; all cores if absent.
     pub threads: Option<NonZeroUsize>,
-    /// How the pivot is held while an adapter of it is trained.
+    /// Where models compute, and how the pivot is held while an adapter of it is trained.
     pub memory: Memory,
     /// End when the process that started this one is gone, as a child of the agent should.
     pub end_with_parent: bool,
@@ -26,12 +26,13 @@ pub struct RunOptions {
 /// place and is done again by the next worker.
 ///
 /// # Errors
-/// The spool cannot be used. A job that fails is no such error; its result says so.
+/// The spool cannot be used, or the device that was chosen is not there. A job that fails is no such error; its result says so.
 pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
     let ending = Ending::watch(options.end_with_parent).map_err(|source| WorkError::Process {
         doing: "watch for signals",
         source,
     })?;
+    let device = options.memory.device.found()?;
     let threads = options.threads.map_or(0, NonZeroUsize::get);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -44,7 +45,7 @@ pub fn run(folders: Folders, options: RunOptions) -> Result<(), WorkError> {
     pool.install(|| {
         let mut worker = Worker::new(folders, &stop)?.with_memory(options.memory);
         let threads = rayon::current_num_threads();
-        tracing::info!(spool = %worker.spool().dir().display(), threads, "worker waits for jobs");
+        tracing::info!(spool = %worker.spool().dir().display(), threads, ?device, "worker waits for jobs");
         while !stop() {
             if !worker.work()? {
                 worker.spool().wait_for_change(PATIENCE)?;

@@ -13,6 +13,7 @@ use super::error::WorkError;
 use super::model::{self, BaseStorage, Model, ModelConfig};
 use super::tokenizer::chat::Message;
 use super::tokenizer::{ChatTemplate, Tokenizer};
+use crate::config::DeviceChoice;
 
 /// Tokens of one batch at most; beyond this a pass gains nothing.
 const TOKENS: usize = 2048;
@@ -58,6 +59,19 @@ impl LoadedModel {
             vocab: Arc::new(vocab),
             chat: None,
         })
+    }
+
+    /// [`Self::load`], to compute where a setting says. Its weights are not to be trained.
+    ///
+    /// # Errors
+    /// As [`Self::load`], or where there is no such device.
+    pub fn load_on(folder: &Path, device: DeviceChoice) -> Result<Self, WorkError> {
+        let storage = BaseStorage {
+            tables: true,
+            placement: device.placement()?,
+            ..BaseStorage::default()
+        };
+        Self::load_as(folder, &storage)
     }
 
     /// A new model of random weights. `config.vocab_size` must hold all tokens of the tokenizer.

@@ -18,6 +18,7 @@ use super::model::load_adapter;
 use super::monitor::Monitor;
 use super::score::{ScoreStats, score_shard};
 use super::source::LoadedModel;
+use crate::config::DeviceChoice;
 use crate::hub::ModelPlace;
 
 pub use plan::{Planned, plan};
@@ -40,6 +41,7 @@ pub struct ScoredModel {
 /// A file cannot be read or written, or scoring fails.
 pub fn score(
     model: &ScoredModel,
+    device: DeviceChoice,
     reference: &Path,
     items: Option<Range<u64>>,
     shape: &RecordShape,
@@ -47,7 +49,7 @@ pub fn score(
     monitor: &mut dyn Monitor,
 ) -> Result<ScoreStats, WorkError> {
     let folder = model.place.resolve()?;
-    let mut source = LoadedModel::load(&folder)?;
+    let mut source = LoadedModel::load_on(&folder, device)?;
     if model.chat_template {
         source.use_chat_template(&folder)?;
     }
@@ -76,11 +78,12 @@ pub fn score(
 pub fn evaluate(
     model: &Path,
     adapter: Option<&Path>,
+    device: DeviceChoice,
     holdout: &Path,
     monitor: &mut dyn Monitor,
 ) -> Result<Score, WorkError> {
     let items = holdout::read(holdout)?;
-    let mut loaded = LoadedModel::load(&ModelPlace::from(model).resolve()?)?;
+    let mut loaded = LoadedModel::load_on(&ModelPlace::from(model).resolve()?, device)?;
     if let Some(adapter) = adapter {
         load_adapter(&mut loaded.model, adapter)?;
     }
@@ -94,6 +97,8 @@ mod tests {
     use super::*;
     use crate::worker::model::{LoraConfig, save_adapter};
     use crate::worker::testing::{self, LINES};
+
+    const CPU: DeviceChoice = DeviceChoice::Cpu;
 
     #[test]
     fn a_model_is_trained_from_nothing_then_on_scored_and_evaluated() {
@@ -109,10 +114,13 @@ mod tests {
         let stages = |steps: u64| {
             format!("[[stages]]\ntext = [\"text.txt\"]\nsteps = {steps}\nlearning_rate = 3e-3\n")
         };
-        let new = "output = \"first\"\nrow_tokens = 30\n[new]\nvocabulary = 300\nhidden_size = 32\n\
+        let new = "output = \"first\"\nworker.device = \"cpu\"\nrow_tokens = 30\n[new]\nvocabulary = 300\nhidden_size = 32\n\
                    layers = 1\nheads = 2\nintermediate_size = 40\n";
         fs::write(at("first.toml"), format!("{new}{}", stages(10))).unwrap();
-        let second = format!("output = \"second\"\nstart = \"first\"\n{}", stages(30));
+        let second = format!(
+            "output = \"second\"\nstart = \"first\"\n[worker]\ndevice = \"cpu\"\n{}",
+            stages(30)
+        );
         fs::write(at("second.toml"), &second).unwrap();
         let mut scores = Vec::new();
         for name in ["first", "second"] {
@@ -120,7 +128,7 @@ mod tests {
             train(&file, None, &mut testing::shell(&mut ())).unwrap();
             let holdout = at("holdout.jsonl");
             scores.push(
-                evaluate(&at(name), None, &holdout, &mut ())
+                evaluate(&at(name), None, CPU, &holdout, &mut ())
                     .unwrap()
                     .bits_per_byte,
             );
@@ -137,7 +145,7 @@ mod tests {
             place: at("second").into(),
             chat_template: false,
         };
-        let stats = score(&scored, &holdout, Some(2..5), &shape, &output, &mut ()).unwrap();
+        let stats = score(&scored, CPU, &holdout, Some(2..5), &shape, &output, &mut ()).unwrap();
         let shard = consilium_protocol::shard::Shard::parse(&fs::read(output).unwrap()).unwrap();
         assert_eq!(
             (shard.header.items(), shard.positions()),
@@ -153,7 +161,7 @@ mod tests {
         adapted.model.attach_lora(lora, 5).unwrap();
         save_adapter(&adapted.model, &at("adapter"), "second").unwrap();
         let adapter = at("adapter");
-        let same = evaluate(&at("second"), Some(&adapter), &holdout, &mut ()).unwrap();
+        let same = evaluate(&at("second"), Some(&adapter), CPU, &holdout, &mut ()).unwrap();
         assert!(
             (same.bits_per_byte - scores[1]).abs() < 1e-6,
             "a fresh adapter changes nothing"
@@ -165,20 +173,13 @@ mod tests {
             ("steps = 30", "", "stages.steps: give steps"),
             ("steps = 30", "steps = 30\nepochs = 1", "leave one out"),
             (
-                "[[stages]]",
-                "[worker]\nbase = \"fp4\"\n[[stages]]",
+                "device = \"cpu\"",
+                "base = \"fp4\"",
                 "\"fp4\", expected \"f32\"",
             ),
-            (
-                "[[stages]]",
-                "[worker]\nbase = \"nf4\"\n[[stages]]",
-                "worker.base",
-            ),
-            (
-                "[[stages]]",
-                "[worker]\noffload = true\n[[stages]]",
-                "worker.offload",
-            ),
+            ("device = \"cpu\"", "base = \"nf4\"", "worker.base"),
+            ("device = \"cpu\"", "offload = true", "worker.offload"),
+            ("device = \"cpu\"", "device = \"gpu\"", "`cuda`"),
             (
                 "start = \"first\"",
                 "start = \"first\"\nsteps = 3",

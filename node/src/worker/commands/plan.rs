@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::train::{chat_format, new_tokenizer};
 use super::train_file::{StageFile, TrainFile};
+use crate::config::DeviceChoice;
 use crate::worker::data::{self, Counts, Encoder, Preparation, Source};
 use crate::worker::error::WorkError;
 use crate::worker::model::{ModelConfig, ModelError};
@@ -18,8 +19,10 @@ const SAMPLE: u64 = 64 << 20;
 /// What a run will need.
 #[derive(Debug)]
 pub struct Planned {
-    /// The peak, in parts.
-    pub memory: Memory,
+    /// Where it computes.
+    pub device: DeviceChoice,
+    /// The peak, in parts; none on a device, whose memory is not estimated.
+    pub memory: Option<Memory>,
     /// Memory that it may take, if anything says so.
     pub budget: Option<Budget>,
     /// Why it does not fit.
@@ -45,7 +48,8 @@ pub fn plan(
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
     let (config, shape) = sizes(file)?;
-    let budget = Budget::find(memory);
+    let device = file.worker.device.found()?;
+    let budget = budget(device, memory);
     let refusal = budget
         .as_ref()
         .and_then(|budget| refusal(&config, &shape, budget, file.start.is_some()));
@@ -63,7 +67,8 @@ pub fn plan(
     let item_tokens = usize::try_from(item_tokens).unwrap_or(shape.row_tokens);
     let rate = speed(&config, &shape, item_tokens, shell.clock)?;
     Ok(Planned {
-        memory: Memory::of(&config, &shape),
+        device,
+        memory: (device == DeviceChoice::Cpu).then(|| Memory::of(&config, &shape)),
         budget,
         refusal,
         time: Time::of(&config, &shape, item_tokens, steps, rate),
@@ -82,9 +87,17 @@ pub(super) fn refuse_what_does_not_fit(
 ) -> Result<(), WorkError> {
     let (config, shape) = sizes(file)?;
     let can_adapt = file.start.is_some();
-    let budget = Budget::find(memory);
+    let budget = budget(file.worker.device.found()?, memory);
     let refused = budget.and_then(|budget| refusal(&config, &shape, &budget, can_adapt));
     refused.map_or(Ok(()), Err)
+}
+
+/// Memory that a run may take on the processors; the estimate is of no other.
+fn budget(device: DeviceChoice, memory: Option<u64>) -> Option<Budget> {
+    match device {
+        DeviceChoice::Cpu => Budget::find(memory),
+        _ => None,
+    }
 }
 
 /// Shape of the model and of a step, from the model's files alone.

@@ -9,13 +9,12 @@ use serde_json::json;
 
 use super::plan::refuse_what_does_not_fit;
 use super::train_file::{NewModel, StageFile, TrainFile};
-use crate::config::Memory;
 use crate::worker::data::{
     BadRows, Batches, ChatFormat, Counts, DataError, Dataset, Encoder, Items, PlainChat,
     Preparation, Row, Source, prepare,
 };
 use crate::worker::error::WorkError;
-use crate::worker::model::{BaseStorage, LoraConfig, ModelConfig, OffloadFile, save_adapter};
+use crate::worker::model::{BaseStorage, LoraConfig, ModelConfig, save_adapter};
 use crate::worker::source::LoadedModel;
 use crate::worker::tokenizer::chat::ChatError;
 use crate::worker::tokenizer::{ChatTemplate, Tokenizer, train_bpe};
@@ -111,8 +110,13 @@ impl Run<'_> {
     /// The model before the first step, ready to be trained.
     fn start(&self) -> Result<LoadedModel, WorkError> {
         let file = self.file;
+        let held = file.worker;
+        let storage = match file.lora {
+            None => BaseStorage::default(),
+            Some(lora) => held.storage(lora.embeddings_and_head, self.folder.path())?,
+        };
         let mut loaded = match (&file.start, &file.new, self.sources.first()) {
-            (Some(folder), _, _) => LoadedModel::load_as(folder, &self.storage()?)?,
+            (Some(folder), _, _) => LoadedModel::load_as(folder, &storage)?,
             (None, Some(new), Some(source)) => new_model(new, source, file)?,
             _ => {
                 return Err(WorkError::Setting {
@@ -122,7 +126,12 @@ impl Run<'_> {
             }
         };
         match file.lora {
-            None => loaded.model.train_all()?,
+            None => {
+                loaded.model.train_all()?;
+                if let Some(placement) = held.placement()? {
+                    loaded.model.place(placement)?;
+                }
+            }
             Some(lora) => {
                 let config = LoraConfig {
                     rank: lora.rank,
@@ -132,21 +141,9 @@ impl Run<'_> {
                 loaded.model.attach_lora(config, file.seed)?;
             }
         }
-        let again = file.worker.checkpoint_activations;
+        let again = held.checkpoint_activations;
         loaded.model.checkpoint_activations(again);
         Ok(loaded)
-    }
-
-    /// How weights are stored that are not trained.
-    fn storage(&self) -> Result<BaseStorage, WorkError> {
-        let Memory { base, offload, .. } = self.file.worker;
-        let trains_tables = self.file.lora.is_none_or(|lora| lora.embeddings_and_head);
-        let file = || OffloadFile::create(self.folder.path()).map(Arc::new);
-        Ok(BaseStorage {
-            format: base,
-            tables: !trains_tables,
-            offload: offload.then(file).transpose()?,
-        })
     }
 
     /// Steps of a stage with these batches: what the stage says, or what its epochs have.
@@ -292,14 +289,17 @@ fn save(file: &TrainFile, loaded: &LoadedModel) -> Result<(), WorkError> {
 }
 
 /// Digest of what the weights follow from, besides the data: a checkpoint is continued only under the same. Where files
-/// and weights lie, what is computed again, and how often something is measured or written, makes no difference.
+/// and weights lie, what is computed again, and how often something is measured or written, makes no difference; on a device
+/// weights are rounded.
 fn settings_digest(file: &TrainFile) -> Result<String, WorkError> {
     let mut same = file.clone();
     let start = file.start.as_deref().map(model_files).transpose()?;
     same.output = PathBuf::new();
     (same.run, same.start) = (None, None);
     (same.max_bad_rows, same.checkpoint_every) = (0, 1);
-    (same.worker.checkpoint_activations, same.worker.offload) = (false, false);
+    let held = &mut same.worker;
+    held.device = held.device.found()?;
+    (held.checkpoint_activations, held.offload) = (false, false);
     for stage in &mut same.stages {
         stage.text.clear();
     }

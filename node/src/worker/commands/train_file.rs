@@ -39,7 +39,8 @@ pub struct TrainFile {
     pub new: Option<NewModel>,
     /// Adapters to train in place of all weights.
     pub lora: Option<LoraFile>,
-    /// How the model is held in memory, in the words of `[worker]` of node.toml; fewer bits and offload are for adapters.
+    /// Where the model computes and how it is held in memory, in the words of `[worker]` of node.toml; fewer bits and offload are for
+    /// adapters.
     #[serde(default)]
     pub worker: Memory,
     /// Rows of a batch.
@@ -289,7 +290,7 @@ impl TrainFile {
         if self.lora.is_none() && self.worker.offload {
             return either(
                 "worker.offload",
-                "weights in a file cannot be trained: train adapters (lora.rank, --lora-rank), or leave it out",
+                "weights that stay behind cannot be trained: train adapters (lora.rank, --lora-rank), or leave it out",
             );
         }
         if self.stages.is_empty() {

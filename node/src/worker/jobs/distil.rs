@@ -1,14 +1,11 @@
 //! Jobs that train the pivot's adapter: the optimiser goes on from one inner round to the next, also in another process.
 
-use std::sync::Arc;
-
 use consilium_protocol::{Digest, limits};
 
 use super::lesson::Known;
 use super::{Done, Watch, Worker, notes};
 use crate::spool::{DistilJob, JobId};
 use crate::worker::error::WorkError;
-use crate::worker::model::{BaseStorage, OffloadFile};
 use crate::worker::source::LoadedModel;
 use crate::worker::train::distill::{Distiller, Settings};
 
@@ -73,7 +70,10 @@ impl Worker<'_> {
             return Ok(running);
         }
         let folder = self.folders.pivot.resolve()?;
-        let mut pivot = LoadedModel::load_as(&folder, &self.storage(&settings)?)?;
+        let trains_tables = settings.lora.saves_embedding || settings.lora.saves_head;
+        let spool = self.spool.state_path("");
+        let storage = self.memory.storage(trains_tables, &spool)?;
+        let mut pivot = LoadedModel::load_as(&folder, &storage)?;
         let again = self.memory.checkpoint_activations;
         pivot.model.checkpoint_activations(again);
         let mut distiller = Distiller::new(pivot, settings)?;
@@ -89,20 +89,6 @@ impl Worker<'_> {
             manifest: job.manifest,
             after,
             known: Known::default(),
-        })
-    }
-
-    /// How the pivot is stored while its adapter is trained.
-    fn storage(&self, settings: &Settings) -> Result<BaseStorage, WorkError> {
-        let offload = if self.memory.offload {
-            Some(Arc::new(OffloadFile::create(&self.spool.state_path(""))?))
-        } else {
-            None
-        };
-        Ok(BaseStorage {
-            format: self.memory.base,
-            tables: !(settings.lora.saves_embedding || settings.lora.saves_head),
-            offload,
         })
     }
 

@@ -91,7 +91,7 @@ impl<'a> Worker<'a> {
         })
     }
 
-    /// Holds the pivot in another way while an adapter of it is trained.
+    /// Computes elsewhere, and holds the pivot in another way while an adapter of it is trained.
     #[must_use]
     pub fn with_memory(self, memory: Memory) -> Self {
         Self { memory, ..self }
@@ -187,7 +187,7 @@ impl<'a> Worker<'a> {
         let source_score = source
             .map(|source| evaluate(&source, &items, &mut watch))
             .transpose()?;
-        let pivot = LoadedModel::load(&self.folders.pivot.resolve()?)?;
+        let pivot = LoadedModel::load_on(&self.folders.pivot.resolve()?, self.memory.device)?;
         let pivot_score = evaluate(&pivot, &items, &mut watch)?;
         let mut candidate = pivot;
         candidate.apply_adapter(shape, &adapter)?;
@@ -217,7 +217,7 @@ impl<'a> Worker<'a> {
             (None, None) => return Ok(None),
         };
         let folder = place.resolve()?;
-        let mut source = LoadedModel::load(&folder)?;
+        let mut source = LoadedModel::load_on(&folder, self.memory.device)?;
         if self.folders.source_chat_template {
             source.use_chat_template(&folder)?;
         }

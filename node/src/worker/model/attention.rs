@@ -13,11 +13,11 @@ use consilium_kernels::matmul::Write;
 #[derive(Debug)]
 pub(crate) struct AttentionBlock {
     pub(crate) heads: Heads,
-    width: usize,
-    eps: f32,
-    norm: usize,
+    pub(crate) width: usize,
+    pub(crate) eps: f32,
+    pub(crate) norm: usize,
     /// Where the weights of the queries' and then the keys' norm lie, if heads are normalised.
-    head_norm: Option<usize>,
+    pub(crate) head_norm: Option<usize>,
     pub(crate) qkv: Projection,
     pub(crate) output: Projection,
 }

@@ -1,6 +1,6 @@
 //! The decoder and its training pass.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{Device, Tensor};
 use consilium_kernels::Vocab;
@@ -18,7 +18,7 @@ use super::ops::rope::RopeTable;
 use super::ops::scratch::Scratch;
 use super::parameters::{Bank, Plan, Slot, Values, with_floats};
 use super::pass::Pass;
-use super::{ModelError, NamedTensors};
+use super::{ModelError, NamedTensors, Placement};
 
 /// A decoder with its weights and, after [`attach_lora`](Model::attach_lora), its adapters.
 #[derive(Debug)]
@@ -34,6 +34,10 @@ pub struct Model {
     pub(crate) scratch: Scratch,
     pub(crate) checkpoint_activations: bool,
     rope: Mutex<Arc<RopeTable>>,
+    /// Where the model computes, if not with the host's own operations.
+    pub(crate) placement: Option<Placement>,
+    /// A frozen head of a model on a device, in the host's memory, once scoring has asked for it.
+    pub(crate) host_head: OnceLock<Values>,
 }
 
 /// Blocks of a layer with their weights.
@@ -116,6 +120,10 @@ impl Model {
             if let Some(layer) = layers.last_mut() {
                 layer.attention.1.store(format, file)?;
                 layer.feed_forward.1.store(format, file)?;
+                if let Some(placement) = &storage.placement {
+                    placement.take_layer(&mut layer.attention.1)?;
+                    placement.take_layer(&mut layer.feed_forward.1)?;
+                }
             }
         }
         let norm = single("model.norm.weight", &[config.hidden_size]).build(&mut fill)?;
@@ -133,7 +141,7 @@ impl Model {
             }
         };
         let rope = RopeTable::new(&config.rope, config.head_dim, 128.min(config.max_positions));
-        Ok(Self {
+        let mut model = Self {
             config,
             id_of_rank: id_of_rank.into(),
             rank_of_id,
@@ -145,7 +153,14 @@ impl Model {
             scratch: Scratch::default(),
             checkpoint_activations: false,
             rope: Mutex::new(Arc::new(rope)),
-        })
+            placement: storage.placement.clone(),
+            host_head: OnceLock::new(),
+        };
+        // Tables that are to be trained stay as they are until they are.
+        if storage.tables {
+            model.follow_placement()?;
+        }
+        Ok(model)
     }
 
     /// Shape of the decoder.
@@ -236,8 +251,11 @@ impl Model {
             scratch: Scratch::default(),
             checkpoint_activations: self.checkpoint_activations,
             rope: Mutex::new(rope),
+            placement: self.placement.clone(),
+            host_head: OnceLock::new(),
         };
         copy.order_tied_head()?;
+        copy.follow_placement()?;
         Ok(copy)
     }
 
@@ -258,7 +276,7 @@ impl Model {
             Head::Own(bank) => bank.train()?,
             Head::Tied { ordered } => *ordered = None,
         }
-        Ok(())
+        self.follow_placement()
     }
 
     /// Runs a batch and keeps what a backward pass needs. The `rows` of the batch, which must be ascending,
@@ -268,6 +286,10 @@ impl Model {
             return Err(ModelError::Frozen);
         }
         self.check(batch, &rows)?;
+        if let Some(placement) = &self.placement {
+            let pass = self.forward_on(placement, batch, &rows)?;
+            return Ok(Pass::on_device(self, placement, pass));
+        }
         let context = self.context(batch);
         let trains_embedding = self.embedding.is_trainable();
         let mut x = self.embedded(batch)?;
@@ -282,12 +304,7 @@ impl Model {
             self.norm
                 .read(|weight| normalise(&self.scratch, x, &rows, weight, eps))
         })??;
-        Ok(Pass {
-            model: self,
-            hidden: x,
-            rows,
-            normed,
-        })
+        Ok(Pass::on_host(self, x, rows, normed))
     }
 
     /// Rows of the embedding, in the graph where that is trained.
@@ -398,6 +415,12 @@ impl Model {
             Head::Tied {
                 ordered: Some(ordered),
             } => ordered.clone(),
+            Head::Tied { ordered: None } if self.placement.is_some() => {
+                let table = self.embedding.tensor()?.detach();
+                let ids = Tensor::new(&*self.id_of_rank, table.device())?;
+                let rows = table.reshape(((), self.config.hidden_size))?;
+                Values::Floats(rows.index_select(&ids, 0)?.flatten_all()?)
+            }
             Head::Tied { ordered: None } => {
                 let ids = Arc::clone(&self.id_of_rank);
                 Values::Floats(self.embedding.tensor()?.apply_op1(Gather {
@@ -457,7 +480,7 @@ impl Model {
         })
     }
 
-    fn rope(&self, positions: usize) -> Arc<RopeTable> {
+    pub(crate) fn rope(&self, positions: usize) -> Arc<RopeTable> {
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {
             let positions = positions.next_power_of_two();

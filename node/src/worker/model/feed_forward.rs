@@ -10,10 +10,10 @@ use consilium_kernels::matmul::Write;
 /// Shape and places of the parameters.
 #[derive(Debug)]
 pub(crate) struct FeedForwardBlock {
-    width: usize,
-    inner: usize,
-    eps: f32,
-    norm: usize,
+    pub(crate) width: usize,
+    pub(crate) inner: usize,
+    pub(crate) eps: f32,
+    pub(crate) norm: usize,
     pub(crate) gate_up: Projection,
     pub(crate) down: Projection,
 }

@@ -9,19 +9,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use consilium_kernels::matmul::View;
 use consilium_kernels::quant::{Format, Matrix, Packed};
 
-use super::ModelError;
 use super::parameters::Slot;
+use super::{ModelError, Placement};
 
 /// How the weights that are not trained are held.
 #[derive(Debug, Clone, Default)]
 pub struct BaseStorage {
     /// Matrices of the layers.
     pub format: Format,
-    /// Whether embedding and head are stored in fewer bits too; set it where they are not trained. They
+    /// Whether embedding and head are stored in fewer bits and placed too; set it where they are not trained. They
     /// take [`Format::Int8`] where the layers take [`Format::Nf4`].
     pub tables: bool,
     /// A file that holds the matrices of the layers, which are read when their layer is computed.
     pub offload: Option<Arc<OffloadFile>>,
+    /// Where the model is to compute, if not with the host's own operations. The layers' weights are moved as they are read, so that
+    /// the host's memory never holds all of them as f32; do not use it where they are to be trained.
+    pub placement: Option<Placement>,
 }
 
 impl BaseStorage {

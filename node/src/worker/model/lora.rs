@@ -137,7 +137,7 @@ impl Model {
         if saves_head && let Head::Own(head) = &mut self.head {
             head.train()?;
         }
-        Ok(())
+        self.follow_placement()
     }
 
     /// Shape of the adapters, if there are any.

@@ -100,9 +100,18 @@ impl Values {
     /// Bytes that the values take, in memory or in a file.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Floats(tensor) => tensor.elem_count() * size_of::<f32>(),
+            Self::Floats(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
             Self::Frozen(frozen) => frozen.bytes(),
         }
+    }
+
+    /// A flat tensor of a type on a device, without a graph: copied unless it is that already.
+    pub(crate) fn on(&self, device: &Device, dtype: DType) -> candle_core::Result<Tensor> {
+        let tensor = match self {
+            Self::Floats(tensor) => tensor.detach(),
+            Self::Frozen(frozen) => Tensor::from_vec(frozen.decode()?, frozen.len(), &Device::Cpu)?,
+        };
+        tensor.to_dtype(dtype)?.to_device(device)
     }
 
     /// Reads the values, decoded where they are stored otherwise.
@@ -170,7 +179,27 @@ impl Bank {
     /// Makes the bank a candle variable.
     pub(crate) fn train(&mut self) -> candle_core::Result<()> {
         if !self.is_trainable() {
-            self.values = Values::Floats(Var::from_tensor(self.tensor()?)?.into_inner());
+            let values = self.tensor()?.to_dtype(DType::F32)?;
+            self.values = Values::Floats(Var::from_tensor(&values)?.into_inner());
+        }
+        Ok(())
+    }
+
+    /// Moves the values to a device: as f32 where they are trained, else as `dtype`. What is stored in fewer bits or in a file
+    /// stays there.
+    pub(crate) fn place(&mut self, device: &Device, dtype: DType) -> candle_core::Result<()> {
+        let is_trainable = self.is_trainable();
+        if let Values::Floats(tensor) = &mut self.values {
+            let dtype = if is_trainable { DType::F32 } else { dtype };
+            let is_there = tensor.dtype() == dtype && tensor.device().same_device(device);
+            if !is_there {
+                let moved = tensor.detach().to_dtype(dtype)?.to_device(device)?;
+                *tensor = if is_trainable {
+                    Var::from_tensor(&moved)?.into_inner()
+                } else {
+                    moved
+                };
+            }
         }
         Ok(())
     }
@@ -196,11 +225,7 @@ impl Bank {
     pub(crate) fn duplicate(&self) -> candle_core::Result<Self> {
         let values = match &self.values {
             Values::Frozen(frozen) => Values::Frozen(Arc::clone(frozen)),
-            Values::Floats(tensor) => {
-                let values = with_floats(tensor, <[f32]>::to_vec)?;
-                let len = values.len();
-                Values::Floats(Tensor::from_vec(values, len, &Device::Cpu)?)
-            }
+            Values::Floats(tensor) => Values::Floats(tensor.detach().copy()?),
         };
         let mut copy = Self {
             slots: self.slots.clone(),
@@ -227,12 +252,18 @@ impl Bank {
     }
 }
 
-/// Lends the values of a contiguous f32 tensor on the CPU.
+/// Lends the values of a contiguous tensor: in place where they are f32 in the host's memory, else a copy.
 pub(crate) fn with_floats<R>(
     tensor: &Tensor,
     f: impl FnOnce(&[f32]) -> R,
 ) -> candle_core::Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
+    let copy = if is_plain(tensor) {
+        None
+    } else {
+        let there = tensor.detach().to_device(&Device::Cpu)?;
+        Some(there.to_dtype(DType::F32)?)
+    };
+    let (storage, layout) = copy.as_ref().unwrap_or(tensor).storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => Ok(f(floats(storage, layout)?)),
         _ => bail!("the tensor is not on the CPU"),
@@ -251,9 +282,23 @@ pub(crate) fn floats<'a>(
     }
 }
 
-/// Changes a contiguous f32 tensor in place.
+/// Whether the values are f32 in the host's memory.
+pub(crate) fn is_plain(tensor: &Tensor) -> bool {
+    tensor.dtype() == DType::F32 && tensor.device().is_cpu()
+}
+
+/// Changes a contiguous tensor in place, by way of a copy where the values are not f32 in the host's memory.
 pub(crate) fn edit(tensor: &Tensor, f: impl FnOnce(&mut [f32])) -> candle_core::Result<()> {
-    tensor.inplace_op1(&Edit(RefCell::new(Some(f))))
+    if is_plain(tensor) {
+        return tensor.inplace_op1(&Edit(RefCell::new(Some(f))));
+    }
+    let mut values = with_floats(tensor, <[f32]>::to_vec)?;
+    f(&mut values);
+    let values = Tensor::from_vec(values, tensor.shape(), &Device::Cpu)?;
+    let values = values
+        .to_dtype(tensor.dtype())?
+        .to_device(tensor.device())?;
+    tensor.slice_set(&values, 0, 0)
 }
 
 struct Edit<F>(RefCell<Option<F>>);

@@ -7,24 +7,68 @@ use consilium_kernels::head::Head;
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
+use super::device::DevicePass;
 use super::head::{HeadGradients, HeadLoss, Normed};
-use super::parameters::{Bank, Values, with_floats};
-use super::{Model, ModelError};
+use super::parameters::{Bank, Values, is_plain, with_floats};
+use super::{Model, ModelError, Placement};
+
+/// A term of the loss: reads the head and the rows' hidden states, adds its gradient to that of the hidden states and, where it is
+/// trained, of the head's rows by rank, and gives its value.
+pub(crate) type FurtherLoss<'a> =
+    dyn Fn(&Head<'_>, &[f32], &mut [f32], Option<&mut [f32]>) -> Result<f64, LossError> + 'a;
 
 /// A forward pass that waits for its loss.
 #[derive(Debug)]
 pub struct Pass<'m> {
-    pub(crate) model: &'m Model,
-    pub(crate) hidden: Tensor,
-    pub(crate) rows: Vec<u32>,
-    pub(crate) normed: Normed,
+    model: &'m Model,
+    trace: Trace<'m>,
 }
 
-impl Pass<'_> {
+/// What the backward pass needs.
+#[derive(Debug)]
+enum Trace<'m> {
+    Host(HostPass),
+    Device(&'m Placement, DevicePass),
+}
+
+/// A graph of candle whose blocks are operations of our own.
+#[derive(Debug)]
+struct HostPass {
+    hidden: Tensor,
+    rows: Vec<u32>,
+    normed: Normed,
+}
+
+impl<'m> Pass<'m> {
+    pub(crate) fn on_host(
+        model: &'m Model,
+        hidden: Tensor,
+        rows: Vec<u32>,
+        normed: Normed,
+    ) -> Self {
+        let trace = Trace::Host(HostPass {
+            hidden,
+            rows,
+            normed,
+        });
+        Self { model, trace }
+    }
+
+    pub(crate) fn on_device(model: &'m Model, placement: &'m Placement, pass: DevicePass) -> Self {
+        let trace = Trace::Device(placement, pass);
+        Self { model, trace }
+    }
+
     /// Hidden states of the rows after the final norm.
     #[cfg(test)]
-    pub(crate) fn hidden_rows(&self) -> &[f32] {
-        &self.normed.values
+    pub(crate) fn hidden_rows(&self) -> Vec<f32> {
+        match &self.trace {
+            Trace::Host(pass) => pass.normed.values.clone(),
+            Trace::Device(_, pass) => {
+                let normed = pass.normed().flatten_all().unwrap();
+                with_floats(&normed, <[f32]>::to_vec).unwrap()
+            }
+        }
     }
 
     /// The loss of `items`, whose rows are those of the pass one after the other, and the gradients of all
@@ -34,27 +78,45 @@ impl Pass<'_> {
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
     ) -> Result<(f64, Gradients), E> {
-        self.backward_with(vocab, items, |_, _, _, _| Ok(0.0))
+        self.backward_with(vocab, items, None)
     }
 
-    /// As [`backward`](Self::backward), and adds what `more` makes of the head and the rows' hidden states: its loss, and
-    /// its gradient added to that of the hidden states and, where it is trained, of the head.
+    /// As [`backward`](Self::backward), with a further term of the loss.
     pub(crate) fn backward_with<E: From<ModelError> + From<LossError>>(
         self,
         vocab: &Vocab,
         items: &[ItemLoss<'_>],
-        more: impl FnOnce(&Head<'_>, &[f32], &mut [f32], Option<&mut [f32]>) -> Result<f64, LossError>,
+        more: Option<&FurtherLoss<'_>>,
     ) -> Result<(f64, Gradients), E> {
         let model = self.model;
+        match self.trace {
+            Trace::Host(pass) => pass.backward(model, vocab, items, more),
+            Trace::Device(placement, pass) => pass.backward(model, placement, vocab, items, more),
+        }
+    }
+}
+
+impl HostPass {
+    fn backward<E: From<ModelError> + From<LossError>>(
+        self,
+        model: &Model,
+        vocab: &Vocab,
+        items: &[ItemLoss<'_>],
+        more: Option<&FurtherLoss<'_>>,
+    ) -> Result<(f64, Gradients), E> {
         let table = model.head_values()?;
         let mut dnormed = model.scratch.take(self.normed.values.len());
         let mut dhead = model.trains_head().then(|| vec![0f32; table.len()]);
         let loss = model.with_head(&table, vocab, |head| {
             let hidden = &self.normed.values;
             let loss = head.loss(hidden, items, &mut dnormed, dhead.as_deref_mut())?;
-            Ok::<f64, LossError>(loss + more(head, hidden, &mut dnormed, dhead.as_deref_mut())?)
+            let more = match more {
+                Some(more) => more(head, hidden, &mut dnormed, dhead.as_deref_mut())?,
+                None => 0.0,
+            };
+            Ok::<f64, LossError>(loss + more)
         })??;
-        let gradients = self.gradients(loss, &table, dnormed, dhead)?;
+        let gradients = self.gradients(model, loss, &table, dnormed, dhead)?;
         Ok((loss, gradients))
     }
 
@@ -64,12 +126,12 @@ impl Pass<'_> {
     )]
     fn gradients(
         self,
+        model: &Model,
         value: f64,
         table: &Values,
         dnormed: Vec<f32>,
         dhead: Option<Vec<f32>>,
     ) -> Result<Gradients, ModelError> {
-        let model = self.model;
         let norm = model.norm.tensor()?;
         // A head that is not trained takes no part in the graph.
         let table = match table {
@@ -130,7 +192,11 @@ impl Gradients {
 
     /// Adds the gradients of another batch.
     pub fn add(&mut self, other: &Self) -> Result<(), ModelError> {
-        for (sum, term) in self.tensors.iter().zip(&other.tensors) {
+        for (sum, term) in self.tensors.iter_mut().zip(&other.tensors) {
+            if !is_plain(sum) {
+                *sum = (&*sum + term)?;
+                continue;
+            }
             with_floats(term, |term| {
                 super::edit(sum, |sum| {
                     for (sum, term) in sum.iter_mut().zip(term) {

@@ -156,14 +156,14 @@ fn logits(config: &ModelConfig, all: &Variables, lora: Option<f64>, tokens: &[u3
     h.matmul(&head.t().unwrap()).unwrap()
 }
 
-fn noise(seed: u64, len: usize) -> Vec<f32> {
+pub(super) fn noise(seed: u64, len: usize) -> Vec<f32> {
     use rand::{RngExt, SeedableRng};
     let mut rng = rand_chacha::ChaCha12Rng::seed_from_u64(seed);
     (0..len).map(|_| rng.random::<f32>() - 0.5).collect()
 }
 
 /// Weights large enough that attention and gates are far from linear.
-fn roughened(mut model: Model) -> Model {
+pub(super) fn roughened(mut model: Model) -> Model {
     for (seed, bank) in (7..).zip(model.base_banks()) {
         bank.edit(|values| {
             let noise = noise(seed, values.len());
@@ -178,11 +178,11 @@ fn roughened(mut model: Model) -> Model {
     model
 }
 
-fn order(vocab: u32) -> Vec<u32> {
+pub(super) fn order(vocab: u32) -> Vec<u32> {
     (0..vocab).map(|rank| (rank * 7 + 3) % vocab).collect()
 }
 
-fn batch(config: &ModelConfig) -> Packed {
+pub(super) fn batch(config: &ModelConfig) -> Packed {
     let mut batch = Packed::default();
     for (item, len) in [5usize, 1, 18, 33].into_iter().enumerate() {
         batch.push(
@@ -337,7 +337,7 @@ fn compare(model: &Model, lora: Option<f64>) {
 }
 
 /// A vocabulary whose ranks are the model's: one byte for each rank, the last ends a record.
-fn vocabulary(model: &Model) -> Vocab {
+pub(super) fn vocabulary(model: &Model) -> Vocab {
     let ranks = model.rank_of_id();
     let bytes: Vec<[u8; 1]> = ranks
         .iter()
@@ -353,7 +353,7 @@ fn vocabulary(model: &Model) -> Vocab {
     vocab
 }
 
-fn tiny() -> ModelConfig {
+pub(super) fn tiny() -> ModelConfig {
     ModelConfig::llama(29, 24, 2, 3, 20)
 }
 
@@ -381,7 +381,7 @@ fn qwen2_with_grouped_queries_bias_and_tied_head_does_too() {
 }
 
 /// Every 33-token item is longer than the window and than the original length.
-fn families() -> [ModelConfig; 3] {
+pub(super) fn families() -> [ModelConfig; 3] {
     let sliding = |layers: &[bool]| {
         Some(SlidingWindow {
             positions: 7,
@@ -436,7 +436,7 @@ fn windows_normalised_heads_and_fused_layers_do_too() {
     }
 }
 
-fn roughen_adapters(model: &Model) {
+pub(super) fn roughen_adapters(model: &Model) {
     for (seed, bank) in (70..).zip(model.lora.as_ref().unwrap().banks()) {
         let noise = noise(seed, bank.len());
         bank.edit(|values| {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use candle_core::{DType, Device};
 use consilium_kernels::Vocab;
 use consilium_kernels::head::Head;
 use consilium_kernels::matmul::{View, ViewMut, Write, abt};
@@ -9,10 +10,12 @@ use consilium_kernels::matmul::{View, ViewMut, Write, abt};
 use super::ModelError;
 use super::block::{Block, Context};
 use super::decoder::{Layer, Model, Packed};
+use super::device::DeviceKeyValues;
 use super::feed_forward::FeedForwardBlock;
 use super::frozen::BaseMatrix;
 use super::head::{gather, normalise};
 use super::ops::attention::{self, Branch, Segment};
+use super::parameters::Values;
 
 /// Hidden states of a batch and what branches of it need.
 #[derive(Debug)]
@@ -26,8 +29,15 @@ pub struct ScoringPass {
 /// Keys and values of a batch, for branches of its items.
 #[derive(Debug)]
 pub struct KeyValues {
-    layers: Vec<Vec<f32>>,
+    cache: Cache,
     context: Arc<Context>,
+}
+
+/// Keys and values by layer.
+#[derive(Debug)]
+enum Cache {
+    Host(Vec<Vec<f32>>),
+    Device(DeviceKeyValues),
 }
 
 /// A token after a prefix of an item, in place of the item's own.
@@ -46,6 +56,12 @@ impl Model {
     pub fn score(&self, batch: &Packed, rows: &[u32]) -> Result<ScoringPass, ModelError> {
         self.check(batch, rows)?;
         let context = self.context(batch);
+        if let Some(placement) = &self.placement {
+            let (hidden, cache) = self.score_on(placement, batch, rows)?;
+            let cache = Cache::Device(cache);
+            let kv = KeyValues { cache, context };
+            return Ok(ScoringPass { hidden, kv });
+        }
         let mut x = self.embed(&batch.tokens)?;
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
@@ -61,7 +77,10 @@ impl Model {
         let hidden = self.normed(&x, rows)?;
         Ok(ScoringPass {
             hidden,
-            kv: KeyValues { layers, context },
+            kv: KeyValues {
+                cache: Cache::Host(layers),
+                context,
+            },
         })
     }
 
@@ -77,9 +96,19 @@ impl Model {
         }
         let places = self.places(kv, branches)?;
         let tokens: Vec<u32> = branches.iter().map(|branch| branch.token).collect();
+        let layers = match (&kv.cache, &self.placement) {
+            (Cache::Host(layers), _) => layers,
+            (Cache::Device(cache), Some(placement)) => {
+                return self.branches_on(placement, cache, &places, &tokens);
+            }
+            (Cache::Device(_), None) => {
+                let reason = "the batch was scored on a device that the model is not on".into();
+                return Err(ModelError::BadBatch { reason });
+            }
+        };
         let mut x = self.embed(&tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = self.branch_layer(kv, index, layer, &places, &x)?;
+        for ((index, layer), cache) in self.layers.iter().enumerate().zip(layers) {
+            x = self.branch_layer((&kv.context, cache), index, layer, &places, &x)?;
         }
         let rows: Vec<u32> = (0u32..).take(branches.len()).collect();
         self.normed(&x, &rows)
@@ -91,7 +120,26 @@ impl Model {
         vocab: &Vocab,
         work: impl FnOnce(&Head<'_>) -> R,
     ) -> Result<R, ModelError> {
-        self.with_head(&self.head_values()?, vocab, work)
+        self.with_head(&self.head_on_host()?, vocab, work)
+    }
+
+    /// The head's rows in rank order, in the host's memory.
+    fn head_on_host(&self) -> Result<Values, ModelError> {
+        let stays = self.placement.is_none() || self.trains_head();
+        if stays {
+            return self.head_values();
+        }
+        if let Some(table) = self.host_head.get() {
+            return Ok(table.clone());
+        }
+        let table = match self.head_values()? {
+            Values::Floats(table) => {
+                let table = table.detach().to_device(&Device::Cpu)?;
+                Values::Floats(table.to_dtype(DType::F32)?)
+            }
+            packed @ Values::Frozen(_) => packed,
+        };
+        Ok(self.host_head.get_or_init(|| table).clone())
     }
 
     /// Logits `[rows, vocabulary]`, columns in rank order, of hidden states: for comparison with other
@@ -111,19 +159,17 @@ impl Model {
 
     fn branch_layer(
         &self,
-        kv: &KeyValues,
+        (context, cache): (&Context, &[f32]),
         index: usize,
         layer: &Layer,
         places: &[Branch],
         x: &[f32],
     ) -> Result<Vec<f32>, ModelError> {
-        let context = &*kv.context;
         let (attention, feed_forward) = self.banks(index, layer);
         let y = attention.read(|weights| {
             let block = &layer.attention.0;
             let projected = block.qkv(context, weights, x);
             let mut mixed = context.scratch.take(places.len() * block.heads.out());
-            let cache = &kv.layers[index];
             let (rope, qkv) = (&context.rope, &projected.qkv);
             attention::branches(block.heads, places, rope, cache, qkv, &mut mixed);
             let y = block.finish(context, weights, x, &mixed);

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use consilium_kernels::quant::Format;
 
 use super::{Budget, Memory, Shape, Trained};
-use crate::config;
+use crate::config::{self, DeviceChoice};
 use crate::worker::error::{WorkError, size};
 use crate::worker::model::ModelConfig;
 
@@ -26,6 +26,7 @@ const fn held(base: Format, checkpoint_activations: bool, offload: bool) -> conf
         base,
         checkpoint_activations,
         offload,
+        device: DeviceChoice::Cpu,
     }
 }
 
@@ -103,18 +104,20 @@ fn fewer_rows(shape: Shape) -> Vec<Shape> {
 
 /// The run with its model held in every smaller way, each with as many rows as before, and then with fewer.
 fn held_otherwise(shape: Shape) -> Vec<Shape> {
-    let is_smaller = |held: &&config::Memory| {
+    let now = shape.held;
+    let is_smaller = |held: &config::Memory| {
         let can = shape.trained != Trained::All || (held.base == Format::F32 && !held.offload);
-        let now = shape.held;
         let bits = |format: Format| format.row_bytes(2);
-        can && **held != now
+        can && *held != now
             && bits(held.base) <= bits(now.base)
             && (held.checkpoint_activations || !now.checkpoint_activations)
             && (held.offload || !now.offload)
     };
-    let smaller = HELD.iter().filter(is_smaller);
+    let device = now.device;
+    let ways = HELD.map(|held| config::Memory { device, ..held });
+    let smaller = ways.into_iter().filter(is_smaller);
     smaller
-        .flat_map(|&held| {
+        .flat_map(|held| {
             let shape = Shape { held, ..shape };
             let mut shapes = vec![shape];
             shapes.extend(fewer_rows(shape));

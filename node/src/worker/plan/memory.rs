@@ -232,7 +232,7 @@ fn weights(config: &ModelConfig, sizes: Sizes, shape: &Shape) -> (usize, usize) 
     let storage = BaseStorage {
         format: held.base,
         tables: !shape.trained.trains_head(),
-        offload: None,
+        ..BaseStorage::default()
     };
     let table = storage.table_format();
     let (rows, columns) = (config.vocab_size, config.hidden_size);

@@ -10,7 +10,7 @@ use super::memory::{Shape, Sizes, Trained};
 use super::operations;
 use crate::worker::data::Item;
 use crate::worker::error::WorkError;
-use crate::worker::model::{self, BaseStorage, LoraConfig, ModelConfig, OffloadFile};
+use crate::worker::model::{self, BaseStorage, LoraConfig, ModelConfig};
 use crate::worker::train::{Decay, Schedule, TrainConfig, TrainError, Trainer};
 
 /// Weights of the probe's layers at most, unless one layer of a single head has more, and tokens of its batch.
@@ -45,10 +45,24 @@ pub fn speed(
     };
     let vocab = vocabulary(config.vocab_size)?;
     let order = vocab.id_of_rank().to_vec();
-    let mut model = model::random_as(config.clone(), order, 0, &storage(&shape)?)?;
-    model.checkpoint_activations(shape.held.checkpoint_activations);
+    let held = shape.held;
+    let storage = match shape.trained {
+        Trained::All => BaseStorage::default(),
+        // A file of weights is read from the system's cache, as one is that memory has room for.
+        Trained::Adapters {
+            embeddings_and_head,
+            ..
+        } => held.storage(embeddings_and_head, &std::env::temp_dir())?,
+    };
+    let mut model = model::random_as(config.clone(), order, 0, &storage)?;
+    model.checkpoint_activations(held.checkpoint_activations);
     match shape.trained {
-        Trained::All => model.train_all()?,
+        Trained::All => {
+            model.train_all()?;
+            if let Some(placement) = held.placement()? {
+                model.place(placement)?;
+            }
+        }
         Trained::Adapters {
             rank,
             embeddings_and_head,
@@ -87,17 +101,6 @@ pub fn speed(
         }
     };
     Ok(operations(&config, &shape, item_tokens) * f64::from(steps) / (millis as f64 / 1000.0))
-}
-
-/// As the run's, with a file of its own where the weights stay in one: it is read from the system's cache, as a file is that
-/// memory has room for.
-fn storage(shape: &Shape) -> Result<BaseStorage, WorkError> {
-    let file = || OffloadFile::create(&std::env::temp_dir()).map(Arc::new);
-    Ok(BaseStorage {
-        format: shape.held.base,
-        tables: !shape.trained.trains_head(),
-        offload: shape.held.offload.then(file).transpose()?,
-    })
 }
 
 /// Small enough to be made and run in a moment. The vocabulary shrinks with the layers, so that the head keeps its share.

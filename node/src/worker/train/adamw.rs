@@ -1,9 +1,10 @@
-//! AdamW (Loshchilov and Hutter 2019), in place, with clipping by the global norm.
+//! AdamW (Loshchilov and Hutter 2019), in place, with clipping by the global norm. What it keeps lies where the weights lie.
 
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use crate::worker::model::{Gradients, Model, ModelError, wide, with_floats};
+use crate::worker::model::{Gradients, Model, ModelError, edit, is_plain, wide, with_floats};
 
 /// Constants of the optimiser.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -41,30 +42,36 @@ pub struct AdamW {
     pub(super) moments: Vec<Moments>,
 }
 
-/// Running means of a gradient and its square.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// Running means of a gradient and its square, flat.
+#[derive(Debug)]
 pub(super) struct Moments {
-    pub(super) mean: Vec<f32>,
-    pub(super) square: Vec<f32>,
+    pub(super) mean: Tensor,
+    pub(super) square: Tensor,
+}
+
+impl Moments {
+    fn zeros(like: &Tensor) -> candle_core::Result<Self> {
+        let zeros = || Tensor::zeros(like.elem_count(), DType::F32, like.device());
+        Ok(Self {
+            mean: zeros()?,
+            square: zeros()?,
+        })
+    }
 }
 
 impl AdamW {
     /// A fresh state for what is trainable in `model` now.
-    pub fn new(model: &Model, config: AdamWConfig) -> Self {
-        let zeros = |len: usize| Moments {
-            mean: vec![0.0; len],
-            square: vec![0.0; len],
-        };
-        let moments = model
-            .trainable()
-            .iter()
-            .map(|bank| zeros(bank.len()))
-            .collect();
-        Self {
+    ///
+    /// # Errors
+    /// The device is out of memory or fails.
+    pub fn new(model: &Model, config: AdamWConfig) -> Result<Self, ModelError> {
+        let banks = model.trainable();
+        let zeros = banks.iter().map(|bank| Moments::zeros(bank.tensor()?));
+        Ok(Self {
             config,
             steps: 0,
-            moments,
-        }
+            moments: zeros.collect::<candle_core::Result<_>>()?,
+        })
     }
 
     /// Steps taken.
@@ -91,7 +98,7 @@ impl AdamW {
             && banks
                 .iter()
                 .zip(&self.moments)
-                .all(|(bank, m)| bank.len() == m.mean.len());
+                .all(|(bank, m)| bank.len() == m.mean.elem_count());
         if !fits || gradients.tensors.len() != banks.len() {
             return Err(TrainError::OtherModel);
         }
@@ -100,14 +107,13 @@ impl AdamW {
         for ((bank, gradient), moments) in
             banks.iter().zip(&gradients.tensors).zip(&mut self.moments)
         {
-            with_floats(gradient, |gradient| {
-                bank.edit(|weights| {
-                    let Moments { mean, square } = moments;
-                    update(factors, weights, gradient, mean, square);
-                })
-            })
-            .and_then(|inner| inner)
-            .map_err(ModelError::from)?;
+            let weights = bank.tensor().map_err(ModelError::from)?;
+            let step = if is_plain(weights) {
+                step_on_host(factors, weights, gradient, moments)
+            } else {
+                step_on_device(factors, weights, gradient, moments)
+            };
+            step.map_err(ModelError::from)?;
         }
         Ok(norm)
     }
@@ -149,6 +155,52 @@ struct Factors {
     keep: f32,
 }
 
+fn step_on_host(
+    factors: Factors,
+    weights: &Tensor,
+    gradient: &Tensor,
+    Moments { mean, square }: &Moments,
+) -> candle_core::Result<()> {
+    let (mut inner, mut innermost) = (Ok(()), Ok(()));
+    with_floats(gradient, |gradient| {
+        edit(mean, |mean| {
+            inner = edit(square, |square| {
+                innermost = edit(weights, |weights| {
+                    update(factors, weights, gradient, mean, square);
+                });
+            });
+        })
+    })??;
+    inner.and(innermost)
+}
+
+/// The same in candle's operations.
+fn step_on_device(
+    factors: Factors,
+    weights: &Tensor,
+    gradient: &Tensor,
+    moments: &mut Moments,
+) -> candle_core::Result<()> {
+    let Factors {
+        clip,
+        beta1,
+        beta2,
+        rate,
+        unbias,
+        eps,
+        keep,
+    } = factors;
+    let (beta1, beta2) = (f64::from(beta1), f64::from(beta2));
+    let gradient = (gradient * f64::from(clip))?;
+    let Moments { mean, square } = moments;
+    *mean = ((&*mean * beta1)? + (&gradient * (1.0 - beta1))?)?;
+    *square = ((&*square * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+    let root = square.sqrt()?.affine(unbias.into(), eps.into())?;
+    let change = ((&*mean * f64::from(rate))? / root)?;
+    let changed = ((weights.detach() * f64::from(keep))? - change)?;
+    weights.slice_set(&changed, 0, 0)
+}
+
 /// Gradients and means below count as zero: where tokens do not occur, both decay into numbers whose
 /// arithmetic takes a hundred times as long, while the root of the mean square is beside an `eps` of 1e-8.
 const SMALLEST: f32 = 1e-17;
@@ -165,10 +217,28 @@ fn from(value: f32, floor: f32) -> f32 {
 /// Norm over all gradients: sums of 16 values in f32, the rest in f64, always in the same order.
 fn gradient_norm(gradients: &Gradients) -> Result<f64, TrainError> {
     let mut sum = 0f64;
+    let mut elsewhere = Vec::new();
     for gradient in &gradients.tensors {
-        sum += with_floats(gradient, sum_of_squares).map_err(ModelError::from)?;
+        if is_plain(gradient) {
+            sum += with_floats(gradient, sum_of_squares).map_err(ModelError::from)?;
+        } else {
+            elsewhere.push(gradient.sqr().and_then(|squares| squares.sum_all()));
+        }
     }
+    sum += sum_of_scalars(elsewhere).map_err(ModelError::from)?;
     Ok(sum.sqrt())
+}
+
+/// The sum of numbers that a device computes, waited for once.
+fn sum_of_scalars(scalars: Vec<candle_core::Result<Tensor>>) -> candle_core::Result<f64> {
+    if scalars.is_empty() {
+        return Ok(0.0);
+    }
+    let scalars = scalars
+        .into_iter()
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    let values = Tensor::stack(&scalars, 0)?.to_vec1::<f32>()?;
+    Ok(values.into_iter().map(f64::from).sum())
 }
 
 wide! {
@@ -203,5 +273,41 @@ wide! {
             let root = square.sqrt() * factors.unbias + factors.eps;
             *weight = *weight * factors.keep - factors.rate * *mean / root;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn steps_on_a_device_are_those_on_the_host() {
+        let values =
+            |seed: u32| (0..1000u32).map(move |i| ((i * 37 + seed * 11) % 101) as f32 / 50.0 - 1.0);
+        let tensor = |seed| Tensor::from_iter(values(seed), &Device::Cpu).unwrap();
+        let weights = [tensor(1), tensor(1)];
+        let mut moments = weights.each_ref().map(|like| Moments::zeros(like).unwrap());
+        let mut optimiser = AdamW {
+            config: AdamWConfig {
+                weight_decay: 0.1,
+                ..AdamWConfig::default()
+            },
+            steps: 0,
+            moments: Vec::new(),
+        };
+        for seed in 2..6 {
+            optimiser.steps += 1;
+            let factors = optimiser.factors(3.0, 1e-2);
+            let gradient = tensor(seed);
+            step_on_host(factors, &weights[0], &gradient, &moments[0]).unwrap();
+            step_on_device(factors, &weights[1], &gradient, &mut moments[1]).unwrap();
+        }
+        let [host, device] = weights.map(|weights| weights.to_vec1::<f32>().unwrap());
+        assert_ne!(host, values(1).collect::<Vec<_>>());
+        let pairs = host.iter().zip(&device);
+        let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-6, "{worst}");
     }
 }

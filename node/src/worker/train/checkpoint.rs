@@ -17,7 +17,7 @@ use super::TrainError;
 use super::adamw::AdamW;
 use crate::worker::data::Cursor;
 use crate::worker::files::write_atomic_with;
-use crate::worker::model::{Model, ModelError, Slot};
+use crate::worker::model::{Model, ModelError, Slot, edit, with_floats};
 
 /// Version of the file's layout.
 const VERSION: u32 = 1;
@@ -115,16 +115,21 @@ pub fn save_run(
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         for (bank, moments) in model.trainable().iter().zip(&optimiser.moments) {
-            let result = bank.read(|weights| {
+            let mut write = |weights: &[f32], mean: &[f32], square: &[f32]| {
                 for slot in bank.slots() {
-                    for values in [weights, &moments.mean, &moments.square] {
+                    for values in [weights, mean, square] {
                         let values = values.get(slot.range()).ok_or_else(other_model)?;
                         write_floats(&mut file, values)?;
                     }
                 }
                 Ok::<_, io::Error>(())
+            };
+            let result = bank.read(|weights| {
+                with_floats(&moments.mean, |mean| {
+                    with_floats(&moments.square, |square| write(weights, mean, square))
+                })
             });
-            match result {
+            match result.and_then(|inner| inner).and_then(|inner| inner) {
                 Ok(written) => written?,
                 Err(error) => failed = Some(error),
             }
@@ -206,17 +211,22 @@ pub fn restore(path: &Path, model: &mut Model, optimiser: &mut AdamW) -> Result<
     if expected.len() != opened.tensors.len() || banks.len() != optimiser.moments.len() {
         return Err(TrainError::OtherModel);
     }
-    for (bank, moments) in banks.iter().zip(&mut optimiser.moments) {
-        let slots = bank.slots();
-        let mut read = Ok(());
-        bank.edit(|values| read = opened.read("weight", slots, values))
+    for (bank, moments) in banks.iter().zip(&optimiser.moments) {
+        let weights = bank.tensor().map_err(ModelError::from)?;
+        for (part, tensor) in PARTS
+            .into_iter()
+            .zip([weights, &moments.mean, &moments.square])
+        {
+            let mut read = Ok(());
+            edit(tensor, |values| {
+                read = opened.read(part, bank.slots(), values);
+            })
             .map_err(ModelError::from)?;
-        read.and_then(|()| opened.read("mean", slots, &mut moments.mean))
-            .and_then(|()| opened.read("square", slots, &mut moments.square))
-            .map_err(|source| ModelError::Read {
+            read.map_err(|source| ModelError::Read {
                 path: path.into(),
                 source,
             })?;
+        }
     }
     optimiser.steps = opened.place.step;
     Ok(opened.place)

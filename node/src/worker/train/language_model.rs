@@ -97,7 +97,7 @@ impl<'v> Trainer<'v> {
         config: TrainConfig,
     ) -> Result<Self, TrainError> {
         let batches = Batches::new(items, start, config.rows, config.length, config.seed)?;
-        let optimiser = AdamW::new(&model, config.optimiser);
+        let optimiser = AdamW::new(&model, config.optimiser)?;
         Ok(Self {
             model,
             vocab,

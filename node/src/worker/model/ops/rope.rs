@@ -92,6 +92,12 @@ impl Angles {
         }
     }
 
+    /// Cosines and sines of a position, one for each pair of turned values.
+    pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        let pairs = position * self.half..(position + 1) * self.half;
+        (&self.cosines[pairs.clone()], &self.sines[pairs])
+    }
+
     /// `out = scale * R(position) head`; values past the turned ones are only scaled.
     #[inline(always)]
     pub(crate) fn rotate(&self, head: &[f32], position: usize, scale: f32, out: &mut [f32]) {

@@ -22,7 +22,7 @@ use super::targets::Targets;
 use super::{AdamW, AdamWConfig, Decay, Schedule, TrainError, checkpoint};
 use crate::worker::data::{Batch, Batches, Cursor, Item, Items};
 use crate::worker::error::WorkError;
-use crate::worker::model::{AdapterConfig, Gradients, tensors};
+use crate::worker::model::{AdapterConfig, FurtherLoss, Gradients, tensors};
 use crate::worker::monitor::Monitor;
 use crate::worker::part::generator;
 use crate::worker::peft;
@@ -208,7 +208,7 @@ impl Distiller {
         pivot
             .model
             .attach_lora(settings.lora.clone(), settings.seed)?;
-        let optimiser = AdamW::new(&pivot.model, settings.optimiser);
+        let optimiser = AdamW::new(&pivot.model, settings.optimiser)?;
         Ok(Self {
             student: pivot,
             optimiser,
@@ -437,16 +437,14 @@ impl Distiller {
         let goals = step.goals(&self.student, &labels, objective)?;
         let items: Vec<ItemLoss<'_>> = goals.iter().map(Goal::loss).collect();
         let graphs = sorted::graphs(step, objective);
-        pass.backward_with(
-            &self.student.vocab,
-            &items,
-            |head, hidden, by_hidden, mut by_head| {
-                graphs.iter().try_fold(0.0, |sum, (k, items)| {
-                    let by_head = by_head.as_deref_mut();
-                    Ok(sum + head.graph(hidden, *k, items, by_hidden, by_head)?)
-                })
-            },
-        )
+        let more: &FurtherLoss<'_> = &|head, hidden, by_hidden, mut by_head| {
+            graphs.iter().try_fold(0.0, |sum, (k, items)| {
+                let by_head = by_head.as_deref_mut();
+                Ok(sum + head.graph(hidden, *k, items, by_hidden, by_head)?)
+            })
+        };
+        let more = (!graphs.is_empty()).then_some(more);
+        pass.backward_with(&self.student.vocab, &items, more)
     }
 }
 

@@ -57,7 +57,8 @@ impl Heads {
         self.queries / self.keys
     }
 
-    fn scale(self) -> f32 {
+    /// Factor of all scores.
+    pub(crate) fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 
@@ -66,7 +67,7 @@ impl Heads {
     }
 
     /// Keys that position `i` sees.
-    fn seen(self, i: usize) -> Range<usize> {
+    pub(crate) fn seen(self, i: usize) -> Range<usize> {
         (i + 1).saturating_sub(self.window)..i + 1
     }
 }
