@@ -10,6 +10,7 @@ use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher, own
 use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
 use consilium_protocol::shard::Shard;
 
+use crate::attacks::GUARDED;
 use crate::bench::Bench;
 use crate::exchange::{Lesson, Merging, exchanged};
 
@@ -116,6 +117,12 @@ pub(crate) static ARMS: &[Arm] = &[
         "ExpGuard",
         "arXiv 2402.12265, competent sources",
         |bench| named_rule(bench, "exp_guard"),
+    ),
+    method(
+        "guarded",
+        "ExpGuard x softmax",
+        "this project, after arXiv 2402.12265",
+        |bench| fused(bench, GUARDED),
     ),
     method(
         "dual",

@@ -20,8 +20,29 @@ use serde::{Deserialize, Serialize};
 use crate::bench::Bench;
 use crate::sites::NAMES;
 
-/// Rules of the table, by name; the first is the default.
-pub(crate) const RULES: [&str; 5] = ["softmax", "uniform", "median", "trimmed_mean", "exp_guard"];
+/// Rules of the table by their names in it; the first is the default.
+pub(crate) const RULES: [&str; 6] = [
+    "softmax",
+    "uniform",
+    "median",
+    "trimmed_mean",
+    "exp_guard",
+    "guarded softmax",
+];
+
+/// ExpGuard's trust times softmax routing: of the trusted, the one that knows the item better is heard more.
+pub(crate) const GUARDED: FusionRule = FusionRule::ExpGuard {
+    competence_millibits: 500,
+    eta_permille: 40_000,
+    sharpness: 20,
+};
+
+fn rule(name: &str) -> Result<FusionRule> {
+    if name == "guarded softmax" {
+        return Ok(GUARDED);
+    }
+    FusionRule::named(name).with_context(|| format!("no rule {name:?}"))
+}
 /// The institution whose records the liar owns.
 const INSIDER: usize = 2;
 /// Symbols of a record.
@@ -146,9 +167,9 @@ impl Scene {
     }
 
     /// Bits per byte of the fused records, at every byte.
-    fn bits(&self, rule: &str, sources: &[(InstitutionId, Shard)]) -> Result<f64> {
+    fn bits(&self, name: &str, sources: &[(InstitutionId, Shard)]) -> Result<f64> {
         let manifest = Manifest {
-            fusion: FusionRule::named(rule).with_context(|| format!("no rule {rule:?}"))?,
+            fusion: rule(name)?,
             ..self.manifest.clone()
         };
         let shard = fuse_shard(&manifest, &self.reference, 0, sources)?.targets;

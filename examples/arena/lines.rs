@@ -66,6 +66,7 @@ pub(crate) fn check(outcome: &Outcome) -> Vec<Line> {
             bounded(attacks),
             harmless(attacks),
             guarded(attacks),
+            trusted(attacks),
             exact(&outcome.exactness),
         ])
         .chain(defended(&outcome.adapter_attacks))
@@ -221,6 +222,27 @@ fn guarded(attacks: &[AttackRow]) -> Line {
         holds: found.map(|(guard, mean)| guard <= 2.0 && mean > guard),
         found: found.map_or_else(String::new, |(guard, mean)| {
             format!("{guard:.1} % against {mean:.1} %")
+        }),
+    }
+}
+
+/// What the best guard costs, in attacks and without.
+fn trusted(attacks: &[AttackRow]) -> Line {
+    let at = RULES.iter().position(|name| *name == "guarded softmax");
+    let cost = |row: &&AttackRow| Some(row.cost_permille.get(at?)? / 10.0);
+    let lies = attacks
+        .iter()
+        .filter(|row| row.attack != "none" && !row.is_collusion());
+    let worst = lies.filter_map(|row| cost(&row)).reduce(f64::max);
+    let honest = attacks.iter().filter(|row| row.attack == "none");
+    let honest = honest.filter_map(|row| cost(&row)).reduce(f64::max);
+    let found = worst.zip(honest);
+    Line {
+        promise: "ExpGuard x softmax: attacks but collusion cost at most 5 %, it costs 1 % of softmax where nobody lies"
+            .to_owned(),
+        holds: found.map(|(worst, honest)| worst <= 5.0 && honest <= 1.0),
+        found: found.map_or_else(String::new, |(worst, honest)| {
+            format!("{worst:.1} % and {honest:+.1} %")
         }),
     }
 }

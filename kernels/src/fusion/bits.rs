@@ -32,8 +32,9 @@ impl Bits {
         }
     }
 
-    /// Bits per byte in 2^-32.
-    pub(super) fn fixed(self) -> u128 {
+    /// Bits per byte in units of 2^-32.
+    #[must_use]
+    pub fn fixed(self) -> u128 {
         (u128::from(self.sixteenths) << 32) / (16 * u128::from(self.bytes.max(1)))
     }
 }

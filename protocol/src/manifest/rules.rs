@@ -68,6 +68,10 @@ pub enum FusionRule {
         competence_millibits: u32,
         /// eta in thousandths, 20000 by default.
         eta_permille: u32,
+        /// A further factor exp(-sharpness x bits per byte) of the weights, as in `softmax`: of sources that are trusted alike the
+        /// one that knows the item better is heard more. 0, the paper's rule, by default.
+        #[serde(default)]
+        sharpness: u32,
     },
 }
 
@@ -101,6 +105,7 @@ impl FusionRule {
             "exp_guard" => Self::ExpGuard {
                 competence_millibits,
                 eta_permille: 20_000,
+                sharpness: 0,
             },
             _ => return None,
         })
@@ -141,8 +146,10 @@ impl FusionRule {
             Self::ExpGuard {
                 competence_millibits,
                 eta_permille,
+                sharpness,
             } => {
                 within("eta_permille", eta_permille, 1, 1_000_000)?;
+                within("sharpness", sharpness, 0, 1000)?;
                 ("exp_guard", competence_millibits, 3)
             }
         };

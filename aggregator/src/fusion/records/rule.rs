@@ -174,26 +174,31 @@ impl<'a, 'r, S: Space> Fuser<'a, 'r, S> {
             FusionRule::ExpGuard {
                 competence_millibits,
                 eta_permille,
+                sharpness,
             } => {
                 let able = competent(&bits, competence_millibits);
-                Recipe::Item(self.guarded(&able, eta_permille))
+                let known = |source: &usize| u128::from(sharpness) * bits[*source].fixed();
+                let able = able.iter().map(|source| (*source, known(source)));
+                Recipe::Item(self.guarded(&able.collect::<Vec<_>>(), eta_permille))
             }
         }
     }
 
-    /// Weights of the competent by distance; no evidence counts as no distance.
-    fn guarded(&self, able: &[usize], eta_permille: u32) -> Vec<u32> {
-        let known = able.iter().filter_map(|&source| self.distances[source]);
+    /// Weights of the competent by distance and by what they lack in knowledge; no evidence counts as no distance.
+    fn guarded(&self, able: &[(usize, u128)], eta_permille: u32) -> Vec<u32> {
+        let known = able
+            .iter()
+            .filter_map(|&(source, _)| self.distances[source]);
         let least = known.min().unwrap_or(0);
         let exponents: Vec<u128> = able
             .iter()
-            .map(|&source| {
+            .map(|&(source, lack)| {
                 let distance = self.distances[source].unwrap_or(least);
-                u128::from(distance) * u128::from(eta_permille) / 1000
+                u128::from(distance) * u128::from(eta_permille) / 1000 + lack
             })
             .collect();
         let mut weights = vec![0; self.chosen.len()];
-        for (&source, weight) in able.iter().zip(route_exponents(&exponents)) {
+        for (&(source, _), weight) in able.iter().zip(route_exponents(&exponents)) {
             weights[source] = weight;
         }
         weights

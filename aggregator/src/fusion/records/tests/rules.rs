@@ -226,6 +226,7 @@ fn a_liar_who_knows_as_much_as_the_others_elsewhere_does_not_move_a_robust_rule(
             _ => FusionRule::ExpGuard {
                 competence_millibits: 8000,
                 eta_permille: 20_000,
+                sharpness: 0,
             },
         };
         let (manifest, set) = round(rule, SymbolSpace::Bytes);
