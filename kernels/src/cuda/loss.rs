@@ -28,9 +28,6 @@ impl From<RowsError> for LossError {
 /// coefficients takes longer than reading what fits: on an H100 (50 MB) 16 MiB were slower in every shape measured.
 const LAG_BYTES: usize = 96 << 20;
 
-/// Candidates that the shared memory of an A100 or H100 holds, eight bytes each.
-const MOST_CANDIDATES: u32 = 1 << 14;
-
 /// The loss of rows on the device, ready to run.
 pub struct LossJob<'d> {
     device: &'d Device,
@@ -98,8 +95,7 @@ impl<'d> LossJob<'d> {
     /// `logits` are the rows of all items, m + 1 for an item of m tokens; [`Self::run`] overwrites them.
     ///
     /// # Errors
-    /// Where a sorted target lists so many tokens that a block cannot hold them (the CPU computes those), or the device
-    /// fails.
+    /// Where the inputs are not those of a loss, or the device fails.
     pub fn new(
         device: &'d Device,
         vocab: &Vocab,
@@ -145,10 +141,15 @@ impl<'d> LossJob<'d> {
         let name = if dtype == places.gradient.1 {
             format!("{prefix}_{}", suffix(dtype))
         } else {
-            format!("{prefix}_{}_to_{}", suffix(dtype), suffix(places.gradient.1))
+            format!(
+                "{prefix}_{}_to_{}",
+                suffix(dtype),
+                suffix(places.gradient.1)
+            )
         };
         let kernel = device.kernel(unit, &name, shared)?;
-        let candidates = candidates(terms.most_top)?;
+        // As many again as a block reads at a time.
+        let candidates = (terms.most_top + 8 * THREADS).next_power_of_two();
         let take = match unit {
             Unit::Listed => {
                 let shared = candidates * 8;
@@ -238,17 +239,6 @@ impl<'d> LossJob<'d> {
             .download(&self.losses, self.sums.job.count as usize)?;
         Ok(losses.iter().sum())
     }
-}
-
-/// Columns among which the `most` largest are found: as many again as a block reads at a time, in a power of two.
-fn candidates(most: u32) -> Result<u32, CudaError> {
-    let needed = most.checked_add(8 * THREADS);
-    needed
-        .and_then(u32::checked_next_power_of_two)
-        .filter(|&candidates| most == 0 || candidates <= MOST_CANDIDATES)
-        .ok_or(CudaError::Unsupported {
-            what: "a sorted target of more than 14,336 tokens",
-        })
 }
 
 #[expect(

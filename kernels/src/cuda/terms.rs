@@ -199,20 +199,14 @@ impl Terms {
             ..Slot::default()
         });
         self.slots.extend(slots);
-        self.slots
-            .resize(self.slots.len() + top, Slot::default());
+        self.slots.resize(self.slots.len() + top, Slot::default());
         let top = count(top)?;
         self.most_top = self.most_top.max(top);
         Ok((count(columns.len())?, top))
     }
 
     /// Adds a group whose classes are all among `columns`.
-    fn group(
-        &mut self,
-        groups: &Groups,
-        group: &Group,
-        columns: &[u32],
-    ) -> Result<(), CudaError> {
+    fn group(&mut self, groups: &Groups, group: &Group, columns: &[u32]) -> Result<(), CudaError> {
         let classes = &groups.classes[group.classes.clone()];
         self.terms.push(raw::Term {
             kind: TERM_GROUP,
@@ -246,7 +240,8 @@ impl Terms {
             shares: count(self.shares.len())?,
             ..raw::Term::default()
         });
-        self.shares.extend(sorted.target.iter().copied().chain([last]));
+        self.shares
+            .extend(sorted.target.iter().copied().chain([last]));
         Ok(())
     }
 }

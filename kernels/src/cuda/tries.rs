@@ -116,9 +116,8 @@ impl ResidentTrie {
     }
 }
 
-/// Adds a node with one child of all byte tokens, if any, and its level.
+/// Adds a node with one child, which is all byte tokens, and its level.
 fn whole(vocab: &Vocab, nodes: &mut Vec<Node>, all: &mut Vec<Level>) -> Result<Path, CudaError> {
-    let children = u32::from(vocab.byte_tokens() > 0);
     let node = count(nodes.len())?;
     let below = Node {
         end: vocab.byte_tokens(),
@@ -126,7 +125,7 @@ fn whole(vocab: &Vocab, nodes: &mut Vec<Node>, all: &mut Vec<Level>) -> Result<P
     };
     let above = Node {
         first_child: node + 1,
-        children,
+        children: 1,
         ..below
     };
     nodes.extend([above, below]);
@@ -140,7 +139,7 @@ fn whole(vocab: &Vocab, nodes: &mut Vec<Node>, all: &mut Vec<Level>) -> Result<P
     Ok(Path {
         first_level,
         levels: 1,
-        segments: children + 1,
+        segments: 2,
         node,
         stop: 0,
     })

@@ -215,7 +215,7 @@ impl<'v> ResidentHead<'v> {
     /// given, the gradient of the weights is added to it.
     ///
     /// # Errors
-    /// Where sizes disagree, a target cannot be used (see [`LossJob::new`]), a logit is not finite, or the device fails.
+    /// Where sizes disagree, a logit is not finite, or the device fails.
     pub fn loss(
         &self,
         items: &[ItemLoss<'_>],

@@ -18,8 +18,8 @@ use crate::cpu::tests::loss::{Targets, check_close};
 use crate::cpu::tests::score::check_position;
 use crate::cuda::{Device, ResidentHead, device};
 use crate::element::Element;
-use crate::error::{CudaError, LossError, ScoreError};
-use crate::loss::{ItemLoss, LossJob, Term};
+use crate::error::{LossError, ScoreError};
+use crate::loss::{ItemLoss, LossJob, Tail, Term};
 use crate::records::{RecordShape, Records};
 use crate::reference;
 use crate::score::{ItemTokens, RecordsJob, ScoreJob};
@@ -431,36 +431,58 @@ fn a_resident_head_agrees_with_losses_on_its_logits() {
     }
 }
 
-#[test]
-fn a_sorted_target_of_more_tokens_than_a_block_holds_is_refused() {
-    if present().is_none() {
-        return;
+/// Terms of single columns on rows of several slices, against the CPU.
+fn check_listed<T: Element>(case: &mut Case, k: usize, change: impl Fn(&mut [f32])) {
+    let vocab = case.vocab.clone();
+    let mut logits = case.rows(2);
+    logits.chunks_exact_mut(vocab.len()).for_each(change);
+    let logits: Vec<T> = stored(&logits);
+    let bound = vocab.len() / k;
+    let mut listed = Records::<u32>::new(k).unwrap();
+    for _ in 0..2 {
+        let ids = (0..k).map(|slot| (slot * bound + case.random.below(bound)) as u32);
+        let codes: Vec<(u32, u8)> = ids.map(|id| (id, (id % 200) as u8)).collect();
+        listed.push(&codes, FLOOR, 40);
     }
-    let mut case = large(&mut Random(6), 24_000);
-    case.tokens.clear();
-    let target = sorted_target(14_337);
-    let terms = [Term::Sorted {
-        target: target.view(),
-        weight: 1.0,
-    }];
+    let target = listed.view();
+    let terms = [
+        Term::Tokens {
+            target,
+            weight: 0.5,
+            tail: Tail::Ghost,
+        },
+        Term::Sorted {
+            target,
+            weight: 0.5,
+        },
+        Term::Standardised {
+            target,
+            weight: 0.25,
+            temperature: 1.0,
+        },
+    ];
     let item = ItemLoss {
         tokens: &[],
         terms: &terms,
     };
-    let mut logits = case.logits();
-    let refused = Backend::Cuda
-        .loss_in_place(&case.vocab, &[item], &mut logits)
-        .unwrap_err();
-    assert!(
-        matches!(refused, LossError::Cuda(CudaError::Unsupported { .. })),
-        "{refused}"
-    );
+    let [fast, exact] = [Backend::Cuda, Backend::Cpu].map(|backend| {
+        let mut grad = logits.clone();
+        let loss = backend.loss_in_place(&vocab, &[item], &mut grad).unwrap();
+        (loss, grad)
+    });
+    check_close((fast.0, &fast.1), (exact.0, &exact.1), 1.25);
 }
 
-/// One position of a vocabulary of which nothing else is known.
-fn sorted_target(k: usize) -> Records<u32> {
-    let mut target = Records::new(k).unwrap();
-    let listed: Vec<(u32, u8)> = (0..k as u32).map(|id| (id, (id % 250) as u8)).collect();
-    target.push(&listed, FLOOR, 40);
-    target
+#[test]
+fn single_columns_of_rows_of_several_slices_agree_with_the_cpu() {
+    if present().is_none() {
+        return;
+    }
+    let mut case = large(&mut Random(6), 18_001);
+    check_listed::<f32>(&mut case, 32, |_| {});
+    check_listed::<bf16>(&mut case, 32, |_| {});
+    // As many as records hold, where every column is larger than those before it.
+    check_listed::<f16>(&mut case, 4096, |row| row.sort_unstable_by(f32::total_cmp));
+    // Masked columns, as low as what is left of those that are taken out.
+    check_listed::<f32>(&mut case, 500, |row| row[40..].fill(f32::MIN));
 }
