@@ -474,7 +474,7 @@ fn check_listed<T: Element>(case: &mut Case, k: usize, change: impl Fn(&mut [f32
 }
 
 #[test]
-fn single_columns_of_rows_of_several_slices_agree_with_the_cpu() {
+fn single_columns_of_long_rows_agree_with_the_cpu() {
     if present().is_none() {
         return;
     }
