@@ -37,6 +37,8 @@ pub struct Vocab {
     bytes: Vec<u8>,
     /// Start of each byte token in `bytes`, and the end of the last.
     offsets: Vec<u32>,
+    /// A bit for each byte token: whether it spells what the rank before it spells.
+    repeats: Vec<u64>,
     rank_of_id: Vec<u32>,
     id_of_rank: Vec<u32>,
     ends: Range<u32>,
@@ -81,6 +83,10 @@ impl Vocab {
             offset += u32::try_from(token.len()).map_err(|_| VocabError::TooLarge)?;
             offsets.push(offset);
         }
+        let mut repeats = vec![0; sorted.len() / 64 + 1];
+        for (rank, pair) in (1..).zip(sorted.windows(2)) {
+            repeats[rank / 64] |= u64::from(pair[0].0 == pair[1].0) << (rank % 64);
+        }
         let first_end = u32::try_from(sorted.len()).map_err(|_| VocabError::TooLarge)?;
         let past_ends = first_end + u32::try_from(ends.len()).map_err(|_| VocabError::TooLarge)?;
         let trie = Trie::new(first_end, |rank| sorted[rank as usize].0);
@@ -100,6 +106,7 @@ impl Vocab {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             bytes,
             offsets,
+            repeats,
             rank_of_id,
             id_of_rank,
             ends: first_end..past_ends,
@@ -176,16 +183,18 @@ impl Vocab {
         if rank >= self.byte_tokens() {
             return None;
         }
-        let bytes = self.token_bytes(rank);
-        let mut start = rank;
-        while start > 0 && self.token_bytes(start - 1) == bytes {
+        let (mut start, mut end) = (rank as usize, rank as usize + 1);
+        while self.is_repeat(start) {
             start -= 1;
         }
-        let mut end = rank + 1;
-        while end < self.byte_tokens() && self.token_bytes(end) == bytes {
+        while self.is_repeat(end) {
             end += 1;
         }
-        Some(start as usize..end as usize)
+        Some(start..end)
+    }
+
+    fn is_repeat(&self, rank: usize) -> bool {
+        self.repeats[rank / 64] >> (rank % 64) & 1 == 1
     }
 }
 

@@ -3,10 +3,10 @@
 
 use consilium_kernels::adapters::Merging;
 use consilium_kernels::fusion::{Mixing, Robust};
-use consilium_kernels::loss::{ItemLoss, Term};
+use consilium_kernels::loss::{ItemLoss, NO_LABEL, Tail, Term};
 use consilium_kernels::score::ItemTokens;
 use consilium_kernels::{
-    Backend, CudaError, Head, RecordShape, Records, TokenKind, Vocab, Weights,
+    Backend, CudaError, Head, RecordShape, RecordView, Records, TokenKind, Vocab, Weights,
 };
 
 const WIDTH: usize = 3;
@@ -118,22 +118,86 @@ fn check_head(name: &str, head: &Head<'_>, weights: &[f32]) {
     }
 
     let target = records[0].view();
-    let first = target.slice(0..7).unwrap();
-    let terms = [first, target.slice(7..10).unwrap()].map(|target| {
-        [Term::Trie {
-            target,
+    let bytes = [0..7, 7..10].map(|positions| target.slice(positions).unwrap());
+    let listed = listed();
+    let [first, second] = [0..4, 4..6].map(|rows| listed.view().slice(rows).unwrap());
+    for choice in CHOICES {
+        let terms = [
+            choose(choice, bytes[0], first, &[6, 0, NO_LABEL, 3]),
+            choose(choice, bytes[1], second, &[1, 6]),
+        ];
+        let pairs = tokens.iter().zip(&terms);
+        let items: Vec<ItemLoss<'_>> = pairs
+            .map(|(tokens, terms)| ItemLoss { tokens, terms })
+            .collect();
+        check_head_loss(&format!("{name}, {choice:?}"), head, weights, &items);
+    }
+}
+
+/// Kinds of terms that are tried together, as [`choose`] counts them.
+const CHOICES: [&[usize]; 7] = [
+    &[0],
+    &[1],
+    &[2],
+    &[3],
+    &[4],
+    &[1, 2, 3, 4],
+    &[0, 1, 2, 3, 4],
+];
+
+/// Trie, labels, tokens, sorted, standardised.
+fn choose<'a>(
+    choice: &[usize],
+    bytes: RecordView<'a>,
+    listed: RecordView<'a, u32>,
+    labels: &'a [u32],
+) -> Vec<Term<'a>> {
+    let term = |&kind: &usize| match kind {
+        0 => Term::Trie {
+            target: bytes,
             weight: 0.5,
-        }]
-    });
-    let pairs = tokens.iter().zip(&terms);
-    let items: Vec<ItemLoss<'_>> = pairs
-        .map(|(tokens, terms)| ItemLoss { tokens, terms })
-        .collect();
-    let mut grad = rows;
-    let expected = exact.loss_in_place(vocab, &items, &mut grad).unwrap();
+        },
+        1 => Term::Labels {
+            labels,
+            weight: 0.25,
+        },
+        2 => Term::Tokens {
+            target: listed,
+            weight: 0.5,
+            tail: Tail::Ghost,
+        },
+        3 => Term::Sorted {
+            target: listed,
+            weight: 0.75,
+        },
+        _ => Term::Standardised {
+            target: listed,
+            weight: 0.3,
+            temperature: 1.5,
+        },
+    };
+    choice.iter().map(term).collect()
+}
+
+/// Six positions of three tokens, the end of a record, the ignored token and all kinds of tails among them.
+fn listed() -> Records<u32> {
+    let symbols = (0..6).flat_map(|position| [position, position + 1, 7]);
+    let codes = [20, 61, 43].repeat(6);
+    let tails = vec![30, 255, 0, 60, 90, 16];
+    Records::from_columns(3, symbols.collect(), codes, vec![], tails).unwrap()
+}
+
+/// The loss of a head and its gradients against the reference on explicit logits.
+fn check_head_loss(name: &str, head: &Head<'_>, weights: &[f32], items: &[ItemLoss<'_>]) {
+    let vocab = head.vocab();
+    let hidden = values(2, 6 * WIDTH);
+    let mut grad = logits(weights, &hidden);
+    let expected = Backend::Reference
+        .loss_in_place(vocab, items, &mut grad)
+        .unwrap();
     let mut grad_hidden = vec![9.0; hidden.len()];
     let mut grad_weight = vec![1.0; weights.len()];
-    let loss = head.loss(&hidden, &items, &mut grad_hidden, Some(&mut grad_weight));
+    let loss = head.loss(&hidden, items, &mut grad_hidden, Some(&mut grad_weight));
     let loss = loss.unwrap();
     assert!(
         (loss - expected).abs() < 1e-4,
@@ -153,6 +217,47 @@ fn check_head(name: &str, head: &Head<'_>, weights: &[f32]) {
             .map(|row| grad[row * columns + token] * hidden[row * WIDTH + at])
             .sum();
         assert!((ours - 1.0 - sum).abs() < 1e-4, "{name}: {ours} for {sum}");
+    }
+}
+
+#[test]
+fn every_backend_present_gives_the_losses_of_the_reference() {
+    let vocab = vocab();
+    let symbols = (0..7).flat_map(|position| [b'a' + position % 3, b'd']);
+    let codes = [12, 70].repeat(7);
+    let bytes = Records::from_columns(2, symbols.collect(), codes, vec![50; 7], vec![40; 7]);
+    let bytes = bytes.unwrap();
+    let listed = listed();
+    let target = listed.view().slice(1..5).unwrap();
+    // Rows of exact quarters, one of them far from the others.
+    let mut rows = logits(&values(1, vocab.len() * WIDTH), &values(2, 4 * WIDTH));
+    rows[vocab.len() + 2] = 400.0;
+    for choice in CHOICES {
+        let terms = choose(choice, bytes.view(), target, &[2, NO_LABEL, 5, 6]);
+        let item = ItemLoss {
+            tokens: &[2, 0, 5],
+            terms: &terms,
+        };
+        let run = |backend: Backend| {
+            let mut grad = rows.clone();
+            let loss = backend.loss_in_place(&vocab, &[item], &mut grad);
+            (loss.unwrap(), grad)
+        };
+        let exact = run(Backend::Reference);
+        for backend in backends() {
+            let (loss, grad) = run(backend);
+            let off = (loss - exact.0).abs();
+            assert!(
+                off < 1e-5 + 1e-6 * exact.0.abs(),
+                "{backend:?}, {choice:?}: {loss}"
+            );
+            for (at, (ours, exact)) in grad.iter().zip(&exact.1).enumerate() {
+                assert!(
+                    (ours - exact).abs() < 4e-6,
+                    "{backend:?}, {choice:?}, {at}: {ours} for {exact}"
+                );
+            }
+        }
     }
 }
 

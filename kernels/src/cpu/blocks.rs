@@ -7,6 +7,7 @@
 //! that stands for the rest.
 
 use crate::cpu::loss::Worker;
+use crate::cpu::short::named;
 use crate::cpu::simd::{Level, Piece, largest, scale_exp, sum_exp};
 use crate::loss::{Groups, LossJob};
 
@@ -43,28 +44,13 @@ impl PassingRow {
         let (item, place) = job.place(row);
         groups.set(job.vocab, item, place);
         let live = job.vocab.end_ranks().end;
-        let is_partial = groups.list.iter().any(|group| group.support != (0..live));
-        if is_partial || !groups.sorted.is_empty() {
+        let mut columns = Vec::new();
+        if !groups.sorted.is_empty() || !named(&groups, &[], live, &mut columns) {
             return None;
         }
-        let count: u32 = groups
-            .classes
-            .iter()
-            .map(|class| class.ranks.end - class.ranks.start)
-            .sum();
-        if count >= live.min(8192) {
-            return None;
-        }
-        let mut columns: Vec<u32> = groups
-            .classes
-            .iter()
-            .flat_map(|class| class.ranks.clone())
-            .collect();
-        columns.sort_unstable();
-        columns.dedup();
         Some(Self {
             groups,
-            logits: Vec::with_capacity(columns.len() + 1),
+            logits: Vec::with_capacity(columns.len()),
             columns,
             shift: f32::MIN,
             rest: 0.0,
@@ -94,33 +80,24 @@ impl PassingRow {
 
     /// Loss and gradient after the last block; `None` where the row wants the general way: a logit
     /// is not finite, or the rest is out of the range of floats.
-    pub(crate) fn finish(mut self, level: Level) -> Option<Passed> {
+    pub(crate) fn finish(self, level: Level) -> Option<Passed> {
         if !self.is_finite || !REST.contains(&self.rest) {
             return None;
         }
-        let short = |rank: u32| self.columns.partition_point(|&column| column < rank);
-        let narrow = |column: usize| u32::try_from(column).expect("ranks are u32");
-        for class in &mut self.groups.classes {
-            class.ranks = narrow(short(class.ranks.start))..narrow(short(class.ranks.end));
-        }
-        let count = self.columns.len();
-        for group in &mut self.groups.list {
-            group.support = 0..narrow(count + 1);
-        }
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "a logit like its neighbours"
-        )]
-        self.logits
-            .push((f64::from(self.shift) + self.rest.ln()) as f32);
         let mut worker = Worker {
             groups: self.groups,
             ..Worker::default()
         };
-        let loss = worker.run(level, &mut self.logits).ok()?;
+        let rest = (self.shift, self.rest);
+        let (loss, gradients, coefficient) =
+            worker.short_losses(level, &self.columns, &self.logits, rest);
         #[expect(clippy::cast_possible_truncation, reason = "gradients are at most f32")]
-        let rest = (f64::from(self.logits[count]) / self.rest) as f32;
-        let listed = self.columns.into_iter().zip(self.logits).collect();
-        Some(Passed { loss, listed, rest })
+        let narrow = |value: f64| value as f32;
+        let listed = self.columns.into_iter();
+        Some(Passed {
+            loss,
+            listed: listed.zip(gradients.into_iter().map(narrow)).collect(),
+            rest: narrow(coefficient),
+        })
     }
 }

@@ -47,6 +47,21 @@ impl Leaves {
         self.bounds.dedup();
     }
 
+    /// Takes leaves of one column each: some logits, and last one of a mass relative to a shift.
+    pub(super) fn set(&mut self, logits: &[f32], shift: f32, mass: f64) {
+        let leaves = logits.len() + 1;
+        self.bounds.clear();
+        self.bounds
+            .extend(0..=u32::try_from(leaves).expect("ranks are u32"));
+        self.shift.clear();
+        self.shift.extend(logits.iter().copied().chain([shift]));
+        self.mass.clear();
+        self.mass.resize(logits.len(), 1.0);
+        self.mass.push(mass);
+        self.coefficient.clear();
+        self.coefficient.resize(leaves, 0.0);
+    }
+
     /// Sums every leaf.
     ///
     /// # Errors
@@ -163,6 +178,11 @@ impl Leaves {
         start - 1..end
     }
 
+    /// All leaves.
+    pub(super) fn all(&self) -> Range<usize> {
+        0..self.mass.len()
+    }
+
     /// Leaves of a range of ranks that begins and ends where leaves do.
     pub(super) fn span(&self, ranks: &Range<u32>) -> Range<usize> {
         let leaf = |rank| self.bounds.partition_point(|&bound| bound < rank);
@@ -260,6 +280,11 @@ impl Leaves {
     /// Gradient of a leaf of one column.
     pub(super) fn gradient(&self, leaf: usize) -> f64 {
         self.coefficient[leaf] * self.mass[leaf]
+    }
+
+    /// What the exponentials of a leaf, relative to its shift, are multiplied by.
+    pub(super) fn coefficient(&self, leaf: usize) -> f64 {
+        self.coefficient[leaf]
     }
 
     /// Overwrites the row by its gradient.

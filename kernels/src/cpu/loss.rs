@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::backend::NotFinite;
 use crate::cpu::leaves::Leaves;
+use crate::cpu::short::Short;
 use crate::cpu::simd::Level;
 use crate::cpu::top::Top;
 use crate::element::Element;
@@ -42,6 +43,9 @@ pub(super) struct Worker {
     /// Largest columns of the row, and what standardised terms add to their gradient.
     pub(super) top: Top,
     pub(super) added: Vec<f64>,
+    /// Those columns, as the leaves count columns.
+    pub(super) places: Vec<Range<u32>>,
+    pub(super) short: Short,
 }
 
 impl Worker {
@@ -55,18 +59,22 @@ impl Worker {
         let (item, place) = job.place(row);
         self.groups.set(job.vocab, item, place);
         let (live, ignored) = logits.split_at_mut(job.vocab.live());
-        let loss = self.run(level, live)?;
+        let count = self.groups.sorted.iter().map(|term| term.target.len());
+        self.top.find(level, live, count.max().unwrap_or(0));
+        self.places.clone_from(&self.top.columns);
+        let loss = match self.run_short(level, live)? {
+            Some(loss) => loss,
+            None => self.run(level, live)?,
+        };
         ignored.fill(T::default());
         Ok(loss)
     }
 
     /// Loss of the groups that were set, whose row becomes the gradient.
-    pub(super) fn run<T: Element>(&mut self, level: Level, live: &mut [T]) -> Result<f64, usize> {
-        let count = self.groups.sorted.iter().map(|term| term.target.len());
-        self.top.find(level, live, count.max().unwrap_or(0));
+    fn run<T: Element>(&mut self, level: Level, live: &mut [T]) -> Result<f64, usize> {
         self.cut(u32::try_from(live.len()).expect("ranks are u32"));
         self.leaves.sum(level, live)?;
-        let loss = self.losses(level, live) + self.sorted(level, live);
+        let loss = self.losses(level, live) + self.sorted(level, live, live);
         self.leaves.write(level, live);
         self.add(live);
         Ok(loss)

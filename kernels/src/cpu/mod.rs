@@ -16,6 +16,7 @@ pub(crate) mod multiversion;
 mod network;
 pub(crate) mod passes;
 pub(crate) mod score;
+mod short;
 mod simd;
 mod sorted;
 #[cfg(test)]

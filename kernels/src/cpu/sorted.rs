@@ -1,5 +1,7 @@
 //! Sorted terms: the largest columns of a row are leaves of their own, all others have one
 //! coefficient.
+//!
+//! `row` is the whole row; `summed` is what the leaves are of, empty where those were summed before.
 
 use std::ops::Range;
 
@@ -10,14 +12,16 @@ use crate::loss::{Measure, Sorted, slope};
 
 impl Worker {
     /// Loss of the sorted terms of a row whose leaves are summed.
-    pub(super) fn sorted<T: Element>(&mut self, level: Level, row: &[T]) -> f64 {
+    pub(super) fn sorted<T: Element>(&mut self, level: Level, row: &[T], summed: &[T]) -> f64 {
         self.added.clear();
         self.added.resize(self.top.columns.len(), 0.0);
         let mut loss = 0.0;
         for index in 0..self.groups.sorted.len() {
             loss += match self.groups.sorted[index].measure {
-                Measure::Probability { rest } => self.probabilities(level, row, index, rest),
-                Measure::Standardised { temperature } => self.standardised(row, index, temperature),
+                Measure::Probability { rest } => {
+                    self.probabilities(level, row, summed, index, rest)
+                }
+                Measure::Standardised { temperature } => self.standardised(index, temperature),
             };
         }
         loss
@@ -28,6 +32,7 @@ impl Worker {
         &mut self,
         level: Level,
         row: &[T],
+        summed: &[T],
         index: usize,
         rest: f64,
     ) -> f64 {
@@ -35,22 +40,23 @@ impl Worker {
             groups,
             leaves,
             top,
+            places,
             ..
         } = self;
         let Sorted { target, weight, .. } = &groups.sorted[index];
-        let columns = &top.columns[..target.len().min(top.columns.len())];
-        let end = u32::try_from(row.len()).expect("ranks are u32");
-        let all = leaves.span(&(0..end));
-        let log_total = leaves.log_mass(level, row, all.clone());
-        let mut ascending: Vec<&Range<u32>> = columns.iter().collect();
-        ascending.sort_unstable_by_key(|column| column.start);
+        let count = target.len().min(top.columns.len());
+        let places = &places[..count];
+        let all = leaves.all();
+        let log_total = leaves.log_mass(level, summed, all.clone());
+        let mut ascending: Vec<&Range<u32>> = places.iter().collect();
+        ascending.sort_unstable_by_key(|place| place.start);
         let others = gaps(leaves, &all, ascending);
-        let logits = columns.iter().map(|column| logit(row, column));
+        let logits = top.logits[..count].iter();
         let mut shares: Vec<f64> = logits.map(|logit| (logit - log_total).exp()).collect();
         let mut other = if others.is_empty() {
             0.0
         } else {
-            (leaves.log_mass_of(level, row, &others) - log_total).exp()
+            (leaves.log_mass_of(level, summed, &others) - log_total).exp()
         };
         let is_unclear = shares
             .iter()
@@ -58,16 +64,16 @@ impl Worker {
             .chain([(&other, &rest)])
             .any(|(&share, &target)| Sorted::is_unclear(share, target));
         if is_unclear {
-            (shares, other) = exact(row, columns);
+            (shares, other) = exact(row, &top.columns[..count]);
         }
-        let unmatched: f64 = target[columns.len()..].iter().sum();
+        let unmatched: f64 = target[count..].iter().sum();
         let mut loss = (other - rest).abs() + unmatched;
         let mut pull = other * slope(other, rest);
-        for ((column, &share), &target) in columns.iter().zip(&shares).zip(target) {
+        for ((place, &share), &target) in places.iter().zip(&shares).zip(target) {
             let slope = slope(share, target);
             loss += (share - target).abs();
             pull += share * slope;
-            leaves.add(leaves.span(column), weight * slope, log_total);
+            leaves.add(leaves.span(place), weight * slope, log_total);
         }
         for gap in others {
             leaves.add(gap, weight * slope(other, rest), log_total);
@@ -76,11 +82,10 @@ impl Worker {
         weight * loss
     }
 
-    fn standardised<T: Element>(&mut self, row: &[T], index: usize, temperature: f64) -> f64 {
+    fn standardised(&mut self, index: usize, temperature: f64) -> f64 {
         let term = &self.groups.sorted[index];
-        let columns = self.top.columns.iter().take(term.target.len());
-        let logits: Vec<f64> = columns.map(|column| logit(row, column)).collect();
-        let (loss, slopes) = term.standardised_loss(&logits, temperature);
+        let logits = &self.top.logits[..term.target.len()];
+        let (loss, slopes) = term.standardised_loss(logits, temperature);
         for (added, slope) in self.added.iter_mut().zip(slopes) {
             *added += term.weight * slope;
         }
@@ -89,9 +94,10 @@ impl Worker {
 
     /// Puts what standardised terms add into a gradient that was written; each sum is rounded once.
     pub(super) fn add<T: Element>(&self, grad: &mut [T]) {
-        for (column, &added) in self.top.columns.iter().zip(&self.added) {
+        let places = self.places.iter().zip(&self.added);
+        for (column, (place, &added)) in self.top.columns.iter().zip(places) {
             if added != 0.0 {
-                let sum = added + self.leaves.gradient(self.leaves.span(column).start);
+                let sum = added + self.leaves.gradient(self.leaves.span(place).start);
                 #[expect(clippy::cast_possible_truncation, reason = "gradients are at most f32")]
                 let sum = sum as f32;
                 grad[column.start as usize] = T::from_f32(sum);

@@ -6,14 +6,21 @@ use std::ops::Range;
 use crate::cpu::simd::{Level, above, largest, sum_exp};
 use crate::element::Element;
 
-/// Candidates that are collected before the largest of them raise the threshold, at least.
-const CANDIDATES: usize = 256;
+/// Runs of columns per column that is asked for: the largest of the runs say what is looked at again.
+const RUNS: usize = 8;
+
+/// Columns of a run.
+const RUN: Range<usize> = 64..4096;
 
 /// Columns of the largest logits; reused from row to row.
 #[derive(Debug, Default)]
 pub(super) struct Top {
     /// Each as a range of one column, largest logit first, the lower column on a tie.
     pub(super) columns: Vec<Range<u32>>,
+    /// Their logits.
+    pub(super) logits: Vec<f64>,
+    maxima: Vec<f32>,
+    sorted: Vec<f32>,
     found: Vec<u32>,
     keys: Vec<Reverse<u64>>,
 }
@@ -23,28 +30,43 @@ impl Top {
     pub(super) fn find<T: Element>(&mut self, level: Level, row: &[T], count: usize) {
         self.keys.clear();
         self.columns.clear();
+        self.logits.clear();
         if count == 0 {
             return;
         }
-        let limit = CANDIDATES.max(2 * count);
-        let (mut threshold, mut at) = (f32::NEG_INFINITY, 0);
-        while at < row.len() {
-            self.found.clear();
-            let room = limit - self.keys.len();
-            at = above(level, row, at, threshold, room, &mut self.found);
-            let keys = self.found.iter().map(|&column| key(row, column));
-            self.keys.extend(keys);
-            if self.keys.len() > count {
-                let (_, &mut last, _) = self.keys.select_nth_unstable(count - 1);
-                self.keys.truncate(count);
-                // What comes later is of a higher column: an equal one is none of the largest.
-                threshold = row[column(last) as usize].to_f32();
+        let run = (row.len() / (RUNS * count)).clamp(RUN.start, RUN.end);
+        self.maxima.clear();
+        let maxima = row.chunks(run).map(|run| largest(level, run));
+        self.maxima.extend(maxima);
+        // As many runs have a column that is no smaller than this.
+        let least = if self.maxima.len() > count {
+            self.sorted.clone_from(&self.maxima);
+            let descending = |a: &f32, b: &f32| b.total_cmp(a);
+            *self.sorted.select_nth_unstable_by(count - 1, descending).1
+        } else {
+            f32::MIN
+        };
+        self.found.clear();
+        for (index, &most) in self.maxima.iter().enumerate() {
+            if most >= least {
+                let start = index * run;
+                let end = row.len().min(start + run);
+                let below = least.next_down();
+                above(level, &row[..end], start, below, &mut self.found);
             }
+        }
+        self.keys
+            .extend(self.found.iter().map(|&column| key(row, column)));
+        if self.keys.len() > count {
+            self.keys.select_nth_unstable(count - 1);
+            self.keys.truncate(count);
         }
         self.keys.sort_unstable();
         let columns = self.keys.iter().map(|&key| column(key));
-        self.columns
-            .extend(columns.map(|column| column..column + 1));
+        for column in columns {
+            self.columns.push(column..column + 1);
+            self.logits.push(f64::from(row[column as usize].to_f32()));
+        }
     }
 }
 

@@ -315,7 +315,7 @@ impl Device {
         let most = self.shared_limit.saturating_sub(STATIC_SHARED);
         if shared > most {
             return Err(CudaError::Unsupported {
-                what: "a row of very many segments",
+                what: "a row that takes more shared memory than the device has",
             });
         }
         self.bind()?;

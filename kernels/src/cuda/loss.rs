@@ -1,17 +1,18 @@
 //! Losses in place; inputs are checked by `crate::loss`.
 
-use std::ops::Range;
 use std::sync::Arc;
+
+use cudarc::driver::CudaFunction;
 
 use crate::cuda::device::{Buffer, Device, count};
 use crate::cuda::logits::Logits;
-use crate::cuda::raw::{self, LEVEL_STATE, LossRow, NONE, TERM_LABEL, TERM_TRIE, Unit};
+use crate::cuda::raw::{self, LEVEL_STATE, THREADS, Unit};
 use crate::cuda::rows::{Plan, RowsError, Sums, suffix, width_of};
-use crate::cuda::tries::{Path, ResidentTrie};
+use crate::cuda::terms::{RowOf, Terms, rows_of};
+use crate::cuda::tries::ResidentTrie;
 use crate::element::Dtype;
 use crate::error::{CudaError, LossError};
-use crate::loss::{self, ItemLoss, NO_LABEL, Place, Term, check_length, probability};
-use crate::records::RecordView;
+use crate::loss::{ItemLoss, check_length, probability};
 use crate::vocab::Vocab;
 
 impl From<RowsError> for LossError {
@@ -27,22 +28,14 @@ impl From<RowsError> for LossError {
 /// coefficients takes longer than reading what fits: on an H100 (50 MB) 16 MiB were slower in every shape measured.
 const LAG_BYTES: usize = 96 << 20;
 
-/// Terms of the rows of one launch, as they cross to the device.
-#[derive(Default)]
-struct Terms {
-    rows: Vec<LossRow>,
-    terms: Vec<raw::Term>,
-    columns: Vec<u8>,
-    /// Most slots that a term has along one row's token.
-    most_listed: u32,
-}
-
 /// The loss of rows on the device, ready to run.
 pub struct LossJob<'d> {
     device: &'d Device,
     _trie: Arc<ResidentTrie>,
-    kernel: cudarc::driver::CudaFunction,
+    kernel: CudaFunction,
     shared: u32,
+    /// Takes single columns out of the rows, and what it needs of shared memory.
+    take: Option<(CudaFunction, u32)>,
     blocks: u32,
     sums: Sums,
     job: raw::Loss,
@@ -50,7 +43,33 @@ pub struct LossJob<'d> {
     ready: Buffer<u32>,
     ticket: Buffer<u32>,
     _coefficients: Buffer<raw::Mass>,
-    _inputs: (Buffer<LossRow>, Buffer<raw::Term>, Buffer<u8>, Buffer<f32>),
+    _inputs: Inputs,
+}
+
+/// What the kernels read besides the logits.
+struct Inputs {
+    rows: Buffer<raw::LossRow>,
+    terms: Buffer<raw::Term>,
+    columns: Buffer<u8>,
+    probability: Buffer<f32>,
+    slots: Buffer<raw::Slot>,
+    classes: Buffer<raw::Class>,
+    shares: Buffer<f64>,
+}
+
+impl Inputs {
+    fn upload(device: &Device, terms: &Terms) -> Result<Self, CudaError> {
+        let table: Vec<f32> = (0..=u8::MAX).map(code_probability).collect();
+        Ok(Self {
+            rows: device.upload(&terms.rows)?,
+            terms: device.upload(&terms.terms)?,
+            columns: device.upload(&terms.columns)?,
+            probability: device.upload(&table)?,
+            slots: device.upload(&terms.slots)?,
+            classes: device.upload(&terms.classes)?,
+            shares: device.upload(&terms.shares)?,
+        })
+    }
 }
 
 impl std::fmt::Debug for LossJob<'_> {
@@ -76,7 +95,7 @@ impl<'d> LossJob<'d> {
     /// `logits` are the rows of all items, m + 1 for an item of m tokens; [`Self::run`] overwrites them.
     ///
     /// # Errors
-    /// Where a label is on no node along its row's token (the CPU computes those), or the device fails.
+    /// Where the inputs are not those of a loss, or the device fails.
     pub fn new(
         device: &'d Device,
         vocab: &Vocab,
@@ -112,36 +131,52 @@ impl<'d> LossJob<'d> {
         let sums = Sums::new(device, vocab, &trie, &plan, dtype, (logits, places.stride))?;
         let (segments, levels) = (sums.job.most_segments, sums.job.most_levels);
         let most_listed = terms.most_listed.next_multiple_of(4);
-        let masses = LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (3 * segments);
+        let (unit, prefix, single) = if terms.slots.is_empty() {
+            (Unit::Loss, "loss", 0)
+        } else {
+            (Unit::Listed, "listed", 12 * segments)
+        };
+        let masses = LEVEL_STATE * levels + 8 * (segments + 1) + 4 * (3 * segments) + single;
         let shared = masses + 3 * most_listed + sums.shared();
         let name = if dtype == places.gradient.1 {
-            format!("loss_{}", suffix(dtype))
+            format!("{prefix}_{}", suffix(dtype))
         } else {
-            format!("loss_{}_to_{}", suffix(dtype), suffix(places.gradient.1))
+            format!(
+                "{prefix}_{}_to_{}",
+                suffix(dtype),
+                suffix(places.gradient.1)
+            )
         };
-        let kernel = device.kernel(Unit::Loss, &name, shared)?;
+        let kernel = device.kernel(unit, &name, shared)?;
+        // As many again as a block reads at a time.
+        let candidates = (terms.most_top + 8 * THREADS).next_power_of_two();
+        let take = match unit {
+            Unit::Listed => {
+                let shared = candidates * 8;
+                let kernel = device.kernel(unit, &format!("take_{}", suffix(dtype)), shared)?;
+                Some((kernel, shared))
+            }
+            _ => None,
+        };
         let resident = device.resident_blocks(&kernel, shared)?;
         // A gradient follows its row's sums by this many rows and up to twice as many: enough that the coefficients are
         // there in time.
         let row_bytes = places.stride * width_of(dtype);
         let lag = count((LAG_BYTES / row_bytes.max(1)).clamp(1, plan.len().max(1)))?;
-        let table: Vec<f32> = (0..=u8::MAX).map(code_probability).collect();
-        let inputs = (
-            device.upload(&terms.rows)?,
-            device.upload(&terms.terms)?,
-            device.upload(&terms.columns)?,
-            device.upload(&table)?,
-        );
+        let inputs = Inputs::upload(device, &terms)?;
         let coefficients = device.allocate(sums.segments)?;
         let losses = device.allocate(plan.len())?;
         let ready = device.allocate(plan.len())?;
         let ticket = device.allocate(1)?;
         let job = raw::Loss {
             rows: sums.job,
-            loss_rows: inputs.0.address(),
-            terms: inputs.1.address(),
-            columns: inputs.2.address(),
-            probability: inputs.3.address(),
+            loss_rows: inputs.rows.address(),
+            terms: inputs.terms.address(),
+            columns: inputs.columns.address(),
+            probability: inputs.probability.address(),
+            slots: inputs.slots.address(),
+            classes: inputs.classes.address(),
+            shares: inputs.shares.address(),
             gradient: places.gradient.0,
             gradient_stride: places.stride as u64,
             coefficients: coefficients.address(),
@@ -151,13 +186,14 @@ impl<'d> LossJob<'d> {
             lag,
             scale: places.scale,
             most_listed,
-            padding: 0,
+            candidates,
         };
         Ok(Self {
             device,
             _trie: trie,
             kernel,
             shared,
+            take,
             blocks: resident,
             sums,
             job,
@@ -177,8 +213,15 @@ impl<'d> LossJob<'d> {
         self.sums.reset(self.device)?;
         self.device.fill(&self.ready, 0)?;
         self.device.fill(&self.ticket, 0)?;
+        if let Some((kernel, shared)) = &self.take {
+            // SAFETY: the job of the kernels: a block per row, whose slots and logits nothing else uses meanwhile.
+            unsafe {
+                let grid = (self.sums.job.count, 1);
+                self.device.launch(kernel, grid, *shared, &self.job)
+            }?;
+        }
         // SAFETY: the job of the loss kernels: logits and gradient of `count` rows (checked by whoever made the job),
-        // terms that point into `columns`, sums and coefficients for every segment, all held by `self` and its maker.
+        // terms that point into `columns`, `classes` and `shares`, rows that point into `slots`, sums and coefficients for every segment, all held by `self` and its maker.
         unsafe {
             self.device
                 .launch(&self.kernel, (self.blocks, 1), self.shared, &self.job)
@@ -196,170 +239,6 @@ impl<'d> LossJob<'d> {
             .download(&self.losses, self.sums.job.count as usize)?;
         Ok(losses.iter().sum())
     }
-}
-
-/// One row of an item.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RowOf<'a> {
-    item: ItemLoss<'a>,
-    place: Place,
-}
-
-/// All rows of checked items.
-pub(super) fn rows_of<'a>(
-    vocab: &'a Vocab,
-    items: &'a [ItemLoss<'a>],
-) -> Result<Vec<RowOf<'a>>, LossError> {
-    let job = loss::LossJob::new(vocab, items)?;
-    let rows = (0..job.rows()).map(|row| {
-        let (item, place) = job.place(row);
-        RowOf { item: *item, place }
-    });
-    Ok(rows.collect())
-}
-
-impl RowOf<'_> {
-    fn token(&self, index: usize) -> Option<u32> {
-        self.item.tokens.get(index).copied()
-    }
-
-    fn has_trie(&self) -> bool {
-        self.item
-            .terms
-            .iter()
-            .any(|term| matches!(term, Term::Trie { .. }))
-    }
-
-    /// Token along which the row is cut: the observed one where a trie target asks for it, else the label.
-    fn path_token(&self, vocab: &Vocab) -> Option<u32> {
-        if self.has_trie() {
-            return self.token(self.place.index);
-        }
-        let labels = self.item.terms.iter().filter_map(|term| match term {
-            Term::Labels { labels, .. } => labels.get(self.place.index).copied(),
-            _ => None,
-        });
-        labels
-            .into_iter()
-            .find(|&label| label < vocab.byte_tokens())
-    }
-}
-
-impl Terms {
-    fn of_rows<'t>(
-        vocab: &Vocab,
-        trie: &'t ResidentTrie,
-        rows: &[RowOf<'_>],
-    ) -> Result<(Vec<&'t Path>, Self), CudaError> {
-        let mut all = Self::default();
-        let mut paths = Vec::with_capacity(rows.len());
-        for row in rows {
-            let path_token = row.path_token(vocab);
-            let path = trie.path(path_token);
-            let first_term = count(all.terms.len())?;
-            for term in row.item.terms {
-                match term {
-                    Term::Trie { target, weight } => {
-                        let positions =
-                            path_token.map_or(0, |rank| vocab.token_bytes(rank).len()) + 1;
-                        all.trie(
-                            target,
-                            row.place.offset..row.place.offset + positions,
-                            *weight,
-                        )?;
-                    }
-                    Term::Tokens { .. } => {
-                        return Err(CudaError::Unsupported {
-                            what: "token-space targets",
-                        });
-                    }
-                    Term::Sorted { .. } | Term::Standardised { .. } => {
-                        return Err(CudaError::Unsupported {
-                            what: "sorted targets",
-                        });
-                    }
-                    Term::Labels { labels, weight } => {
-                        let label = labels.get(row.place.index).copied().unwrap_or(NO_LABEL);
-                        if let Some(segment) = segment_of(vocab, path, path_token, label)? {
-                            all.terms.push(raw::Term {
-                                kind: TERM_LABEL,
-                                weight: *weight,
-                                segment,
-                                ..raw::Term::default()
-                            });
-                        }
-                    }
-                }
-            }
-            let first_byte = |index| {
-                let token = row.token(index);
-                token.map_or(256, |rank| u32::from(vocab.token_bytes(rank)[0]))
-            };
-            let previous = row
-                .place
-                .index
-                .checked_sub(1)
-                .and_then(|index| row.token(index));
-            all.rows.push(LossRow {
-                first_term,
-                terms: count(all.terms.len())? - first_term,
-                previous: previous.map_or(NONE, |rank| trie.path(Some(rank)).node),
-                first: first_byte(row.place.index),
-                next: first_byte(row.place.index + 1),
-            });
-            paths.push(path);
-        }
-        Ok((paths, all))
-    }
-
-    /// Adds a trie term with its columns at `positions`, which the target has.
-    fn trie(
-        &mut self,
-        target: &RecordView<'_>,
-        positions: Range<usize>,
-        weight: f32,
-    ) -> Result<(), CudaError> {
-        let slots = positions.start * target.k()..positions.end * target.k();
-        let mut copy = |column: &[u8]| {
-            let start = count(self.columns.len());
-            self.columns.extend_from_slice(column);
-            start
-        };
-        let term = raw::Term {
-            kind: TERM_TRIE,
-            weight,
-            slots: count(target.k())?,
-            symbols: copy(&target.symbols()[slots.clone()])?,
-            codes: copy(&target.codes()[slots])?,
-            end: copy(&target.end()[positions.clone()])?,
-            tail: copy(&target.tail()[positions])?,
-            segment: 0,
-        };
-        self.most_listed = self.most_listed.max(term.codes - term.symbols);
-        self.terms.push(term);
-        Ok(())
-    }
-}
-
-/// Segment of a label's class on a row that is cut along `path`; `None` without a label.
-fn segment_of(
-    vocab: &Vocab,
-    path: &Path,
-    path_token: Option<u32>,
-    label: u32,
-) -> Result<Option<u32>, CudaError> {
-    if label == NO_LABEL {
-        return Ok(None);
-    }
-    if vocab.end_ranks().contains(&label) {
-        return Ok(Some(path.end()));
-    }
-    if path_token.is_some_and(|token| vocab.token_bytes(token) == vocab.token_bytes(label)) {
-        return Ok(Some(path.stop));
-    }
-    Err(CudaError::Unsupported {
-        what: "a label other than the observed token beside a trie target",
-    })
 }
 
 #[expect(

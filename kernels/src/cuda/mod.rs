@@ -24,6 +24,7 @@ mod loss;
 mod raw;
 mod rows;
 mod score;
+mod terms;
 #[cfg(test)]
 mod tests;
 mod tries;

@@ -31,6 +31,7 @@ pub(super) const SKEW: u32 = 63;
 pub(super) enum Unit {
     Score,
     Loss,
+    Listed,
     Gemm,
     Fusion,
     Robust,
@@ -38,12 +39,13 @@ pub(super) enum Unit {
 }
 
 impl Unit {
-    pub(super) const COUNT: usize = 6;
+    pub(super) const COUNT: usize = 7;
 
     pub(super) fn ptx(self) -> &'static str {
         match self {
             Self::Score => include_str!("ptx/score.ptx"),
             Self::Loss => include_str!("ptx/loss.ptx"),
+            Self::Listed => include_str!("ptx/listed.ptx"),
             Self::Gemm => include_str!("ptx/gemm.ptx"),
             Self::Fusion => include_str!("ptx/fusion.ptx"),
             Self::Robust => include_str!("ptx/robust.ptx"),
@@ -175,15 +177,34 @@ plain! {
         end: u32,
         tail: u32,
         segment: u32,
+        shares: u32,
+        classes: u32,
     }
 
-    /// Terms and neighbours of a row.
+    /// Terms, neighbours and slots of a row.
     struct LossRow {
         first_term: u32,
         terms: u32,
         previous: u32,
         first: u32,
         next: u32,
+        first_slot: u32,
+        listed: u32,
+        top: u32,
+    }
+
+    /// A column with a gradient of its own.
+    struct Slot {
+        column: u32,
+        owner: u32,
+        logit: f32,
+        gradient: f32,
+    }
+
+    /// Slots of a class, counted from the row's first.
+    struct Class {
+        from: u32,
+        to: u32,
     }
 
     /// Job of the loss kernels.
@@ -193,6 +214,9 @@ plain! {
         terms: Address,
         columns: Address,
         probability: Address,
+        slots: Address,
+        classes: Address,
+        shares: Address,
         gradient: Address,
         gradient_stride: u64,
         coefficients: Address,
@@ -202,7 +226,7 @@ plain! {
         lag: u32,
         scale: f32,
         most_listed: u32,
-        padding: u32,
+        candidates: u32,
     }
 
     /// Matrix product.
@@ -271,6 +295,15 @@ pub(super) const TERM_TRIE: u32 = 0;
 
 /// [`Term::kind`] of a label.
 pub(super) const TERM_LABEL: u32 = 1;
+
+/// [`Term::kind`] of classes of listed columns.
+pub(super) const TERM_GROUP: u32 = 2;
+
+/// [`Term::kind`] of sorted probabilities.
+pub(super) const TERM_SORTED: u32 = 3;
+
+/// [`Term::kind`] of standardised logits.
+pub(super) const TERM_STANDARDISED: u32 = 4;
 
 /// [`Merge::rule`] of weighted sums.
 pub(super) const RULE_SUM: u32 = 0;

@@ -40,6 +40,7 @@ pub(super) struct ResidentTrie {
     pub(super) levels: Buffer<Level>,
     /// By rank of a byte token, and last the row without a token.
     paths: Vec<Path>,
+    whole: Path,
 }
 
 /// How a token cuts a row.
@@ -73,7 +74,7 @@ impl Path {
 impl ResidentTrie {
     pub(super) fn new(device: &Device, vocab: &Vocab) -> Result<Self, CudaError> {
         let trie = vocab.trie();
-        let nodes: Vec<Node> = trie
+        let mut nodes: Vec<Node> = trie
             .nodes()
             .iter()
             .map(|node| Node {
@@ -85,19 +86,26 @@ impl ResidentTrie {
                 byte: u32::from(node.byte),
             })
             .collect();
-        let starts: Vec<u32> = nodes.iter().map(|node| node.start).collect();
         let mut levels = Vec::new();
         let mut paths = Vec::with_capacity(vocab.byte_tokens() as usize + 1);
         for rank in 0..vocab.byte_tokens() {
             paths.push(path(trie, vocab.token_bytes(rank), &mut levels)?);
         }
         paths.push(path(trie, &[], &mut levels)?);
+        let whole = whole(vocab, &mut nodes, &mut levels)?;
+        let starts: Vec<u32> = nodes.iter().map(|node| node.start).collect();
         Ok(Self {
             nodes: device.upload(&nodes)?,
             starts: device.upload(&starts)?,
             levels: device.upload(&levels)?,
             paths,
+            whole,
         })
+    }
+
+    /// A row that is cut nowhere but where the ends of the record start.
+    pub(super) fn whole(&self) -> &Path {
+        &self.whole
     }
 
     /// Path of a byte token, or of a row without a token.
@@ -106,6 +114,35 @@ impl ResidentTrie {
         let index = rank.map_or(last, |rank| rank as usize);
         &self.paths[index.min(last)]
     }
+}
+
+/// Adds a node with one child, which is all byte tokens, and its level.
+fn whole(vocab: &Vocab, nodes: &mut Vec<Node>, all: &mut Vec<Level>) -> Result<Path, CudaError> {
+    let node = count(nodes.len())?;
+    let below = Node {
+        end: vocab.byte_tokens(),
+        ..Node::default()
+    };
+    let above = Node {
+        first_child: node + 1,
+        children: 1,
+        ..below
+    };
+    nodes.extend([above, below]);
+    let first_level = count(all.len())?;
+    all.push(Level {
+        node,
+        path: NONE,
+        left: 0,
+        right: 0,
+    });
+    Ok(Path {
+        first_level,
+        levels: 1,
+        segments: 2,
+        node,
+        stop: 0,
+    })
 }
 
 /// Adds the levels along `bytes`, which some token spells or which are empty.

@@ -53,10 +53,21 @@ pub(crate) struct Place {
 impl Groups {
     /// Takes the terms of a checked item at one row.
     pub(crate) fn set(&mut self, vocab: &Vocab, item: &ItemLoss<'_>, place: Place) {
+        self.set_some(vocab, item, place, |_| true);
+    }
+
+    /// As [`Self::set`], of some of the terms.
+    pub(crate) fn set_some(
+        &mut self,
+        vocab: &Vocab,
+        item: &ItemLoss<'_>,
+        place: Place,
+        takes: impl Fn(&Term<'_>) -> bool,
+    ) {
         self.list.clear();
         self.classes.clear();
         self.sorted.clear();
-        for term in item.terms {
+        for term in item.terms.iter().filter(|term| takes(term)) {
             match term {
                 Term::Trie { target, weight } => {
                     self.trie(vocab, item.tokens, target, *weight, place);

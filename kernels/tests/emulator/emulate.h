@@ -114,6 +114,7 @@ inline void store16(void *to, Quad q) {
     *(Quad *)to = q;
 }
 inline float2 load_shared_result(const float2 *from) { return *from; }
+inline Quad load_shared_result(const void *from) { return load16(from); }
 inline u32 load_acquire(const u32 *from) { return *from; }
 inline void store_release(u32 *to, u32 value) { *to = value; }
 inline void pause() { emulator::yield(); }

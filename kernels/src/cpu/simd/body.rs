@@ -84,6 +84,7 @@ pub(super) fn sum_exp<L: Lanes, T: Element>(
     bounds: &[u32],
     shift: f32,
     out: &mut [f64],
+    ahead: [usize; 2],
 ) -> bool {
     let shift = lanes.splat(shift);
     let zero = lanes.splat(0.0);
@@ -98,8 +99,8 @@ pub(super) fn sum_exp<L: Lanes, T: Element>(
             let mut sums = [zero; 2];
             let (pairs, single) = block.as_chunks::<2>();
             for pair in pairs {
-                for (sum, vector) in sums.iter_mut().zip(pair) {
-                    lanes.ahead(vector, AHEAD);
+                for ((sum, vector), bytes) in sums.iter_mut().zip(pair).zip(ahead) {
+                    lanes.ahead(vector, bytes);
                     let values = lanes.load(vector);
                     // Zero for every finite value, NaN for the others; NaN stays.
                     poison = lanes.mul_add(values, zero, poison);
@@ -163,9 +164,8 @@ pub(super) fn above<L: Lanes, T: Element>(
     row: &[T],
     start: usize,
     threshold: f32,
-    limit: usize,
     found: &mut Vec<u32>,
-) -> usize {
+) {
     let threshold = lanes.splat(threshold);
     let (vectors, rest) = row[start..].as_chunks::<LANES>();
     let (quads, singles) = vectors.as_chunks::<4>();
@@ -178,9 +178,6 @@ pub(super) fn above<L: Lanes, T: Element>(
             }
         }
         at += 4 * LANES;
-        if found.len() >= limit {
-            return at;
-        }
     }
     for vector in singles {
         note(found, at, lanes.above(lanes.load(vector), threshold));
@@ -192,7 +189,6 @@ pub(super) fn above<L: Lanes, T: Element>(
         at,
         used & lanes.above(lanes.load_some(rest), threshold),
     );
-    row.len()
 }
 
 /// Appends a column for each bit.

@@ -91,7 +91,21 @@ pub(crate) fn sum_exp<T: Element>(
     shift: f32,
     out: &mut [f64],
 ) -> bool {
-    dispatch!(level, sum_exp(row, bounds, shift, out))
+    dispatch!(level, sum_exp(row, bounds, shift, out, [body::AHEAD; 2]))
+}
+
+/// [`sum_exp`] of columns that are in the cache; asks for every second vector of those that come `next`
+/// bytes later.
+pub(crate) fn sum_exp_near<T: Element>(
+    level: Level,
+    columns: &[T],
+    shift: f32,
+    next: usize,
+    out: &mut f64,
+) -> bool {
+    let bounds = [0, u32::try_from(columns.len()).expect("ranks are u32")];
+    let out = std::slice::from_mut(out);
+    dispatch!(level, sum_exp(columns, &bounds, shift, out, [next, 0]))
 }
 
 /// `row = factor exp(row - shift)` in place, piece by piece from column 0; a factor of zero gives
@@ -100,17 +114,15 @@ pub(crate) fn scale_exp<T: Element>(level: Level, row: &mut [T], pieces: &[Piece
     dispatch!(level, scale_exp(row, pieces));
 }
 
-/// Appends the columns from `start` on whose value is above the threshold to `found`, in order, until
-/// there are `limit` or a few more; returns the first column that was not looked at.
+/// Appends the columns from `start` on whose value is above the threshold to `found`, in order.
 pub(crate) fn above<T: Element>(
     level: Level,
     row: &[T],
     start: usize,
     threshold: f32,
-    limit: usize,
     found: &mut Vec<u32>,
-) -> usize {
-    dispatch!(level, above(row, start, threshold, limit, found))
+) {
+    dispatch!(level, above(row, start, threshold, found));
 }
 
 #[cfg(test)]

@@ -38,13 +38,20 @@ macro_rules! level {
             bounds: &[u32],
             shift: f32,
             out: &mut [f64],
+            ahead: [usize; 2],
         ) -> bool {
             #[target_feature(enable = $features)]
-            fn pass<T: Element>(row: &[T], bounds: &[u32], shift: f32, out: &mut [f64]) -> bool {
-                body::sum_exp($name(()), row, bounds, shift, out)
+            fn pass<T: Element>(
+                row: &[T],
+                bounds: &[u32],
+                shift: f32,
+                out: &mut [f64],
+                ahead: [usize; 2],
+            ) -> bool {
+                body::sum_exp($name(()), row, bounds, shift, out, ahead)
             }
             // SAFETY: as in `largest`.
-            unsafe { pass(row, bounds, shift, out) }
+            unsafe { pass(row, bounds, shift, out, ahead) }
         }
 
         pub(in crate::cpu::simd) fn scale_exp<T: Element>(row: &mut [T], pieces: &[Piece]) {
@@ -60,21 +67,14 @@ macro_rules! level {
             row: &[T],
             start: usize,
             threshold: f32,
-            limit: usize,
             found: &mut Vec<u32>,
-        ) -> usize {
+        ) {
             #[target_feature(enable = $features)]
-            fn pass<T: Element>(
-                row: &[T],
-                start: usize,
-                threshold: f32,
-                limit: usize,
-                found: &mut Vec<u32>,
-            ) -> usize {
-                body::above($name(()), row, start, threshold, limit, found)
+            fn pass<T: Element>(row: &[T], start: usize, threshold: f32, found: &mut Vec<u32>) {
+                body::above($name(()), row, start, threshold, found);
             }
             // SAFETY: as in `largest`.
-            unsafe { pass(row, start, threshold, limit, found) }
+            unsafe { pass(row, start, threshold, found) }
         }
 
         impl Lanes for $name {

@@ -56,8 +56,8 @@ fn check_rows_sum_to_zero(case: &Case, grad: &[f32]) {
 }
 
 /// Targets of one item for terms of every kind.
-pub(super) struct Targets {
-    pub(super) tokens: Vec<u32>,
+pub(crate) struct Targets {
+    pub(crate) tokens: Vec<u32>,
     bytes: Records,
     labels: Vec<u32>,
     listed: Records<u32>,
@@ -66,7 +66,7 @@ pub(super) struct Targets {
 }
 
 impl Targets {
-    pub(super) fn of(case: &mut Case, tokens: Vec<u32>, k: usize) -> Self {
+    pub(crate) fn of(case: &mut Case, tokens: Vec<u32>, k: usize) -> Self {
         let labels = (0..=tokens.len()).map(|_| match case.random.below(4) {
             0 => NO_LABEL,
             _ => u32::try_from(case.random.below(case.vocab.live())).unwrap(),
@@ -86,7 +86,7 @@ impl Targets {
     }
 
     /// A choice of terms by the bits of `kinds`; their weights sum to at most 2.
-    pub(super) fn terms(&self, kinds: usize) -> Vec<Term<'_>> {
+    pub(crate) fn terms(&self, kinds: usize) -> Vec<Term<'_>> {
         let target = self.listed.view();
         let all = [
             Term::Trie {

@@ -12,9 +12,10 @@ use half::{bf16, f16};
 
 use crate::cuda::device::{Buffer, Device, bytes_of, count};
 use crate::cuda::gemm::{Product, multiply};
-use crate::cuda::loss::{LossJob, Places, rows_of};
+use crate::cuda::loss::{LossJob, Places};
 use crate::cuda::raw::{Address, Gemm};
 use crate::cuda::rows::width_of;
+use crate::cuda::terms::rows_of;
 use crate::element::{Dtype, Element};
 use crate::error::{CudaError, LossError};
 use crate::loss::{ItemLoss, check_length};
@@ -214,7 +215,7 @@ impl<'v> ResidentHead<'v> {
     /// given, the gradient of the weights is added to it.
     ///
     /// # Errors
-    /// Where sizes disagree, a label cannot be used (see [`LossJob::new`]), a logit is not finite, or the device fails.
+    /// Where sizes disagree, a logit is not finite, or the device fails.
     pub fn loss(
         &self,
         items: &[ItemLoss<'_>],

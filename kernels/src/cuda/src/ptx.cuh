@@ -26,6 +26,15 @@ __device__ inline float2 load_shared_result(const float2 *from) {
     return value;
 }
 
+__device__ inline Quad load_shared_result(const void *from) {
+    Quad q;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                 : "l"(from)
+                 : "memory");
+    return q;
+}
+
 __device__ inline u32 load_acquire(const u32 *from) {
     u32 value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
