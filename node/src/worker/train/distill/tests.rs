@@ -355,7 +355,7 @@ fn what_this_version_cannot_train_is_refused_by_name() {
     assert!(!plain.lora.saves_head && !plain.lora.saves_embedding);
     for (training, field) in [
         (training(&[], &[]), "target_modules"),
-        (training(&TARGETS, &["lm_head"]), "modules_to_save"),
+        (training(&TARGETS, &["norm"]), "modules_to_save"),
     ] {
         let error = Settings::of(&training, 9).unwrap_err().to_string();
         assert!(error.starts_with(field), "{error}");
