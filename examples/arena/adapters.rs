@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use crate::bench::Bench;
 use crate::exchange::{Lesson, Merging, in_the_middle, merge, trained_once, with_adapter};
 
-/// Rules and defences of the table; the first is the default, the second no defence.
+/// Rules and defences of the table; the first is a round's default.
 pub(crate) const DEFENCES: [(MergeRule, Defence); 7] = [
-    (MergeRule::Product, Defence::Standard),
     (MergeRule::Product, Defence::None),
+    (MergeRule::Product, Defence::Standard),
     (MergeRule::Product, Defence::ClipNorm),
     (
         MergeRule::Product,

@@ -1,12 +1,9 @@
 //! The arms: one way to a model each, with its source. All start from the same pivot and see the same public text.
 
-use std::collections::BTreeSet;
-
 use anyhow::{Context, Result};
 use consilium_examples::lab::trainer::permuted_targets;
-use consilium_kernels::RecordShape;
 use consilium_node::worker::LoadedModel;
-use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher, ownership};
+use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher};
 use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
 use consilium_protocol::shard::Shard;
 
@@ -372,23 +369,7 @@ fn dual(bench: &Bench) -> Result<LoadedModel> {
     let targets = bench.fuse((SOFTMAX, PLAIN), SYMBOLS, &bench.records(SYMBOLS)?)?;
     let targets = bench.targets(&targets)?;
     let (mut distiller, plan) = bench.trainer().begin(items, false)?;
-    let shape = RecordShape {
-        k: SYMBOLS.into(),
-        fill_permille: 995,
-    };
-    let visited = plan.visited()?;
-    let owned = ownership(
-        distiller.student(),
-        items,
-        &visited,
-        &targets,
-        &shape,
-        &mut (),
-    )?;
-    let owned: BTreeSet<u64> = owned
-        .into_iter()
-        .filter_map(|(item, owned)| owned.then_some(item))
-        .collect();
+    let owned = bench.owned(distiller.student(), &plan.visited()?, &targets, SYMBOLS)?;
     let objective = Objective::OwnedTrie {
         targets: &targets,
         owned: &owned,

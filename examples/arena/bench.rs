@@ -1,5 +1,6 @@
 //! What all arms of one seed share: world, pivot, sources, and their records of the public text.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +15,7 @@ use consilium_kernels::fusion::{Mixing, WEIGHT_UNITY, fuse};
 use consilium_kernels::{RecordShape, RecordView, Records};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::score::score_shard;
+use consilium_node::worker::train::distill::ownership;
 use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::manifest::{FusionRule, Manifest, TargetForm, Training};
 use consilium_protocol::reference::{Item, ReferenceSet};
@@ -181,6 +183,22 @@ impl Bench {
     pub(crate) fn targets(&self, shard: &Shard) -> Result<Targets> {
         let shard_items = u32::try_from(self.reference.items().len()).unwrap_or(u32::MAX);
         targets_of(&self.reference, shard_items, std::slice::from_ref(shard))
+    }
+
+    /// Of `visited` items, those whose records beat the pivot's own.
+    pub(crate) fn owned(
+        &self,
+        pivot: &LoadedModel,
+        visited: &[u64],
+        targets: &Targets,
+        symbols: u16,
+    ) -> Result<BTreeSet<u64>> {
+        let (items, shape) = (self.reference.items(), self.shape(symbols));
+        let owned = ownership(pivot, items, visited, targets, &shape, &mut ())?;
+        let owned = owned.into_iter();
+        Ok(owned
+            .filter_map(|(item, owned)| owned.then_some(item))
+            .collect())
     }
 
     /// The pivot after distillation from these targets.

@@ -14,7 +14,7 @@ use consilium_examples::lab::parallel::{Job, in_parallel};
 use consilium_examples::lab::trainer::items_of;
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::train::distill::{
-    AlignedLogits, Distiller, Objective, Settings, SortedLoss, Teacher, ownership,
+    AlignedLogits, Distiller, Objective, Settings, SortedLoss, Teacher,
 };
 use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::InstitutionId;
@@ -292,18 +292,7 @@ fn of_records(
     let all: Vec<u64> = (0..items.len() as u64).collect();
     let plan = distiller.plan(items, &all, 0)?;
     let visited = plan.visited()?;
-    let shape = bench.shape(SYMBOLS);
-    let owned: BTreeSet<u64> = ownership(
-        distiller.student(),
-        items,
-        &visited,
-        &targets,
-        &shape,
-        &mut (),
-    )?
-    .into_iter()
-    .filter_map(|(item, owned)| owned.then_some(item))
-    .collect();
+    let owned = bench.owned(distiller.student(), &visited, &targets, SYMBOLS)?;
     if lesson == Lesson::Records {
         return Ok(Work::Records(targets, owned));
     }

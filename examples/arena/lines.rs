@@ -39,7 +39,7 @@ pub(crate) fn check(outcome: &Outcome) -> Vec<Line> {
         ),
         ("permuted records: facts at most .15", control),
         ("8 symbols and tail: within 1 % of 64", narrow),
-        ("50 draws, about 12 symbols: within 1 % of 64", drawn),
+        ("50 draws: within 1 % of 64 symbols", drawn),
         ("uniform mean: worse than routing", mean),
         ("FedAvg of adapters: shown", fedavg),
         ("InfiFusion: fewer bits than plain ULD", infifusion),
@@ -282,12 +282,12 @@ fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
     };
     [
         line(
-            "default defence: every attack of one in five on adapters costs at most 5 %",
+            "default defence (none): every attack of one in five on adapters costs at most 5 %",
             worst(true),
             5.0,
         ),
         line(
-            "default defence: costs at most 1 % where nobody lies",
+            "default defence (none): costs at most 1 % where nobody lies",
             worst(false),
             1.0,
         ),

@@ -185,19 +185,7 @@ impl Scene<'_> {
 pub fn relative_error(start: &Adapter, reference: &Adapter, x: &Adapter) -> Result<f64> {
     let [mut apart, mut whole] = [0.0, 0.0];
     for layer in layers(start) {
-        let mut all = Vec::with_capacity(3);
-        for adapter in [start, reference, x] {
-            let (b, a, rank) = factors(adapter, layer)?;
-            all.push(Factors {
-                b: b.values.as_slice(),
-                a: a.values.as_slice(),
-                rank,
-                scale: 1.0,
-            });
-        }
-        let side = |shape: Option<&usize>| shape.copied().unwrap_or(0);
-        let (b, a, _) = factors(start, layer)?;
-        let g = gram(&all, side(b.shape.first()), side(a.shape.get(1)))?;
+        let g = inner_products([start, reference, x], layer)?;
         let squared =
             |i: usize, j: usize| (g[3 * i + i] - 2.0 * g[3 * i + j] + g[3 * j + j]).max(0.0);
         apart += squared(2, 1);
@@ -240,19 +228,7 @@ pub fn error_of_sum(parts: &[Adapter], x: &Adapter) -> Result<f64> {
     let first = parts.first().context("no adapters")?;
     let [mut apart, mut whole] = [0.0, 0.0];
     for layer in layers(first) {
-        let mut all = Vec::with_capacity(parts.len() + 1);
-        for adapter in parts.iter().chain([x]) {
-            let (b, a, rank) = factors(adapter, layer)?;
-            all.push(Factors {
-                b: b.values.as_slice(),
-                a: a.values.as_slice(),
-                rank,
-                scale: 1.0,
-            });
-        }
-        let (b, a, _) = factors(first, layer)?;
-        let side = |shape: Option<&usize>| shape.copied().unwrap_or(0);
-        let g = gram(&all, side(b.shape.first()), side(a.shape.get(1)))?;
+        let g = inner_products(parts.iter().chain([x]), layer)?;
         let n = parts.len();
         // Coefficients of the difference: x less the mean.
         let share = |i: usize| if i == n { 1.0 } else { -1.0 / n as f64 };
@@ -267,4 +243,25 @@ pub fn error_of_sum(parts: &[Adapter], x: &Adapter) -> Result<f64> {
         }
     }
     Ok((apart.max(0.0) / whole).sqrt())
+}
+
+/// Frobenius inner products of the products `B A` of a layer, `[n, n]`.
+fn inner_products<'a>(
+    adapters: impl IntoIterator<Item = &'a Adapter>,
+    layer: &str,
+) -> Result<Vec<f64>> {
+    let mut all = Vec::new();
+    let [mut rows, mut columns] = [0, 0];
+    for adapter in adapters {
+        let (b, a, rank) = factors(adapter, layer)?;
+        rows = b.shape.first().copied().unwrap_or(0);
+        columns = a.shape.get(1).copied().unwrap_or(0);
+        all.push(Factors {
+            b: b.values.as_slice(),
+            a: a.values.as_slice(),
+            rank,
+            scale: 1.0,
+        });
+    }
+    Ok(gram(&all, rows, columns)?)
 }

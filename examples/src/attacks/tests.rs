@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::adapters::{Adapter, Attack, Values, alie_z};
-use super::table::{Cell, Scene, relative_error, table};
+use super::table::{Cell, Scene, error_of_sum, relative_error, table};
 
 const LAYER: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 const HEAD: &str = "base_model.model.lm_head.weight";
@@ -184,4 +184,19 @@ fn defences_hold_where_the_plain_mean_does_not() {
         "{bomb:?}"
     );
     assert!(relative_error(&start, &adapters[0], &adapters[0]).unwrap() < 1e-6);
+}
+
+#[test]
+fn an_adapter_that_is_no_mean_of_products_is_told_by_how_far_it_is_off() {
+    let members = members(3);
+    let parts = [members[0].clone(), members[0].clone()];
+    assert!(error_of_sum(&parts, &members[0]).unwrap() < 1e-6);
+    let mut half = members[0].clone();
+    for (name, tensor) in &mut half.0 {
+        if name.contains(".lora_B") {
+            tensor.values.iter_mut().for_each(|value| *value /= 2.0);
+        }
+    }
+    assert!((error_of_sum(&parts, &half).unwrap() - 0.5).abs() < 1e-6);
+    assert!(error_of_sum(&members[..2], &members[2]).unwrap() > 0.1);
 }

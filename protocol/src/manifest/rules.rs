@@ -69,7 +69,7 @@ pub enum FusionRule {
         /// eta in thousandths, 20000 by default.
         eta_permille: u32,
         /// A further factor exp(-sharpness x bits per byte) of the weights, as in `softmax`: of sources that are trusted alike the
-        /// one that knows the item better is heard more. 0, the paper's rule, by default.
+        /// one that knows the item better is heard more. 0 to 1000; 0, the paper's rule, by default.
         #[serde(default)]
         sharpness: u32,
     },

@@ -243,6 +243,31 @@ fn a_liar_who_knows_as_much_as_the_others_elsewhere_does_not_move_a_robust_rule(
 }
 
 #[test]
+fn of_sources_that_are_trusted_alike_a_guard_hears_the_one_that_knows_the_item() {
+    // Two are no majority: nothing is known against either.
+    let guard = |sharpness| FusionRule::ExpGuard {
+        competence_millibits: 8000,
+        eta_permille: 20_000,
+        sharpness,
+    };
+    let weights = |rule| {
+        let (manifest, set) = round(rule, SymbolSpace::Bytes);
+        let sources: Vec<_> = sources(&manifest, &set)
+            .into_iter()
+            .skip(2)
+            .take(2)
+            .collect();
+        fuse_shard(&manifest, &set, 0, &sources)
+            .unwrap()
+            .routing
+            .weights
+    };
+    let softmax = weights(FusionRule::Softmax { sharpness: 3 });
+    assert_eq!(weights(guard(3)), softmax);
+    assert_ne!(weights(guard(0)), softmax);
+}
+
+#[test]
 fn the_incompetent_have_no_part_in_a_robust_rule() {
     let (manifest, set) = round(FusionRule::named("median").unwrap(), SymbolSpace::Bytes);
     let fused = fuse_shard(&manifest, &set, 0, &sources(&manifest, &set)).unwrap();
