@@ -130,8 +130,7 @@ impl Short {
             self.logits.push(logit.to_f32());
         }
         self.blocks.clear();
-        // The next row: half of it comes while this one is summed, the rest while it is written.
-        let next = size_of_val(row);
+        let next = BLOCK * size_of::<T>();
         let mut is_finite = self.logits.iter().all(|logit| logit.is_finite());
         let mut taken = self.columns.as_slice();
         for (index, block) in row.chunks(BLOCK).enumerate() {

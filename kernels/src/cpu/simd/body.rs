@@ -84,7 +84,7 @@ pub(super) fn sum_exp<L: Lanes, T: Element>(
     bounds: &[u32],
     shift: f32,
     out: &mut [f64],
-    ahead: [usize; 2],
+    ahead: usize,
 ) -> bool {
     let shift = lanes.splat(shift);
     let zero = lanes.splat(0.0);
@@ -99,8 +99,8 @@ pub(super) fn sum_exp<L: Lanes, T: Element>(
             let mut sums = [zero; 2];
             let (pairs, single) = block.as_chunks::<2>();
             for pair in pairs {
-                for ((sum, vector), bytes) in sums.iter_mut().zip(pair).zip(ahead) {
-                    lanes.ahead(vector, bytes);
+                for (sum, vector) in sums.iter_mut().zip(pair) {
+                    lanes.ahead(vector, ahead);
                     let values = lanes.load(vector);
                     // Zero for every finite value, NaN for the others; NaN stays.
                     poison = lanes.mul_add(values, zero, poison);

@@ -91,11 +91,10 @@ pub(crate) fn sum_exp<T: Element>(
     shift: f32,
     out: &mut [f64],
 ) -> bool {
-    dispatch!(level, sum_exp(row, bounds, shift, out, [body::AHEAD; 2]))
+    dispatch!(level, sum_exp(row, bounds, shift, out, body::AHEAD))
 }
 
-/// [`sum_exp`] of columns that are in the cache; asks for every second vector of those that come `next`
-/// bytes later.
+/// [`sum_exp`] of columns that are in the cache; asks for those that come `next` bytes later.
 pub(crate) fn sum_exp_near<T: Element>(
     level: Level,
     columns: &[T],
@@ -105,7 +104,7 @@ pub(crate) fn sum_exp_near<T: Element>(
 ) -> bool {
     let bounds = [0, u32::try_from(columns.len()).expect("ranks are u32")];
     let out = std::slice::from_mut(out);
-    dispatch!(level, sum_exp(columns, &bounds, shift, out, [next, 0]))
+    dispatch!(level, sum_exp(columns, &bounds, shift, out, next))
 }
 
 /// `row = factor exp(row - shift)` in place, piece by piece from column 0; a factor of zero gives

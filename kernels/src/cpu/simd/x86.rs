@@ -38,7 +38,7 @@ macro_rules! level {
             bounds: &[u32],
             shift: f32,
             out: &mut [f64],
-            ahead: [usize; 2],
+            ahead: usize,
         ) -> bool {
             #[target_feature(enable = $features)]
             fn pass<T: Element>(
@@ -46,7 +46,7 @@ macro_rules! level {
                 bounds: &[u32],
                 shift: f32,
                 out: &mut [f64],
-                ahead: [usize; 2],
+                ahead: usize,
             ) -> bool {
                 body::sum_exp($name(()), row, bounds, shift, out, ahead)
             }
