@@ -14,10 +14,11 @@ use crate::bench::Bench;
 use crate::exchange::{Lesson, Merging, in_the_middle, merge, trained_once, with_adapter};
 
 /// Rules and defences of the table; the first is a round's default.
-pub(crate) const DEFENCES: [(MergeRule, Defence); 7] = [
+pub(crate) const DEFENCES: [(MergeRule, Defence); 8] = [
     (MergeRule::Product, Defence::None),
     (MergeRule::Product, Defence::Standard),
     (MergeRule::Product, Defence::ClipNorm),
+    (MergeRule::Product, Defence::ClipTensors),
     (
         MergeRule::Product,
         Defence::CentredClipping {

@@ -2,7 +2,7 @@
 #![cfg(test)]
 
 use consilium_kernels::fusion::{
-    Bits, Confidence, Evidence, Mixing, Robust, Routing, Scope, WEIGHT_UNITY, competent, entropies,
+    Bits, Doubt, Evidence, Mixing, Robust, Routing, Scope, WEIGHT_UNITY, competent, entropies,
     fuse, fuse_item, item_bits, route, route_causal, route_positions,
 };
 use consilium_kernels::{Backend, FusionError, RecordShape, RecordView, Records, Symbol};
@@ -390,9 +390,9 @@ fn confidence_prefers_the_surer_of_equals_and_scope_says_what_is_known() {
     let rows: Vec<u64> = (0..2)
         .flat_map(|p| [measured[0][p], measured[1][p]])
         .collect();
-    let confidence = Confidence {
+    let confidence = Doubt {
         permille: 2000,
-        entropies: &rows,
+        of: &rows,
     };
     let plain = route_positions(20, Scope::Before, &evidence, None);
     assert_eq!(plain, route_causal(20, &views, b"a").unwrap());

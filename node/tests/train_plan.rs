@@ -116,36 +116,34 @@ fn the_estimate_of_memory_is_the_peak_of_the_run_however_the_model_is_held() {
     let folder = folder.path();
     write_site(folder);
     peak_as_planned(folder, &["start.toml"]);
-
-    // Activations are most of the memory.
-    let rows = ["--rows", "6", "--row-tokens", "256"];
-    let (kept, _) = peak_as_planned(folder, &adapter("model", "kept", &rows));
-    let again = [&rows[..], &["--checkpoint-activations"]].concat();
-    let (again, _) = peak_as_planned(folder, &adapter("model", "again", &again));
-    assert!(again < 0.75 * kept, "{again} for {kept}");
-
-    // The weights are.
     write_large(folder);
-    let rows = ["--rows", "2", "--row-tokens", "32"];
-    let of = |output, held: &[&'static str]| {
-        let more = [&rows[..], held].concat();
-        peak_as_planned(folder, &adapter("large", output, &more))
+
+    // Activations are most of the memory of the long rows, the weights are of the short ones.
+    let long = ["--rows", "6", "--row-tokens", "256"];
+    let short = ["--rows", "2", "--row-tokens", "32"];
+    let runs: [(&str, &str, &[&str], &[&str]); 7] = [
+        ("model", "kept", &long, &[]),
+        ("model", "again", &long, &["--checkpoint-activations"]),
+        ("large", "f32", &short, &[]),
+        ("large", "bf16", &short, &["--base", "bf16"]),
+        ("large", "int8", &short, &["--base", "int8"]),
+        ("large", "nf4", &short, &["--base", "nf4"]),
+        ("large", "file", &short, &["--offload"]),
+    ];
+    let run = |(start, output, rows, held): (&str, &str, &[&str], &[&str])| {
+        let more = [rows, held].concat();
+        peak_as_planned(folder, &adapter(start, output, &more))
     };
-    let (plain, loss) = of("f32", &[]);
+    let [kept, again, plain, held @ ..] = at_once(runs, run);
+    let (kept, again) = (kept.0, again.0);
+    assert!(again < 0.75 * kept, "{again} for {kept}");
     // A file changes the order of sums alone.
-    for (output, held, share, tolerance) in [
-        ("bf16", &["--base", "bf16"][..], 0.8, 0.01),
-        ("int8", &["--base", "int8"], 0.7, 0.01),
-        ("nf4", &["--base", "nf4"], 0.65, 0.03),
-        ("file", &["--offload"], 0.75, 1e-5),
-    ] {
-        let (peak, got) = of(output, held);
-        assert!(peak < share * plain, "{output}: {peak} for {plain}");
-        println!("{output}: loss off by {:.2e}", (got / loss - 1.0).abs());
-        assert!(
-            (got / loss - 1.0).abs() < tolerance,
-            "{output}: {got} for {loss}"
-        );
+    let bounds = [(0.8, 0.01), (0.7, 0.01), (0.65, 0.03), (0.75, 1e-5)];
+    for ((run, (share, tolerance)), (peak, loss)) in runs[3..].iter().zip(bounds).zip(held) {
+        let (output, off) = (run.1, (loss / plain.1 - 1.0).abs());
+        println!("{output}: loss off by {off:.2e}");
+        assert!(peak < share * plain.0, "{output}: {peak} for {}", plain.0);
+        assert!(off < tolerance, "{output}: {loss} for {}", plain.1);
     }
     let bytes = |output: &str| {
         let path = folder.join(output).join("adapter_model.safetensors");
@@ -156,43 +154,51 @@ fn the_estimate_of_memory_is_the_peak_of_the_run_however_the_model_is_held() {
         "computing again changes no number"
     );
     assert!(bytes("f32") != bytes("nf4"), "four bits do");
-    a_fix_fits(folder);
-}
-
-/// What a refusal proposes is taken, and then fits.
-fn a_fix_fits(folder: &Path) {
-    let rows = ["--rows", "4", "--row-tokens", "256"];
-    let of = |memory: &str, more: &[&str]| {
-        let options = [&rows[..], &["--memory", memory], more].concat();
-        let options = adapter("large", "never", &options);
-        node(folder, &[&["plan"], options.as_slice()].concat())
-    };
-    for (memory, named) in [
+    let cases = [
         ("290MiB", "--rows"),
         ("220MiB", "--checkpoint-activations"),
         ("185MiB", "--base"),
         ("108MiB", "--offload"),
-    ] {
-        let (output, plan) = of(memory, &[]);
-        assert_eq!(output.status.code(), Some(1), "{memory}: {plan}");
-        let message = plan["message"].as_str().unwrap().to_owned();
-        println!("{memory}: {message}");
-        let fix = message.split("it fits with ").nth(1).expect(&message);
-        assert!(fix.contains(named), "{memory}: {message}");
-        let fix = fix.split(';').next().unwrap();
-        let fix: Vec<&str> = fix.split(' ').collect();
-        let rows = ["--rows", "--row-tokens"].map(|name| fix.contains(&name));
-        let kept: Vec<&str> = ["--rows", "4", "--row-tokens", "256"]
-            .chunks(2)
-            .zip(rows)
-            .filter(|(_, replaced)| !replaced)
-            .flat_map(|(option, _)| option.to_vec())
-            .collect();
-        let options = [&kept[..], &["--memory", memory], &fix].concat();
+    ];
+    at_once(cases, |(memory, named)| a_fix_fits(folder, memory, named));
+}
+
+/// Processes of one thread each, all started together: what each needs and says does not depend on the others.
+fn at_once<T: Copy + Send, R: Send, const N: usize>(
+    cases: [T; N],
+    run: impl Fn(T) -> R + Sync,
+) -> [R; N] {
+    std::thread::scope(|scope| {
+        let run = &run;
+        let threads = cases.map(|case| scope.spawn(move || run(case)));
+        threads.map(|thread| thread.join().unwrap())
+    })
+}
+
+/// What a refusal proposes is taken, and then fits.
+fn a_fix_fits(folder: &Path, memory: &str, named: &str) {
+    let plan = |rows: &[&str], fix: &[&str]| {
+        let options = [rows, &["--memory", memory], fix].concat();
         let options = adapter("large", "never", &options);
-        let (output, plan) = node(folder, &[&["plan"], options.as_slice()].concat());
-        assert!(output.status.success(), "{fix:?}: {plan}");
-    }
+        node(folder, &[&["plan"], options.as_slice()].concat())
+    };
+    let rows = ["--rows", "4", "--row-tokens", "256"];
+    let (output, refusal) = plan(&rows, &[]);
+    assert_eq!(output.status.code(), Some(1), "{memory}: {refusal}");
+    let message = refusal["message"].as_str().unwrap().to_owned();
+    println!("{memory}: {message}");
+    let fix = message.split("it fits with ").nth(1).expect(&message);
+    assert!(fix.contains(named), "{memory}: {message}");
+    let fix = fix.split(';').next().unwrap();
+    let fix: Vec<&str> = fix.split(' ').collect();
+    let kept: Vec<&str> = rows
+        .chunks(2)
+        .filter(|option| !fix.contains(&option[0]))
+        .flatten()
+        .copied()
+        .collect();
+    let (output, fits) = plan(&kept, &fix);
+    assert!(output.status.success(), "{fix:?}: {fits}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub use distance::variation;
 pub use evidence::{Evidence, ObservedToken, entropies};
 pub(crate) use routing::exp2_minus;
 pub use routing::{
-    Confidence, Routing, Scope, competent, route, route_causal, route_exponents, route_positions,
+    Doubt, Routing, Scope, competent, route, route_causal, route_exponents, route_positions,
 };
 pub use targets::{sample, without_tail};
 

@@ -57,24 +57,25 @@ pub enum Scope {
     Before,
 }
 
-/// A factor `exp(-permille / 1000 * H)` of the weights, H a source's entropy at the position in
-/// bits: where two sources know an item equally well, the surer one is heard more.
+/// A factor `exp(-permille / 1000 * D)` of the weights, D what a source is doubted by at the
+/// position: its entropy in bits, so that of two that know an item equally well the surer one is
+/// heard more, or its distance from the others.
 #[derive(Clone, Copy, Debug)]
-pub struct Confidence<'a> {
-    /// Nepers per bit of entropy, in thousandths.
+pub struct Doubt<'a> {
+    /// Nepers per unit of doubt, in thousandths.
     pub permille: u32,
-    /// `[N, sources]` entropies in units of 2^-32 bits, see [`super::entropies`].
-    pub entropies: &'a [u64],
+    /// `[N, sources]` in units of 2^-32, such as [`super::entropies`].
+    pub of: &'a [u64],
 }
 
 /// Weights `[N, sources]` for every position, in proportion to `exp(-sharpness * bits per byte)`
-/// of what the scope allows, and to the confidence.
+/// of what the scope allows, and to what the doubt leaves.
 #[must_use]
 pub fn route_positions(
     sharpness: u32,
     scope: Scope,
     evidence: &Evidence,
-    confidence: Option<Confidence<'_>>,
+    doubt: Option<Doubt<'_>>,
 ) -> Vec<u32> {
     let sources = evidence.sources();
     let mut weights = vec![0; sources * evidence.positions()];
@@ -90,13 +91,9 @@ pub fn route_positions(
     for (position, row) in weights.chunks_exact_mut(sources).enumerate() {
         for (source, (exponent, bits)) in exponents.iter_mut().zip(&known).enumerate() {
             *exponent = u128::from(sharpness) * bits.fixed();
-            if let Some(Confidence {
-                permille,
-                entropies,
-            }) = confidence
-            {
-                let entropy = entropies.get(position * sources + source).copied();
-                *exponent += u128::from(permille) * u128::from(entropy.unwrap_or(0)) / 1000;
+            if let Some(Doubt { permille, of }) = doubt {
+                let doubt = of.get(position * sources + source).copied();
+                *exponent += u128::from(permille) * u128::from(doubt.unwrap_or(0)) / 1000;
             }
         }
         temper(&exponents, row, &mut scratch);

@@ -164,6 +164,10 @@ pub enum Defence {
     Standard,
     /// Updates longer than the median norm are scaled down to it. From three members.
     ClipNorm,
+    /// As `clip_norm`, tensor by tensor: the update of every product and of every module trained whole is scaled down to the median
+    /// norm of the members' updates of that one. Nobody can hide a large change of one matrix among small ones. From three
+    /// members.
+    ClipTensors,
     /// `v += sum p_m (tau_m - v) min(1, radius / |tau_m - v|)` from v = 0 (arXiv 2012.10333, without the history). From four
     /// members.
     CentredClipping {
@@ -200,6 +204,7 @@ impl Defence {
             Self::None => "none",
             Self::Standard => "standard",
             Self::ClipNorm => "clip_norm",
+            Self::ClipTensors => "clip_tensors",
             Self::CentredClipping { .. } => "centred_clipping",
             Self::GeometricMedian { .. } => "geometric_median",
             Self::MultiKrum { .. } => "multi_krum",
@@ -212,7 +217,7 @@ impl Defence {
     pub const fn least_members(&self) -> u64 {
         match *self {
             Self::None | Self::Standard => 1,
-            Self::ClipNorm | Self::GeometricMedian { .. } => 3,
+            Self::ClipNorm | Self::ClipTensors | Self::GeometricMedian { .. } => 3,
             Self::CentredClipping { .. } => 4,
             Self::MultiKrum { byzantine, .. } => 2 * byzantine as u64 + 3,
             Self::TrimmedMean { byzantine } => 4 * byzantine as u64 + 1,
@@ -223,7 +228,7 @@ impl Defence {
     pub(super) fn check(&self, training: &Training, quorum: u32) -> Result<(), String> {
         let name = self.name();
         match *self {
-            Self::None | Self::Standard | Self::ClipNorm => {}
+            Self::None | Self::Standard | Self::ClipNorm | Self::ClipTensors => {}
             Self::CentredClipping {
                 radius_permille,
                 iterations,
@@ -242,7 +247,7 @@ impl Defence {
         if u64::from(quorum) < least {
             return Err(format!(
                 "defence {name} means nothing for a quorum of {quorum}, expected at least {least}: with three members only \
-                 clip_norm, geometric_median and standard do, with fewer none"
+                 clip_norm, clip_tensors, geometric_median and standard do, with fewer none"
             ));
         }
         if let Self::MultiKrum { byzantine, keep } = *self {
@@ -372,7 +377,7 @@ mod tests {
             let problem = defence.check(&t, 3).unwrap_err();
             assert!(problem.contains(defence.name()), "{problem}");
             assert!(
-                problem.contains("clip_norm, geometric_median and standard"),
+                problem.contains("clip_norm, clip_tensors, geometric_median and standard"),
                 "{problem}"
             );
             assert_eq!(defence.check(&t, 5), Ok(()));

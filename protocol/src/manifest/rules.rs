@@ -61,7 +61,8 @@ pub enum FusionRule {
     /// `ExpGuard` (arXiv 2402.12265): mixture of the sources competent for the item, with weights proportional to exp(-eta
     /// x distance). The distance is a source's mean total variation from the competent sources' median, over the items of
     /// the shard for which it and at least two others are competent. The paper multiplies over rounds and measures
-    /// from a geometric median.
+    /// from a geometric median. With a `sharpness` above 0 it is softmax routing times trust, called `guarded_softmax`; where
+    /// no three are competent nobody can be doubted, and routing alone decides.
     ExpGuard {
         /// As for `median`.
         #[serde(default = "competence")]
@@ -69,7 +70,8 @@ pub enum FusionRule {
         /// eta in thousandths, 20000 by default.
         eta_permille: u32,
         /// A further factor exp(-sharpness x bits per byte) of the weights, as in `softmax`: of sources that are trusted alike the
-        /// one that knows the item better is heard more. 0 to 1000; 0, the paper's rule, by default.
+        /// one that knows the item better is heard more. 0 to 1000; 0, the paper's rule, by default. Above 0, and where the
+        /// reference set declares no unlabeled span, each position is weighed by the labelled bytes before it, as in `causal`.
         #[serde(default)]
         sharpness: u32,
     },
@@ -106,6 +108,11 @@ impl FusionRule {
                 competence_millibits,
                 eta_permille: 20_000,
                 sharpness: 0,
+            },
+            "guarded_softmax" => Self::ExpGuard {
+                competence_millibits,
+                eta_permille: 40_000,
+                sharpness,
             },
             _ => return None,
         })
@@ -150,7 +157,8 @@ impl FusionRule {
             } => {
                 within("eta_permille", eta_permille, 1, 1_000_000)?;
                 within("sharpness", sharpness, 0, 1000)?;
-                ("exp_guard", competence_millibits, 3)
+                let least = if sharpness == 0 { 3 } else { 1 };
+                ("exp_guard", competence_millibits, least)
             }
         };
         within("competence_millibits", wanted, 1, 8000)?;

@@ -1,7 +1,7 @@
 //! The manifest's rule applied to single items, for any of the sources.
 
 use consilium_kernels::fusion::{
-    Confidence, Evidence, Mixing, Robust, Routing, Scope, competent, entropies, fuse, route,
+    Doubt, Evidence, Mixing, Robust, Routing, Scope, competent, entropies, fuse, route,
     route_exponents, route_positions, sample, variation, without_tail,
 };
 use consilium_kernels::{FusionError as KernelError, RecordShape, RecordView, Records, Symbol};
@@ -124,13 +124,13 @@ impl<'a, 'r, S: Space> Fuser<'a, 'r, S> {
     }
 
     fn recipe(&self, sources: &[RecordView<'_, S>], evidence: &Evidence) -> Recipe {
-        let soft = |sharpness, confidence: Option<Confidence<'_>>| {
+        let soft = |sharpness, doubt: Option<Doubt<'_>>| {
             let scope = if self.ready.is_causal {
                 Scope::Before
             } else {
                 Scope::Item
             };
-            route_positions(sharpness, scope, evidence, confidence)
+            route_positions(sharpness, scope, evidence, doubt)
         };
         let bits = evidence.totals();
         match self.ready.manifest.fusion {
@@ -154,9 +154,9 @@ impl<'a, 'r, S: Space> Fuser<'a, 'r, S> {
                 let entropies: Vec<u64> = (0..evidence.positions())
                     .flat_map(|position| columns.iter().map(move |column| column[position]))
                     .collect();
-                let confidence = Confidence {
+                let confidence = Doubt {
                     permille: entropy_permille,
-                    entropies: &entropies,
+                    of: &entropies,
                 };
                 Recipe::Positions(soft(sharpness, Some(confidence)))
             }
@@ -172,36 +172,51 @@ impl<'a, 'r, S: Space> Fuser<'a, 'r, S> {
                 competent(&bits, competence_millibits),
             ),
             FusionRule::ExpGuard {
+                eta_permille,
+                sharpness,
+                ..
+            } if sharpness > 0 && self.ready.is_causal => {
+                let doubts = self.doubts(0..self.chosen.len());
+                let doubts: Vec<u64> = (0..evidence.positions())
+                    .flat_map(|_| doubts.iter().copied())
+                    .collect();
+                let trust = Doubt {
+                    permille: eta_permille,
+                    of: &doubts,
+                };
+                Recipe::Positions(soft(sharpness, Some(trust)))
+            }
+            FusionRule::ExpGuard {
                 competence_millibits,
                 eta_permille,
                 sharpness,
             } => {
                 let able = competent(&bits, competence_millibits);
-                let known = |source: &usize| u128::from(sharpness) * bits[*source].fixed();
-                let able = able.iter().map(|source| (*source, known(source)));
-                Recipe::Item(self.guarded(&able.collect::<Vec<_>>(), eta_permille))
+                let doubts = self.doubts(able.iter().copied());
+                let exponents: Vec<u128> = able
+                    .iter()
+                    .zip(doubts)
+                    .map(|(&source, doubt)| {
+                        u128::from(doubt) * u128::from(eta_permille) / 1000
+                            + u128::from(sharpness) * bits[source].fixed()
+                    })
+                    .collect();
+                let mut weights = vec![0; self.chosen.len()];
+                for (source, weight) in able.into_iter().zip(route_exponents(&exponents)) {
+                    weights[source] = weight;
+                }
+                Recipe::Item(weights)
             }
         }
     }
 
-    /// Weights of the competent by distance and by what they lack in knowledge; no evidence counts as no distance.
-    fn guarded(&self, able: &[(usize, u128)], eta_permille: u32) -> Vec<u32> {
-        let known = able
-            .iter()
-            .filter_map(|&(source, _)| self.distances[source]);
-        let least = known.min().unwrap_or(0);
-        let exponents: Vec<u128> = able
-            .iter()
-            .map(|&(source, lack)| {
-                let distance = self.distances[source].unwrap_or(least);
-                u128::from(distance) * u128::from(eta_permille) / 1000 + lack
-            })
-            .collect();
-        let mut weights = vec![0; self.chosen.len()];
-        for (&(source, _), weight) in able.iter().zip(route_exponents(&exponents)) {
-            weights[source] = weight;
-        }
-        weights
+    /// Distances of some of the chosen; without evidence, the least of the others'.
+    fn doubts(&self, of: impl Iterator<Item = usize> + Clone) -> Vec<u64> {
+        let distances = of.map(|source| self.distances[source]);
+        let least = distances.clone().flatten().min().unwrap_or(0);
+        distances
+            .map(|distance| distance.unwrap_or(least))
+            .collect()
     }
 
     /// Mean distance of each chosen source from the median of the competent, where there are enough of them.

@@ -162,20 +162,41 @@ fn each_item_follows_the_source_that_knows_it_in_any_order() {
 fn without_a_declared_span_each_position_follows_what_came_before_it() {
     let text = "{\"target\":\"ab\"}\n{\"target\":\"cxxd\"}\n{\"target\":\"e\"}\n";
     let set = ReferenceSet::parse(text.as_bytes()).unwrap();
-    let manifest = Manifest {
-        reference: set.digest(),
-        ..manifest(FusionRule::Softmax { sharpness: 20 })
+    let guard = |competence_millibits| FusionRule::ExpGuard {
+        competence_millibits,
+        eta_permille: 40_000,
+        sharpness: 20,
     };
-    let sources = [
-        (id("a"), shard_of(&set, &manifest, 0, 0.9, &[1])),
-        (id("b"), shard_of(&set, &manifest, 0, 0.9, &[0])),
-    ];
-    let fused = fuse_shard(&manifest, &set, 0, &sources).unwrap();
-    let (even, known) = (code::encode((0.9 + 0.125) / 2.0), code::encode(0.9));
-    let first_slots: Vec<u8> = fused.targets.codes.iter().copied().step_by(2).collect();
-    assert_eq!(first_slots[..2], [even, known]);
-    assert_eq!(first_slots[3..7], [even, known, known, known]);
-    assert_eq!(fused.routing.weights, [[65_536, 0], [0, 65_536]]);
+    let of = |rule, blind: &[&[usize]]| {
+        let manifest = Manifest {
+            reference: set.digest(),
+            ..manifest(rule)
+        };
+        let sources: Vec<_> = ["a", "b", "c"]
+            .into_iter()
+            .zip(blind)
+            .map(|(name, blind)| (id(name), shard_of(&set, &manifest, 0, 0.9, blind)))
+            .collect();
+        let fused = fuse_shard(&manifest, &set, 0, &sources).unwrap();
+        let first_slots = fused.targets.codes.iter().copied().step_by(2);
+        (first_slots.collect::<Vec<u8>>(), fused.routing.weights)
+    };
+    let mean = |probabilities: &[f64]| {
+        code::encode(probabilities.iter().sum::<f64>() / probabilities.len() as f64)
+    };
+    let (even, known) = (mean(&[0.9, 0.125]), code::encode(0.9));
+    for rule in [FusionRule::Softmax { sharpness: 20 }, guard(500)] {
+        let (first_slots, weights) = of(rule, &[&[1], &[0]]);
+        assert_eq!(first_slots[..2], [even, known], "{rule:?}");
+        assert_eq!(first_slots[3..7], [even, known, known, known], "{rule:?}");
+        assert_eq!(weights, [[65_536, 0], [0, 65_536]], "{rule:?}");
+    }
+    // Where nothing is known yet, a guard still knows who is far from the others.
+    let third: [&[usize]; 3] = [&[], &[], &[0, 1]];
+    let first = |rule| of(rule, &third).0[0];
+    let softmax = first(FusionRule::Softmax { sharpness: 20 });
+    assert_eq!(softmax, mean(&[0.9, 0.9, 0.125]));
+    assert!(first(guard(8000)) < softmax, "codes fall as masses grow");
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! In mode pairwise each site distils its own model into the pivot at home: adapters leave over QUIC, records never do.
 
-#![cfg(test)]
-
 use consilium_tests::Consortium;
 
 /// Whether the header of a safetensors file names a column that only shards of records have.

@@ -1,7 +1,5 @@
 //! A round goes on without a member that never comes, waits for a late one, and takes in one that joins in the middle.
 
-#![cfg(test)]
-
 use consilium_tests::{Consortium, is_released};
 
 #[test]

@@ -1,7 +1,5 @@
 //! What `examples/running.md` tells a newcomer to type, typed into a shell, ends with a release.
 
-#![cfg(test)]
-
 use std::fs;
 use std::net::UdpSocket;
 use std::path::Path;

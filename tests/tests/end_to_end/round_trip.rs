@@ -1,7 +1,5 @@
 //! Three nodes and an aggregator as processes bring a round to a release; the same models and seed give the same targets.
 
-#![cfg(test)]
-
 use consilium_tests::{Consortium, is_released};
 
 #[test]

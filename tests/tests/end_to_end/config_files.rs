@@ -1,7 +1,5 @@
 //! Every file in `examples/config` is accepted by the program that reads it, and a key that it does not know is refused.
 
-#![cfg(test)]
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

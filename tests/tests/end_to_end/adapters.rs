@@ -1,8 +1,6 @@
 //! In mode adapters each site trains on its private text at home: adapters leave over QUIC, and nothing else but scores. A
 //! site whose text is not named takes no part, and the round goes on without it.
 
-#![cfg(test)]
-
 use consilium_tests::{Consortium, is_released};
 
 #[test]

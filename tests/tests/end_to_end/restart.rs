@@ -1,7 +1,5 @@
 //! An aggregator that is killed in any phase goes on where it was: nothing acknowledged is lost, nothing counts twice.
 
-#![cfg(test)]
-
 use consilium_tests::{Consortium, is_released};
 
 type Reached<'a> = &'a dyn Fn(&serde_json::Value) -> bool;
