@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::bench::{Bench, DENSE};
 
-/// Epsilon of one draw at order [`ALPHA`]: what a source knows hardly shows below it.
+/// Epsilon of one draw at order [`ALPHA`].
 const DRAW: f64 = 1.0;
 /// Delta of the sum over all draws.
 const DELTA: f64 = 1e-5;
