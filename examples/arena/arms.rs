@@ -1,15 +1,19 @@
 //! The arms: one way to a model each, with its source. All start from the same pivot and see the same public text.
 
-use anyhow::{Context, Result};
-use consilium_examples::lab::trainer::permuted_targets;
+use anyhow::Result;
 use consilium_node::worker::LoadedModel;
-use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher};
+use consilium_node::worker::train::distill::SortedLoss;
 use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
-use consilium_protocol::shard::Shard;
 
 use crate::attacks::GUARDED;
-use crate::bench::Bench;
+use crate::bench::{Bench, DENSE};
 use crate::exchange::{Lesson, Merging, exchanged};
+use crate::private::pmixed;
+use crate::recipes::{
+    ARITHMETIC, PLAIN, SOFTMAX, SYMBOLS, dual, fused, local, named_rule, permuted, private,
+    records, sorted,
+};
+use crate::tokens::{fusellm, xtoken};
 
 /// What an arm is there for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,11 +48,6 @@ pub(crate) struct Arm {
     /// Makes the model.
     pub(crate) make: fn(&Bench) -> Result<LoadedModel>,
 }
-
-/// Symbols of a record by default.
-const SYMBOLS: u16 = 16;
-/// exp(-sharpness x bits per byte).
-const SHARPNESS: u32 = 20;
 
 /// Every arm, in the order of all tables.
 pub(crate) static ARMS: &[Arm] = &[
@@ -128,7 +127,7 @@ pub(crate) static ARMS: &[Arm] = &[
         dual,
     ),
     method("dense", "softmax, 64 symbols", "this project", |bench| {
-        records(bench, (SOFTMAX, PLAIN), 64)
+        records(bench, (SOFTMAX, PLAIN), DENSE)
     }),
     method(
         "top8",
@@ -158,6 +157,12 @@ pub(crate) static ARMS: &[Arm] = &[
         let form = TargetForm { draws: 50, ..PLAIN };
         records(bench, (SOFTMAX, form), SYMBOLS)
     }),
+    method(
+        "pmixed",
+        "PMixED, epsilon 1 a draw",
+        "arXiv 2403.15638, on bytes, one draw",
+        pmixed,
+    ),
     method("uld", "ULD", "arXiv 2402.12030, all sources", |bench| {
         sorted(bench, SortedLoss::Probability, 64)
     }),
@@ -178,6 +183,18 @@ pub(crate) static ARMS: &[Arm] = &[
             };
             sorted(bench, loss, 10)
         },
+    ),
+    method(
+        "fusellm",
+        "FuseLLM, MinCE and MinED",
+        "arXiv 2401.10491, top 10",
+        fusellm,
+    ),
+    method(
+        "xtoken",
+        "X-Token P-KL, best teacher",
+        "after arXiv 2605.21699",
+        xtoken,
     ),
     method(
         "pairwise",
@@ -271,21 +288,6 @@ pub(crate) static ARMS: &[Arm] = &[
     ),
 ];
 
-/// Half of the sum: between the mean of four and the sum.
-const ARITHMETIC: MergeRule = MergeRule::TaskArithmetic {
-    scale_permille: 500,
-};
-
-const SOFTMAX: FusionRule = FusionRule::Softmax {
-    sharpness: SHARPNESS,
-};
-/// Targets as they are fused.
-const PLAIN: TargetForm = TargetForm {
-    symbols: None,
-    drop_tail: false,
-    draws: 0,
-};
-
 /// The arm of this name.
 pub(crate) fn named(id: &str) -> Option<&'static Arm> {
     ARMS.iter().find(|arm| arm.id == id)
@@ -340,88 +342,4 @@ const fn second(
     make: fn(&Bench) -> Result<LoadedModel>,
 ) -> Arm {
     arm(id, label, origin, Role::Private, make)
-}
-
-fn local(bench: &Bench, at: usize) -> Result<LoadedModel> {
-    let folder = bench.sources.get(at).context("no such institution")?;
-    Ok(LoadedModel::load(folder)?)
-}
-
-/// Records of `symbols` symbols, fused by a rule and distilled.
-fn records(bench: &Bench, how: (FusionRule, TargetForm), symbols: u16) -> Result<LoadedModel> {
-    let sources = bench.records(symbols)?;
-    bench.distil(&bench.fuse(how, symbols, &sources)?)
-}
-
-fn fused(bench: &Bench, rule: FusionRule) -> Result<LoadedModel> {
-    records(bench, (rule, PLAIN), SYMBOLS)
-}
-
-/// A rule with its default parameters.
-fn named_rule(bench: &Bench, name: &str) -> Result<LoadedModel> {
-    let rule = FusionRule::named(name).with_context(|| format!("no rule is called {name:?}"))?;
-    fused(bench, rule)
-}
-
-/// Softmax targets where they beat the pivot's own record of an item, labels elsewhere.
-fn dual(bench: &Bench) -> Result<LoadedModel> {
-    let items = bench.reference.items();
-    let targets = bench.fuse((SOFTMAX, PLAIN), SYMBOLS, &bench.records(SYMBOLS)?)?;
-    let targets = bench.targets(&targets)?;
-    let (mut distiller, plan) = bench.trainer().begin(items, false)?;
-    let owned = bench.owned(distiller.student(), &plan.visited()?, &targets, SYMBOLS)?;
-    let objective = Objective::OwnedTrie {
-        targets: &targets,
-        owned: &owned,
-        cross_entropy: bench.training.cross_entropy_permille as f32 / 1000.0,
-    };
-    distiller.run(&plan, items, objective, &mut ())?;
-    Ok(distiller.into_student())
-}
-
-/// All sources' largest logits by their place in descending order, summed over the sources, beside labels of equal weight.
-fn sorted(bench: &Bench, loss: SortedLoss, symbols: usize) -> Result<LoadedModel> {
-    let items = bench.reference.items();
-    let (mut distiller, plan) = bench.trainer().begin(items, true)?;
-    let visited = plan.visited()?;
-    let aligned = bench
-        .sources
-        .iter()
-        .map(|folder| {
-            let source = LoadedModel::load(folder)?;
-            Ok(distiller.align(&source, &plan, items, &visited, symbols, &mut ())?)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let teachers: Vec<Teacher<'_>> = aligned
-        .iter()
-        .map(|logits| Teacher {
-            logits,
-            owned: None,
-        })
-        .collect();
-    let objective = Objective::Sorted {
-        teachers: &teachers,
-        loss,
-        cross_entropy: 0.5,
-    };
-    distiller.run(&plan, items, objective, &mut ())?;
-    Ok(distiller.into_student())
-}
-
-/// Adapters trained on private text.
-fn private(bench: &Bench, merging: Merging) -> Result<LoadedModel> {
-    exchanged(bench, Lesson::Private, merging)
-}
-
-fn permuted(bench: &Bench) -> Result<LoadedModel> {
-    let manifest = bench.manifest(SOFTMAX, SYMBOLS)?;
-    let sources: Vec<_> = bench
-        .records(SYMBOLS)?
-        .into_iter()
-        .map(|(who, shard)| (who, vec![shard]))
-        .collect();
-    let seed = bench.world.seed;
-    let targets = permuted_targets(&manifest, &bench.reference, &sources, seed)?;
-    let targets: &Shard = targets.first().context("no targets")?;
-    bench.distil(targets)
 }

@@ -27,7 +27,7 @@ use crate::exchange::Kept;
 use crate::sites::{self, NAMES};
 
 /// Symbols of a record that leaves nothing out: more are hardly ever likely at once.
-const DENSE: u16 = 64;
+pub(crate) const DENSE: u16 = 64;
 /// Peak learning rate of every arm: the best of the consortium example's grid for SFT and for the bound.
 pub(crate) const RATE: f64 = 6e-3;
 

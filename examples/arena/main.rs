@@ -16,8 +16,12 @@ mod costs;
 mod exchange;
 mod html;
 mod lines;
+mod private;
+mod recipes;
 mod sites;
 mod table;
+mod tokens;
+mod traffic;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -122,6 +126,9 @@ fn arena(arguments: &Arguments) -> Result<bool> {
         for &seed in &arguments.seeds {
             let name = format!("{}-{seed}", regime.true_answers_permille());
             let bench = Bench::prepare(seed, regime, arguments.steps, &arguments.out.join(name))?;
+            for traffic in bench.traffic()? {
+                say(&traffic.line());
+            }
             outcome.rows.extend(run(&bench, &arms)?);
             if regime == Regime::Random && !arguments.no_attacks {
                 say("           attacks on records against rules");

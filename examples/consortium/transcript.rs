@@ -9,13 +9,14 @@ use consilium_aggregator::log::Log;
 use consilium_aggregator::store::Blobs;
 use consilium_certs::{SigningIdentity, folder};
 use consilium_examples::cluster::Cluster;
+use consilium_examples::lab::traffic::{dense, packed};
 use consilium_examples::report::{RoutingRow, Traffic};
 use consilium_examples::world::{Domain, Kind as Line, World};
 use consilium_node::worker::LoadedModel;
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::event::{Entry, Event, Phase};
 use consilium_protocol::manifest::Manifest;
-use consilium_protocol::quic::chunk::{Packer, Stride};
+use consilium_protocol::quic::chunk::Stride;
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::Shard;
 use consilium_protocol::transcript::key::SignatureKind;
@@ -95,7 +96,7 @@ impl Transcript {
                 for (who, kind, _, artefact) in self.accepted() {
                     if who.as_str() == node.name() {
                         let content = self.blobs.read(&artefact, limits::ARTEFACT)?;
-                        *bytes.entry(kind).or_default() += Self::packed(kind, &content)?;
+                        *bytes.entry(kind).or_default() += packed(&content, stride(kind))?;
                     }
                 }
                 let of = |kind: Kind| bytes.get(&kind).copied().unwrap_or(0);
@@ -104,27 +105,10 @@ impl Transcript {
                     records: of(Kind::Records),
                     adapters: of(Kind::Adapter),
                     evaluation: of(Kind::Evaluation),
-                    dense: dense(&LoadedModel::load(source)?, reference)?,
+                    dense: dense(&LoadedModel::load(source)?, reference.items())?,
                 })
             })
             .collect()
-    }
-
-    /// Bytes of the chunks that carry `content`.
-    fn packed(kind: Kind, content: &[u8]) -> Result<u64> {
-        let stride = match kind {
-            Kind::Adapter => Stride::FLOATS,
-            Kind::Records | Kind::Evaluation => Stride::BYTES,
-        };
-        let mut packer = Packer::new(stride)?;
-        let mut chunk = Vec::new();
-        let mut bytes = 0;
-        for raw in content.chunks(limits::CHUNK) {
-            chunk.clear();
-            packer.pack(raw, &mut chunk);
-            bytes += chunk.len() as u64;
-        }
-        Ok(bytes)
     }
 
     /// Mean routing weights by sort of item.
@@ -226,13 +210,12 @@ impl Transcript {
     }
 }
 
-/// f16 logits over the whole vocabulary at every predicted token of the reference set.
-fn dense(source: &LoadedModel, reference: &ReferenceSet) -> Result<u64> {
-    let mut tokens = 0;
-    for item in reference.items() {
-        tokens += source.whole_item(&item.context, &item.target)?.target.len() + 1;
+/// How content of a kind is packed.
+const fn stride(kind: Kind) -> Stride {
+    match kind {
+        Kind::Adapter => Stride::FLOATS,
+        Kind::Records | Kind::Evaluation => Stride::BYTES,
     }
-    Ok(2 * (tokens * source.vocab.len()) as u64)
 }
 
 fn sort_of(kind: Line, owners: &[Domain]) -> String {

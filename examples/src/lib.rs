@@ -6,4 +6,5 @@ pub mod attacks;
 pub mod cluster;
 pub mod lab;
 pub mod report;
+pub mod tokens;
 pub mod world;

@@ -4,5 +4,7 @@ pub mod clock;
 pub mod folder;
 pub mod measure;
 pub mod models;
+pub mod mollifier;
 pub mod parallel;
+pub mod traffic;
 pub mod trainer;

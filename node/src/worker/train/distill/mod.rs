@@ -6,12 +6,13 @@
 mod ownership;
 mod sorted;
 mod step;
+mod tokens;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use consilium_kernels::loss::{ItemLoss, Term};
+use consilium_kernels::loss::{ItemLoss, Tail, Term};
 use consilium_protocol::manifest::Training;
 use consilium_protocol::reference;
 use rand::Rng as _;
@@ -31,6 +32,7 @@ use step::{Goal, Step, item_at};
 
 pub use ownership::ownership;
 pub use sorted::{AlignedLogits, SortedLoss, Teacher};
+pub use tokens::TokenTargets;
 
 /// How an adapter is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,6 +88,16 @@ pub enum Objective<'a> {
         /// 0 to 1.
         cross_entropy: f32,
     },
+    /// `(1 - cross_entropy)` of cross-entropy to distributions over the pivot's own tokens, the mean over the rows that have
+    /// one, and `cross_entropy` of that of the observed tokens; the latter alone for items without targets.
+    Tokens {
+        /// Distributions at the pivot's rows.
+        targets: &'a TokenTargets,
+        /// What becomes of the mass that they do not list.
+        tail: Tail,
+        /// 0 to 1.
+        cross_entropy: f32,
+    },
 }
 
 impl Objective<'_> {
@@ -95,7 +107,8 @@ impl Objective<'_> {
             Self::CrossEntropy => 1.0,
             Self::Trie { cross_entropy, .. }
             | Self::OwnedTrie { cross_entropy, .. }
-            | Self::Sorted { cross_entropy, .. } => cross_entropy,
+            | Self::Sorted { cross_entropy, .. }
+            | Self::Tokens { cross_entropy, .. } => cross_entropy,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use consilium_kernels::loss::{ItemLoss, NO_LABEL, Term};
 use consilium_protocol::reference;
 
-use super::{Objective, Plan, sorted};
+use super::{Objective, Plan, sorted, tokens};
 use crate::worker::data::Batch;
 use crate::worker::error::WorkError;
 use crate::worker::source::LoadedModel;
@@ -47,6 +47,7 @@ impl Step<'_> {
         let plain = objective.cross_entropy();
         let by_row = (1.0 - plain) / self.batch.rows.len().max(1) as f32;
         let sorted = sorted::weights(self, objective);
+        let by_taught = tokens::weight(self, objective);
         self.batch
             .items
             .iter()
@@ -64,6 +65,9 @@ impl Step<'_> {
                     }
                     Objective::Sorted { teachers, loss, .. } => {
                         sorted::terms(index, teachers, loss, &sorted)
+                    }
+                    Objective::Tokens { targets, tail, .. } => {
+                        targets.term(index, by_taught, tail).into_iter().collect()
                     }
                 };
                 let share = if terms.is_empty() { 1.0 } else { plain };
