@@ -1,9 +1,10 @@
 //! Merged adapters under scrutiny: how exact the rules are, and what each attack costs under each defence.
 //!
 //! Both look at adapters that the four institutions trained on their private text: exactness where one stretch ends, attacks in an
-//! inner round in the middle. A liar is a fifth institution that owns the adapter of one of them, as an insider would.
+//! inner round in the middle. A liar is a fifth institution with text of its own, see [`sites::mixed`], that joins for this
+//! inner round.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use consilium_examples::attacks::adapters::{Adapter, Attack};
 use consilium_examples::attacks::table::{Cell, Scene, error_of_sum, table};
 use consilium_node::worker::evaluate::bits_per_byte;
@@ -14,11 +15,10 @@ use crate::bench::Bench;
 use crate::exchange::{Lesson, Merging, in_the_middle, merge, trained_once, with_adapter};
 
 /// Rules and defences of the table; the first is a round's default.
-pub(crate) const DEFENCES: [(MergeRule, Defence); 8] = [
+pub(crate) const DEFENCES: [(MergeRule, Defence); 7] = [
+    (MergeRule::Product, Defence::ClipNorm),
     (MergeRule::Product, Defence::None),
     (MergeRule::Product, Defence::Standard),
-    (MergeRule::Product, Defence::ClipNorm),
-    (MergeRule::Product, Defence::ClipTensors),
     (
         MergeRule::Product,
         Defence::CentredClipping {
@@ -39,8 +39,6 @@ pub(crate) const DEFENCES: [(MergeRule, Defence); 8] = [
     ),
     (MergeRule::Product, Defence::TrimmedMean { byzantine: 1 }),
 ];
-/// The institution whose adapter the liar owns.
-const INSIDER: usize = 2;
 /// Inner rounds before the attack.
 const HONEST_ROUNDS: u32 = 3;
 /// Of the lines that measure, one in so many.
@@ -96,15 +94,14 @@ pub(crate) fn exactness(bench: &Bench) -> Result<Exactness> {
 
 /// Every attack of one in five under every defence.
 pub(crate) fn attacks(bench: &Bench) -> Result<Vec<AdapterAttack>> {
-    let trained = in_the_middle(bench, HONEST_ROUNDS)?;
+    let (trained, liar) = in_the_middle(bench, HONEST_ROUNDS)?;
     let start = Adapter::parse(&trained.start)?;
     let mut adapters: Vec<Adapter> = trained
         .adapters
         .iter()
         .map(|(_, bytes)| Adapter::parse(bytes))
         .collect::<Result<_>>()?;
-    let liar = adapters.get(INSIDER).context("an insider")?.clone();
-    adapters.insert(0, liar);
+    adapters.insert(0, Adapter::parse(&liar)?);
     let training = bench.training.clone();
     let scene = Scene {
         training: &training,

@@ -5,13 +5,11 @@ use consilium_node::worker::LoadedModel;
 use consilium_node::worker::train::distill::SortedLoss;
 use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
 
-use crate::attacks::GUARDED;
 use crate::bench::{Bench, DENSE};
 use crate::exchange::{Lesson, Merging, exchanged};
 use crate::private::pmixed;
 use crate::recipes::{
-    ARITHMETIC, PLAIN, SOFTMAX, SYMBOLS, dual, fused, local, named_rule, permuted, private,
-    records, sorted,
+    ARITHMETIC, PLAIN, SYMBOLS, dual, fused, local, named_rule, permuted, private, records, sorted,
 };
 use crate::tokens::{fusellm, xtoken};
 
@@ -74,12 +72,18 @@ pub(crate) static ARMS: &[Arm] = &[
         "FuseLLM, arXiv 2401.10491, on bytes",
         |bench| fused(bench, FusionRule::MinCe),
     ),
-    arm(
+    method(
         "softmax",
-        "softmax routing (default)",
-        "this project",
+        "softmax routing",
+        "FuseLLM's AvgCE, arXiv 2401.10491, sharper",
+        |bench| named_rule(bench, "softmax"),
+    ),
+    arm(
+        "guarded",
+        "guarded softmax (default)",
+        "this project, after arXiv 2402.12265",
         Role::Ours,
-        |bench| fused(bench, SOFTMAX),
+        |bench| fused(bench, FusionRule::default()),
     ),
     method("causal", "causal routing", "this project", |bench| {
         named_rule(bench, "causal")
@@ -115,47 +119,41 @@ pub(crate) static ARMS: &[Arm] = &[
         |bench| named_rule(bench, "exp_guard"),
     ),
     method(
-        "guarded",
-        "ExpGuard x softmax",
-        "this project, after arXiv 2402.12265",
-        |bench| fused(bench, GUARDED),
-    ),
-    method(
         "dual",
         "dual minCE",
         "FedMKT, arXiv 2406.02224, on bytes",
         dual,
     ),
-    method("dense", "softmax, 64 symbols", "this project", |bench| {
-        records(bench, (SOFTMAX, PLAIN), DENSE)
+    method("dense", "default, 64 symbols", "this project", |bench| {
+        records(bench, (FusionRule::default(), PLAIN), DENSE)
     }),
     method(
         "top8",
-        "softmax, 8 symbols and tail",
+        "default, 8 symbols and tail",
         "this project",
-        |bench| records(bench, (SOFTMAX, PLAIN), 8),
+        |bench| records(bench, (FusionRule::default(), PLAIN), 8),
     ),
     method(
         "top2",
-        "softmax, 2 symbols and tail",
+        "default, 2 symbols and tail",
         "this project",
-        |bench| records(bench, (SOFTMAX, PLAIN), 2),
+        |bench| records(bench, (FusionRule::default(), PLAIN), 2),
     ),
     method(
         "no_tail",
-        "softmax, 2 symbols, no tail",
+        "default, 2 symbols, no tail",
         "renormalised top-k",
         |bench| {
             let form = TargetForm {
                 drop_tail: true,
                 ..PLAIN
             };
-            records(bench, (SOFTMAX, form), 2)
+            records(bench, (FusionRule::default(), form), 2)
         },
     ),
-    method("drawn", "softmax, 50 draws", "arXiv 2503.16870", |bench| {
+    method("drawn", "default, 50 draws", "arXiv 2503.16870", |bench| {
         let form = TargetForm { draws: 50, ..PLAIN };
-        records(bench, (SOFTMAX, form), SYMBOLS)
+        records(bench, (FusionRule::default(), form), SYMBOLS)
     }),
     method(
         "pmixed",

@@ -22,29 +22,18 @@ use crate::sites::NAMES;
 
 /// Rules of the table by their names in it; the first is the default.
 pub(crate) const RULES: [&str; 6] = [
+    "guarded_softmax",
     "softmax",
     "uniform",
     "median",
     "trimmed_mean",
     "exp_guard",
-    "guarded softmax",
 ];
 
-/// ExpGuard's trust times softmax routing: of the trusted, the one that knows the item better is heard more.
-pub(crate) const GUARDED: FusionRule = FusionRule::ExpGuard {
-    competence_millibits: 500,
-    eta_permille: 40_000,
-    sharpness: 20,
-};
-
-fn rule(name: &str) -> Result<FusionRule> {
-    if name == "guarded softmax" {
-        return Ok(GUARDED);
-    }
-    FusionRule::named(name).with_context(|| format!("no rule {name:?}"))
-}
 /// The institution whose records the liar owns.
-const INSIDER: usize = 2;
+pub(crate) const INSIDER: usize = 2;
+/// Name of the liar.
+pub(crate) const LIAR: &str = "mallory";
 /// Symbols of a record.
 const SYMBOLS: u16 = 16;
 
@@ -102,7 +91,7 @@ pub(crate) fn table(bench: &Bench) -> Result<Vec<AttackRow>> {
         for aim in [Aim::All, Aim::Unlabeled] {
             let lie = attacked(attack, aim, own, &known, scene.reference.items())?;
             let mut sent = scene.honest.clone();
-            sent.push((InstitutionId::new("mallory")?, lie));
+            sent.push((InstitutionId::new(LIAR)?, lie));
             let costs = RULES
                 .iter()
                 .zip(&honest)
@@ -149,7 +138,7 @@ impl Scene {
         let mut members = honest
             .iter()
             .map(|(who, _)| who.clone())
-            .chain([InstitutionId::new("mallory")?])
+            .chain([InstitutionId::new(LIAR)?])
             .collect::<Vec<_>>();
         members.sort_unstable();
         let manifest = Manifest {
@@ -169,7 +158,7 @@ impl Scene {
     /// Bits per byte of the fused records, at every byte.
     fn bits(&self, name: &str, sources: &[(InstitutionId, Shard)]) -> Result<f64> {
         let manifest = Manifest {
-            fusion: rule(name)?,
+            fusion: FusionRule::named(name).with_context(|| format!("no rule {name:?}"))?,
             ..self.manifest.clone()
         };
         let shard = fuse_shard(&manifest, &self.reference, 0, sources)?.targets;

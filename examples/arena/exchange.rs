@@ -21,6 +21,7 @@ use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::{MergeRule, Training};
 use consilium_protocol::reference::Item;
 
+use crate::attacks::LIAR;
 use crate::bench::{Bench, RATE};
 use crate::sites::{self, NAMES};
 
@@ -120,13 +121,23 @@ pub(crate) fn exchanged(bench: &Bench, lesson: Lesson, merging: Merging) -> Resu
     with_adapter(bench, &training, &start)
 }
 
-/// What honest institutions send in one inner round, after `inner` of them: what an attack hides among.
-pub(crate) fn in_the_middle(bench: &Bench, inner: u32) -> Result<Trained> {
+/// What honest institutions send in one inner round, after `inner` of them: what an attack hides among. And what a fifth one with
+/// [`sites::mixed`] text would send if it were honest.
+pub(crate) fn in_the_middle(bench: &Bench, inner: u32) -> Result<(Trained, Vec<u8>)> {
     let training = &bench.training;
     let mut learners = learners(bench, Lesson::Private, training)?;
     let start = after(bench, &mut learners, training, 0..inner)?;
     let adapters = stretch(&mut learners, &start, inner)?;
-    Ok(Trained { start, adapters })
+    let distiller = begun(bench, Lesson::Private, training)?;
+    let mut fifth = Learner {
+        who: InstitutionId::new(LIAR)?,
+        distiller,
+        items: items_of(&sites::mixed(&bench.world)),
+        work: Work::Labels,
+        cross_entropy: 1.0,
+    };
+    let own = fifth.learn(&start, inner)?;
+    Ok((Trained { start, adapters }, own))
 }
 
 /// The merged adapter after these inner rounds.
@@ -222,11 +233,7 @@ enum Work {
 
 impl Learner {
     fn new(bench: &Bench, at: usize, lesson: Lesson, training: &Training) -> Result<Self> {
-        let pivot = LoadedModel::load(&bench.pivot)?;
-        let mut settings = Settings::of(training, bench.world.seed)?;
-        settings.schedule.rate = RATE;
-        settings.label_unlabeled = lesson != Lesson::Records;
-        let distiller = Distiller::new(pivot, settings)?;
+        let distiller = begun(bench, lesson, training)?;
         let (items, work) = match lesson {
             Lesson::Private => {
                 let private = sites::private(&bench.world);
@@ -276,6 +283,15 @@ impl Learner {
         self.distiller.run(&plan, &self.items, objective, &mut ())?;
         Ok(self.distiller.adapter_bytes()?)
     }
+}
+
+/// The pivot with an adapter to be trained.
+fn begun(bench: &Bench, lesson: Lesson, training: &Training) -> Result<Distiller> {
+    let pivot = LoadedModel::load(&bench.pivot)?;
+    let mut settings = Settings::of(training, bench.world.seed)?;
+    settings.schedule.rate = RATE;
+    settings.label_unlabeled = lesson != Lesson::Records;
+    Ok(Distiller::new(pivot, settings)?)
 }
 
 /// An institution's own records, or its logits, and the items at which it beats the pivot.

@@ -7,7 +7,9 @@ use crate::Regime;
 use crate::adapters::{AdapterAttack, DEFENCES, Exactness};
 use crate::arms::{ARMS, Role};
 use crate::attacks::{AttackRow, RULES};
+use crate::decoys::Caught;
 use crate::table::{Outcome, Row};
+use crate::traffic::Traffic;
 
 /// A promise and what was found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,7 +68,8 @@ pub(crate) fn check(outcome: &Outcome) -> Vec<Line> {
             bounded(attacks),
             harmless(attacks),
             guarded(attacks),
-            trusted(attacks),
+            caught(&outcome.decoys),
+            light(&outcome.traffic),
             exact(&outcome.exactness),
         ])
         .chain(defended(&outcome.adapter_attacks))
@@ -107,7 +110,7 @@ impl Seed<'_> {
 }
 
 /// Name of the default among the arms.
-const OURS: &str = "softmax";
+const OURS: &str = "guarded";
 
 fn below_sft(seed: &Seed<'_>) -> Found {
     let ratio = seed.ratio(OURS, "sft")?;
@@ -190,19 +193,26 @@ fn bounded(attacks: &[AttackRow]) -> Line {
     }
 }
 
-/// Whether the default rule costs at most 1 % against the plain mean where nobody lies.
+/// Whether the default rule costs at most 1 % against routing without a guard and against the plain mean where nobody lies.
 fn harmless(attacks: &[AttackRow]) -> Line {
-    let worst = attacks
-        .iter()
-        .filter(|row| row.attack == "none")
-        .filter_map(|row| row.cost_permille.get(1))
-        // The plain mean against the default; the other way round it is this.
-        .map(|mean| 100.0 * (1000.0 / (1000.0 + mean) - 1.0))
-        .reduce(f64::max);
+    let honest = attacks.iter().filter(|row| row.attack == "none");
+    // Others against the default; the other way round it is this.
+    let worst = |rule: &str| {
+        let at = RULES.iter().position(|name| *name == rule)?;
+        let costs = honest.clone().filter_map(|row| row.cost_permille.get(at));
+        costs
+            .map(|other| 100.0 * (1000.0 / (1000.0 + other) - 1.0))
+            .reduce(f64::max)
+    };
+    let found = worst("softmax").zip(worst("uniform"));
     Line {
-        promise: "default rule: at most 1 % above the plain mean where nobody lies".to_owned(),
-        holds: worst.map(|cost| cost <= 1.0),
-        found: worst.map_or_else(String::new, |cost| format!("{cost:+.1} %")),
+        promise:
+            "default rule: at most 1 % above softmax routing and the plain mean where nobody lies"
+                .to_owned(),
+        holds: found.map(|(softmax, mean)| softmax <= 1.0 && mean <= 1.0),
+        found: found.map_or_else(String::new, |(softmax, mean)| {
+            format!("{softmax:+.1} % and {mean:+.1} %")
+        }),
     }
 }
 
@@ -226,24 +236,24 @@ fn guarded(attacks: &[AttackRow]) -> Line {
     }
 }
 
-/// What the best guard costs, in attacks and without.
-fn trusted(attacks: &[AttackRow]) -> Line {
-    let at = RULES.iter().position(|name| *name == "guarded softmax");
-    let cost = |row: &&AttackRow| Some(row.cost_permille.get(at?)? / 10.0);
-    let lies = attacks
-        .iter()
-        .filter(|row| row.attack != "none" && !row.is_collusion());
-    let worst = lies.filter_map(|row| cost(&row)).reduce(f64::max);
-    let honest = attacks.iter().filter(|row| row.attack == "none");
-    let honest = honest.filter_map(|row| cost(&row)).reduce(f64::max);
-    let found = worst.zip(honest);
+/// Whether decoys find who reads the public text, and nobody else.
+fn caught(found: &[Caught]) -> Line {
+    let kept_out = |found: &Caught| found.excluded.join(" and ");
     Line {
-        promise: "ExpGuard x softmax: attacks but collusion cost at most 5 %, it costs 1 % of softmax where nobody lies"
-            .to_owned(),
-        holds: found.map(|(worst, honest)| worst <= 5.0 && honest <= 1.0),
-        found: found.map_or_else(String::new, |(worst, honest)| {
-            format!("{worst:.1} % and {honest:+.1} %")
-        }),
+        promise: "who reads the text is kept out by decoys, and nobody else".to_owned(),
+        holds: (!found.is_empty()).then(|| found.iter().all(Caught::is_just)),
+        found: found.iter().map(kept_out).collect::<Vec<_>>().join(", "),
+    }
+}
+
+/// Whether 8 symbols are at most a fiftieth of dense logits.
+fn light(found: &[Traffic]) -> Line {
+    let narrow = found.iter().filter(|traffic| traffic.symbols == 8);
+    let most = narrow.map(Traffic::share).reduce(f64::max);
+    Line {
+        promise: "8 symbols: at most 1/50 of the bytes of dense logits".to_owned(),
+        holds: most.map(|share| share <= 0.02),
+        found: most.map_or_else(String::new, |share| format!("1/{:.0}", 1.0 / share)),
     }
 }
 
@@ -282,19 +292,20 @@ fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
     };
     [
         line(
-            "default defence (none): every attack of one in five on adapters costs at most 5 %",
+            "default defence: every attack of one in five on adapters costs at most 5 %",
             worst(true),
             5.0,
         ),
         line(
-            "default defence (none): costs at most 1 % where nobody lies",
+            "default defence: costs at most 1 % where nobody lies",
             worst(false),
             1.0,
         ),
     ]
 }
 
-/// Whether the default is first among all arms that no bound and no control is, by mean bits and by mean facts.
+/// Whether any arm that is no bound and no control is better than the default by more than chance: the mean of the difference over
+/// the seeds is above two of its standard errors.
 fn first(rows: &[Row]) -> Line {
     let rivals = ARMS.iter().filter(|arm| {
         matches!(
@@ -302,48 +313,56 @@ fn first(rows: &[Row]) -> Line {
             Role::Baseline | Role::Method | Role::Ours | Role::Source
         )
     });
-    let mut best_bits: Option<(f64, &str)> = None;
-    let mut best_facts: Option<(f64, &str)> = None;
-    let mut ours = None;
-    for arm in rivals {
-        let of: Vec<&Row> = rows
-            .iter()
-            .filter(|row| row.arm == arm.id && row.regime == Regime::Random)
-            .collect();
-        if of.is_empty() {
-            continue;
+    let seeds = seeds(rows);
+    let complete = seeds.iter().all(|seed| seed.row(OURS).is_some()) && !seeds.is_empty();
+    let (mut found, mut better) = (Vec::new(), Vec::new());
+    // Less is better.
+    let scores: [(&str, Score); 2] = [
+        ("bits", |seed, arm| seed.bits(arm)),
+        ("facts", |seed, arm| seed.facts(arm).map(|facts| -facts)),
+    ];
+    for (name, score) in scores {
+        let mut best: Option<(f64, &str)> = None;
+        for arm in rivals.clone() {
+            let values: Option<Vec<f64>> = seeds.iter().map(|seed| score(seed, arm.id)).collect();
+            let gains: Option<Vec<f64>> = seeds
+                .iter()
+                .map(|seed| Some(score(seed, OURS)? - score(seed, arm.id)?))
+                .collect();
+            let (Some(values), Some(gains)) = (values.filter(|of| !of.is_empty()), gains) else {
+                continue;
+            };
+            let (mean, _) = moments(&values);
+            if best.is_none_or(|(least, _)| mean < least) {
+                best = Some((mean, arm.label));
+            }
+            let (gain, error) = moments(&gains);
+            if gain > 2.0 * error {
+                better.push(format!("{name} of {} by {gain:.3}", arm.label));
+            }
         }
-        let count = of.len() as f64;
-        let bits = of.iter().map(|row| row.scores.union()).sum::<f64>() / count;
-        let facts = of
-            .iter()
-            .filter_map(|row| row.scores.facts().rate())
-            .sum::<f64>()
-            / count;
-        if best_bits.is_none_or(|(best, _)| bits < best) {
-            best_bits = Some((bits, arm.label));
-        }
-        if best_facts.is_none_or(|(best, _)| facts > best) {
-            best_facts = Some((facts, arm.label));
-        }
-        if arm.id == OURS {
-            ours = Some((bits, facts));
-        }
+        found.extend(
+            best.map(|(least, label)| format!("least {name} {:.3} by {label}", least.abs())),
+        );
     }
-    let found = match (best_bits, best_facts) {
-        (Some((bits, by_bits)), Some((facts, by_facts))) => {
-            format!("bits {bits:.3} by {by_bits}, facts {facts:.3} by {by_facts}")
-        }
-        _ => String::new(),
-    };
+    let holds = complete.then_some(better.is_empty());
+    found.extend((!better.is_empty()).then(|| format!("better: {}", better.join(", "))));
     Line {
-        promise:
-            "ours: first on bits and on facts where private text trains sources alone, by the mean"
-                .to_owned(),
-        holds: ours
-            .zip(best_bits)
-            .zip(best_facts)
-            .map(|(((bits, facts), most), right)| bits <= most.0 && facts >= right.0),
-        found,
+        promise: "ours: no arm has fewer bits or more facts by two standard errors, where private text trains sources alone"
+            .to_owned(),
+        holds,
+        found: found.join("; ").replace("least facts", "most facts"),
     }
+}
+
+/// A figure of an arm on a seed.
+type Score = fn(&Seed<'_>, &str) -> Option<f64>;
+
+/// Mean and its standard error; 0 of a single value.
+fn moments(values: &[f64]) -> (f64, f64) {
+    let count = values.len().max(1) as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    let variance = squares / (count - 1.0).max(1.0);
+    (mean, (variance / count).sqrt())
 }

@@ -13,6 +13,7 @@ mod arms;
 mod attacks;
 mod bench;
 mod costs;
+mod decoys;
 mod exchange;
 mod html;
 mod lines;
@@ -126,13 +127,16 @@ fn arena(arguments: &Arguments) -> Result<bool> {
         for &seed in &arguments.seeds {
             let name = format!("{}-{seed}", regime.true_answers_permille());
             let bench = Bench::prepare(seed, regime, arguments.steps, &arguments.out.join(name))?;
-            for traffic in bench.traffic()? {
+            let traffic = bench.traffic()?;
+            for traffic in &traffic {
                 say(&traffic.line());
             }
+            outcome.traffic.extend(traffic);
             outcome.rows.extend(run(&bench, &arms)?);
             if regime == Regime::Random && !arguments.no_attacks {
                 say("           attacks on records against rules");
                 outcome.attacks.extend(attacks::table(&bench)?);
+                outcome.decoys.push(decoys::caught(&bench)?);
                 say("           attacks on adapters against defences");
                 outcome.exactness.push(adapters::exactness(&bench)?);
                 outcome.adapter_attacks.extend(adapters::attacks(&bench)?);

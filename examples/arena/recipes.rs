@@ -12,17 +12,12 @@ use crate::exchange::{Lesson, Merging, exchanged};
 
 /// Symbols of a record by default.
 pub(crate) const SYMBOLS: u16 = 16;
-/// exp(-sharpness x bits per byte).
-const SHARPNESS: u32 = 20;
 
 /// Half of the sum: between the mean of four and the sum.
 pub(crate) const ARITHMETIC: MergeRule = MergeRule::TaskArithmetic {
     scale_permille: 500,
 };
 
-pub(crate) const SOFTMAX: FusionRule = FusionRule::Softmax {
-    sharpness: SHARPNESS,
-};
 /// Targets as they are fused.
 pub(crate) const PLAIN: TargetForm = TargetForm {
     symbols: None,
@@ -55,10 +50,14 @@ pub(crate) fn named_rule(bench: &Bench, name: &str) -> Result<LoadedModel> {
     fused(bench, rule)
 }
 
-/// Softmax targets where they beat the pivot's own record of an item, labels elsewhere.
+/// Targets of the default rule where they beat the pivot's own record of an item, labels elsewhere.
 pub(crate) fn dual(bench: &Bench) -> Result<LoadedModel> {
     let items = bench.reference.items();
-    let targets = bench.fuse((SOFTMAX, PLAIN), SYMBOLS, &bench.records(SYMBOLS)?)?;
+    let targets = bench.fuse(
+        (FusionRule::default(), PLAIN),
+        SYMBOLS,
+        &bench.records(SYMBOLS)?,
+    )?;
     let targets = bench.targets(&targets)?;
     let (mut distiller, plan) = bench.trainer().begin(items, false)?;
     let owned = bench.owned(distiller.student(), &plan.visited()?, &targets, SYMBOLS)?;
@@ -106,7 +105,7 @@ pub(crate) fn private(bench: &Bench, merging: Merging) -> Result<LoadedModel> {
 }
 
 pub(crate) fn permuted(bench: &Bench) -> Result<LoadedModel> {
-    let manifest = bench.manifest(SOFTMAX, SYMBOLS)?;
+    let manifest = bench.manifest(FusionRule::default(), SYMBOLS)?;
     let sources: Vec<_> = bench
         .records(SYMBOLS)?
         .into_iter()

@@ -10,7 +10,9 @@ use crate::adapters::{AdapterAttack, Exactness};
 use crate::arms::{ARMS, Role, named};
 use crate::attacks::AttackRow;
 use crate::costs;
+use crate::decoys::Caught;
 use crate::lines::Line;
+use crate::traffic::Traffic;
 
 /// One arm on one seed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,6 +43,10 @@ pub(crate) struct Outcome {
     pub(crate) attacks: Vec<AttackRow>,
     /// Every attack on adapters on every seed.
     pub(crate) adapter_attacks: Vec<AdapterAttack>,
+    /// Whom decoys keep out, on every seed.
+    pub(crate) decoys: Vec<Caught>,
+    /// What records cost on the wire, on every seed.
+    pub(crate) traffic: Vec<Traffic>,
     /// How exact merge rules are, on every seed.
     pub(crate) exactness: Vec<Exactness>,
 }

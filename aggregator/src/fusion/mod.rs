@@ -12,7 +12,7 @@ mod screening;
 
 pub use account::{Accountant, Accounts, DomainAccount, MemberAccount, holdout};
 pub use adapter::check::{AdapterLayout, adapter_rank, check_adapter};
-pub use adapter::defence::{Exclusion, Gram, Norms, Vote, Votes, defend};
+pub use adapter::defence::{Exclusion, Gram, Vote, Votes, defend};
 pub use adapter::initial::initial_adapter;
 pub use adapter::merge::{MergeInput, MergeOutput, Merged, merge, merge_in_memory};
 pub use adapter::output::{MemoryFile, Sink};

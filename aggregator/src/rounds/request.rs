@@ -53,7 +53,7 @@ impl Default for OpenRequest {
             symbols: 16,
             fill_permille: 995,
             shard_items: 1024,
-            fusion: FusionRule::Softmax { sharpness: 20 },
+            fusion: FusionRule::default(),
             targets: TargetForm::default(),
             screening: Screening::default(),
             decoy_key: None,
@@ -82,7 +82,7 @@ impl Default for OpenRequest {
                 outer_momentum_permille: 700,
                 distillation: Distillation::Trie,
                 merge: MergeRule::Product,
-                defence: Defence::None,
+                defence: Defence::ClipNorm,
             },
             quorum: None,
             deadlines: Deadlines {

@@ -81,6 +81,17 @@ const fn competence() -> u32 {
     500
 }
 
+impl Default for FusionRule {
+    /// `guarded_softmax` with its default parameters.
+    fn default() -> Self {
+        Self::ExpGuard {
+            competence_millibits: competence(),
+            eta_permille: 40_000,
+            sharpness: 20,
+        }
+    }
+}
+
 impl FusionRule {
     /// The rule of a name with its default parameters.
     #[must_use]
@@ -109,11 +120,7 @@ impl FusionRule {
                 eta_permille: 20_000,
                 sharpness: 0,
             },
-            "guarded_softmax" => Self::ExpGuard {
-                competence_millibits,
-                eta_permille: 40_000,
-                sharpness,
-            },
+            "guarded_softmax" => Self::default(),
             _ => return None,
         })
     }
@@ -350,6 +357,7 @@ mod tests {
     fn a_rule_without_a_majority_to_speak_of_is_refused_with_what_to_do() {
         let named = |name: &str| FusionRule::named(name).unwrap();
         for name in [
+            "guarded_softmax",
             "softmax",
             "min_ce",
             "causal",

@@ -4,8 +4,6 @@
 //! tau_j>`, every norm, distance and cosine follows from G; the merge is then the same weighted sum of low-rank products as
 //! without a defence. Sources stand at the variants of [`Defence`].
 
-use std::collections::BTreeMap;
-
 use consilium_protocol::manifest::{Defence, MergeRule};
 
 /// A member whose norm is below this share of the median norm sent no update.
@@ -23,9 +21,6 @@ pub struct Gram {
     members: usize,
     values: Vec<f64>,
 }
-
-/// Frobenius norms of the members' updates of every product and whole module, by its name, in the order of [`Gram`].
-pub type Norms = BTreeMap<String, Vec<f64>>;
 
 /// How much a member counts: its update times `scale`, with weight `share`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,32 +51,6 @@ pub struct Votes {
     pub votes: Vec<Vote>,
     /// Values of every entry that are left out at each end; 0 without a trimmed mean.
     pub trimmed: usize,
-    /// Further scales of single tensors, by name and for every member; empty but for [`Defence::ClipTensors`].
-    pub clips: Norms,
-}
-
-impl Votes {
-    /// The norm of a member's update after all scales, relative to that before.
-    #[must_use]
-    pub fn scale(&self, member: usize, norms: &Norms) -> f64 {
-        let of = |values: &Norms, name: &str, without: f64| {
-            let values = values.get(name).and_then(|values| values.get(member));
-            values.copied().unwrap_or(without)
-        };
-        let (mut before, mut after) = (0.0, 0.0);
-        for name in norms.keys() {
-            let norm = of(norms, name, 0.0);
-            before += norm.powi(2);
-            after += (norm * of(&self.clips, name, 1.0)).powi(2);
-        }
-        let clipped = if before > 0.0 {
-            (after / before).sqrt()
-        } else {
-            1.0
-        };
-        let vote = self.votes.get(member);
-        clipped * vote.map_or(0.0, |vote| vote.scale)
-    }
 }
 
 impl Gram {
@@ -135,7 +104,10 @@ impl Gram {
 
     /// The norm in the middle, the lower of two.
     fn median_norm(&self, of: impl Iterator<Item = usize>) -> f64 {
-        median(of.map(|i| self.norm(i)))
+        let mut norms: Vec<f64> = of.map(|i| self.norm(i)).collect();
+        norms.sort_by(f64::total_cmp);
+        let middle = norms.len().saturating_sub(1) / 2;
+        norms.get(middle).copied().unwrap_or(0.0)
     }
 
     /// Members that sent nothing of their own: free riders, and all but the first of near-duplicates. Who of these copied is
@@ -166,15 +138,10 @@ impl Gram {
 /// Where fewer members are left than a defence was made for, it tolerates fewer liars: multi-Krum and the trimmed mean lower
 /// f, and below three members nothing is changed. A member that was left out before counts as one of the f.
 #[must_use]
-pub fn defend(
-    defence: Defence,
-    rule: MergeRule,
-    (gram, norms): (&Gram, &Norms),
-    shares: &[f64],
-) -> Votes {
+pub fn defend(defence: Defence, rule: MergeRule, gram: &Gram, shares: &[f64]) -> Votes {
     let mut state = State::new(gram, shares);
     if defence == Defence::None {
-        return state.finish(0, Norms::new());
+        return state.finish(0);
     }
     for (i, suspect) in gram.suspects().into_iter().enumerate() {
         state.votes[i].excluded = suspect;
@@ -182,11 +149,11 @@ pub fn defend(
     state.share_out();
     let left = state.left().count();
     if left < 3 {
-        return state.finish(0, Norms::new());
+        return state.finish(0);
     }
     let gone = gram.members() - left;
     let faulty = |byzantine: u32| (byzantine as usize).saturating_sub(gone);
-    let (mut trimmed, mut clips) = (0, Norms::new());
+    let mut trimmed = 0;
     match defence {
         Defence::None => {}
         Defence::Standard => {
@@ -201,7 +168,6 @@ pub fn defend(
             }
         }
         Defence::ClipNorm => state.clip(),
-        Defence::ClipTensors => clips = state.clips(norms),
         Defence::CentredClipping {
             radius_permille,
             iterations,
@@ -215,15 +181,7 @@ pub fn defend(
             trimmed = faulty(byzantine).min((left - 1) / 4);
         }
     }
-    state.finish(trimmed, clips)
-}
-
-/// The value in the middle, the lower of two; 0 of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len().saturating_sub(1) / 2;
-    values.get(middle).copied().unwrap_or(0.0)
+    state.finish(trimmed)
 }
 
 struct State<'a> {
@@ -281,19 +239,6 @@ impl<'a> State<'a> {
                 vote.scale = most / norm;
             }
         }
-    }
-
-    /// Of every tensor, what scales each update down to the median norm.
-    fn clips(&self, norms: &Norms) -> Norms {
-        let of_tensor = |norms: &Vec<f64>| {
-            let most = median(self.left().filter_map(|i| norms.get(i).copied()));
-            let clip = |&norm: &f64| if norm > most { most / norm } else { 1.0 };
-            norms.iter().map(clip).collect()
-        };
-        let tensors = norms.iter();
-        tensors
-            .map(|(name, norms)| (name.clone(), of_tensor(norms)))
-            .collect()
     }
 
     /// Inner products of the updates as they are scaled now.
@@ -382,11 +327,10 @@ impl<'a> State<'a> {
         self.share_out();
     }
 
-    fn finish(self, trimmed: usize, clips: Norms) -> Votes {
+    fn finish(self, trimmed: usize) -> Votes {
         Votes {
             votes: self.votes,
             trimmed,
-            clips,
         }
     }
 }

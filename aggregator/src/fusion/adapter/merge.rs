@@ -7,7 +7,7 @@ use consilium_protocol::InstitutionId;
 use consilium_protocol::manifest::{Defence, Training};
 use rayon::prelude::*;
 
-use super::defence::{Exclusion, Gram, Norms, Vote, Votes, defend};
+use super::defence::{Exclusion, Gram, Vote, Votes, defend};
 use super::entries::Updates;
 use super::output::{MemoryFile, Output, Sink};
 use super::report::{MatrixTruncation, MemberReport, MergeReport, Truncation};
@@ -81,10 +81,10 @@ pub fn merge_in_memory(input: MergeInput<'_>) -> Result<Merged, FusionError> {
 /// finite; the error names contribution and tensor. Or a file that cannot be read or written.
 pub fn merge(input: MergeInput<'_>, output: MergeOutput<'_>) -> Result<MergeReport, FusionError> {
     let round = Round::open(&input)?;
-    let (gram, norms) = round.gram()?;
+    let gram = round.gram()?;
     let parts: Vec<f64> = round.members.iter().map(|member| member.part).collect();
     let training = input.training;
-    let votes = defend(training.defence, training.merge, (&gram, &norms), &parts);
+    let votes = defend(training.defence, training.merge, &gram, &parts);
     let merger = Merger::new(&round, training, &votes, input.seed);
     let mut adapter = Output::begin(output.adapter, round.shapes(A, B, merger.rank()))?;
     let most = VELOCITY_RANK * round.layout.rank;
@@ -122,7 +122,7 @@ pub fn merge(input: MergeInput<'_>, output: MergeOutput<'_>) -> Result<MergeRepo
     adapter.finish()?;
     momentum.finish()?;
     let truncation = Truncation::of(truncations);
-    let report = report(&round, training, (&gram, &norms), &votes);
+    let report = report(&round, training, &gram, &votes);
     Ok(MergeReport {
         bias: bias.map(relative),
         truncation,
@@ -191,7 +191,7 @@ fn whole(
             for member in merger.members() {
                 sources.push(member.tensors.values(name, piece.clone())?);
             }
-            let c = merger.coefficients(name);
+            let c = merger.coefficients();
             [merger.outer.theta(&c), merger.outer.velocity(&c)]
         };
         if let Some(momentum) = &round.momentum {
@@ -236,7 +236,7 @@ impl Updates for PieceUpdates<'_> {
     fn chunk(&self, index: usize) -> Result<(usize, Vec<Vec<f32>>), FusionError> {
         let piece = self.pieces.get(index).cloned().unwrap_or_default();
         let start = self.merger.round.start.values(self.name, piece.clone())?;
-        let members = self.merger.members().zip(self.merger.scales(self.name));
+        let members = self.merger.members().zip(&self.merger.scales);
         let updates = members.map(|(member, scale)| {
             let values = member.tensors.values(self.name, piece.clone())?;
             let update = |(x, before): (&f32, &f32)| scale * (f64::from(*x) - f64::from(*before));
@@ -285,12 +285,7 @@ fn combine(
 }
 
 /// Members, norms and cosines; what was lost is not known yet.
-fn report(
-    round: &Round,
-    training: &Training,
-    (gram, norms): (&Gram, &Norms),
-    votes: &Votes,
-) -> MergeReport {
+fn report(round: &Round, training: &Training, gram: &Gram, votes: &Votes) -> MergeReport {
     let institution = |index: usize| round.members.get(index).map(|m| m.institution.as_str());
     let words = |exclusion: Exclusion| match exclusion {
         Exclusion::NoUpdate => "no update: the adapter is the start's".to_owned(),
@@ -311,7 +306,7 @@ fn report(
                 rank: member.rank,
                 part: member.part,
                 share: vote.share,
-                scale: votes.scale(index, norms),
+                scale: vote.scale,
                 norm: gram.norm(index),
                 flag: flag.map(words),
                 excluded: vote.excluded.map(words),

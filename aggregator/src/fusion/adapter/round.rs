@@ -5,7 +5,7 @@ use consilium_protocol::manifest::Training;
 use rayon::prelude::*;
 
 use super::check::{AdapterLayout, same};
-use super::defence::{Gram, Norms};
+use super::defence::Gram;
 use super::lowrank::Factors;
 use super::merge::MergeInput;
 use super::tensors::{A, B, Tensors, pieces};
@@ -121,34 +121,36 @@ impl Round {
         })
     }
 
-    /// Inner products of all updates, and the norms of every tensor's. Reads every adapter once, a few matrices or pieces at a
-    /// time.
-    pub(super) fn gram(&self) -> Result<(Gram, Norms), FusionError> {
-        let mut sums = Sums::new(self.members.len());
+    /// Inner products of all updates. Reads every adapter once, a few matrices or pieces at a time.
+    pub(super) fn gram(&self) -> Result<Gram, FusionError> {
+        let members = self.members.len();
+        let mut sums = vec![0.0; members * members];
+        let mut add = |parts: Vec<Result<Vec<f64>, FusionError>>| {
+            for part in parts {
+                for (sum, value) in sums.iter_mut().zip(part?) {
+                    *sum += value;
+                }
+            }
+            Ok::<_, FusionError>(())
+        };
         let at_once = rayon::current_num_threads();
         let matrices: Vec<_> = self.layout.matrices.iter().collect();
         for batch in matrices.chunks(at_once) {
-            let parts: Vec<_> = batch
-                .into_par_iter()
+            let parts = batch.into_par_iter();
+            add(parts
                 .map(|(layer, shape)| self.gram_of_matrix(layer, **shape))
-                .collect();
-            for ((layer, _), part) in batch.iter().zip(parts) {
-                sums.add(layer, &part?);
-            }
+                .collect())?;
         }
         for (name, shape) in &self.layout.whole {
             let pieces: Vec<_> = pieces(shape).collect();
             for batch in pieces.chunks(at_once) {
-                let parts: Vec<_> = batch
-                    .into_par_iter()
+                let parts = batch.into_par_iter();
+                add(parts
                     .map(|piece| self.gram_of_piece(name, piece.clone()))
-                    .collect();
-                for part in parts {
-                    sums.add(name, &part?);
-                }
+                    .collect())?;
             }
         }
-        sums.finish()
+        Gram::new(members, sums)
             .ok_or_else(|| FusionError::Overflow("all of the adapters".to_owned()))
     }
 
@@ -211,47 +213,6 @@ impl Round {
             .iter()
             .flat_map(|a| updates.iter().map(|b| inner(a, b)))
             .collect())
-    }
-}
-
-/// Inner products of updates, summed over tensors in their order.
-struct Sums {
-    members: usize,
-    inner: Vec<f64>,
-    /// Squared norms by tensor.
-    squares: Norms,
-}
-
-impl Sums {
-    fn new(members: usize) -> Self {
-        Self {
-            members,
-            inner: vec![0.0; members * members],
-            squares: Norms::new(),
-        }
-    }
-
-    fn add(&mut self, tensor: &str, part: &[f64]) {
-        for (sum, value) in self.inner.iter_mut().zip(part) {
-            *sum += value;
-        }
-        let members = self.members;
-        let squares = self
-            .squares
-            .entry(tensor.to_owned())
-            .or_insert_with(|| vec![0.0; members]);
-        for (square, value) in squares.iter_mut().zip(part.iter().step_by(members + 1)) {
-            *square += value;
-        }
-    }
-
-    /// None where a sum is not finite.
-    fn finish(self) -> Option<(Gram, Norms)> {
-        let mut norms = self.squares;
-        for value in norms.values_mut().flatten() {
-            *value = value.max(0.0).sqrt();
-        }
-        Some((Gram::new(self.members, self.inner)?, norms))
     }
 }
 

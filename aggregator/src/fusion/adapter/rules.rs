@@ -15,7 +15,7 @@
 use consilium_protocol::manifest::{MergeRule, Training};
 
 use super::blocks::{MatrixUpdates, MergedBlocks};
-use super::defence::{Norms, Votes};
+use super::defence::Votes;
 use super::entries::{EntryRule, Names, Updates};
 use super::lowrank::{Factors, Stack, align};
 use super::outer::{Outer, total};
@@ -35,9 +35,7 @@ pub(super) struct Merger<'a> {
     /// Members that count, with their shares and scales.
     pub(super) voters: Vec<usize>,
     pub(super) shares: Vec<f64>,
-    whole_scales: Vec<f64>,
-    /// Further scales of single tensors, of all members.
-    clips: &'a Norms,
+    pub(super) scales: Vec<f64>,
     pub(super) names: Vec<&'a str>,
     pub(super) trimmed: usize,
     pub(super) outer: Outer,
@@ -55,7 +53,7 @@ pub(super) struct MergedMatrix {
 }
 
 impl<'a> Merger<'a> {
-    pub(super) fn new(round: &'a Round, training: &Training, votes: &'a Votes, seed: u64) -> Self {
+    pub(super) fn new(round: &'a Round, training: &Training, votes: &Votes, seed: u64) -> Self {
         let counted = votes.votes.iter().enumerate();
         let counted = counted.filter(|(_, vote)| vote.excluded.is_none() && vote.share > 0.0);
         let voters: Vec<usize> = counted.clone().map(|(index, _)| index).collect();
@@ -64,8 +62,7 @@ impl<'a> Merger<'a> {
             round,
             rule: training.merge,
             shares: counted.clone().map(|(_, vote)| vote.share).collect(),
-            whole_scales: counted.map(|(_, vote)| vote.scale).collect(),
-            clips: &votes.clips,
+            scales: counted.map(|(_, vote)| vote.scale).collect(),
             names: voters.iter().filter_map(name).collect(),
             voters,
             trimmed: votes.trimmed,
@@ -113,27 +110,16 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// What the defence multiplies every voter's update of a tensor by.
-    pub(super) fn scales(&self, tensor: &str) -> Vec<f64> {
-        let Some(clips) = self.clips.get(tensor) else {
-            return self.whole_scales.clone();
-        };
-        let voters = self.voters.iter().zip(&self.whole_scales);
-        voters
-            .map(|(&voter, scale)| scale * clips.get(voter).copied().unwrap_or(1.0))
-            .collect()
-    }
-
-    /// Of every voter, how much of its update of a tensor is in M.
-    pub(super) fn coefficients(&self, tensor: &str) -> Vec<f64> {
+    /// Of every voter, how much of its update is in M.
+    pub(super) fn coefficients(&self) -> Vec<f64> {
         let gain = self.gain();
-        let counted = self.shares.iter().zip(self.scales(tensor));
+        let counted = self.shares.iter().zip(&self.scales);
         counted.map(|(share, scale)| gain * share * scale).collect()
     }
 
     /// Coefficients of the start and of the members in M.
-    fn of_mean(&self, tensor: &str) -> Vec<f64> {
-        let members = self.coefficients(tensor);
+    fn of_mean(&self) -> Vec<f64> {
+        let members = self.coefficients();
         std::iter::once(1.0 - total(&members))
             .chain(members)
             .collect()
@@ -148,9 +134,7 @@ impl<'a> Merger<'a> {
                 .filter_map(|&i| self.round.members.get(i))
                 .map(|m| m.rank)
         };
-        let matrices = self.round.layout.matrices.keys();
-        let has_start = |layer: &String| self.of_mean(layer).first().is_some_and(|c| c.abs() > 0.0);
-        let in_mean = usize::from(matrices.into_iter().any(has_start)) * rank;
+        let in_mean = usize::from(self.of_mean().first().is_some_and(|c| c.abs() > 0.0)) * rank;
         match self.rule {
             MergeRule::Stack => ranks().sum::<usize>() + in_mean,
             MergeRule::Residual => {
@@ -167,9 +151,9 @@ impl<'a> Merger<'a> {
     ) -> Result<MergedMatrix, FusionError> {
         let inputs = self.round.matrix(layer, shape, &self.voters)?;
         match self.rule {
-            MergeRule::Stack => Ok(self.stacked(layer, &inputs, shape)),
+            MergeRule::Stack => Ok(self.stacked(&inputs, shape)),
             MergeRule::Residual => self.residual(layer, &inputs, shape),
-            MergeRule::Factors | MergeRule::Ffa => Ok(self.factors(layer, inputs, shape)),
+            MergeRule::Factors | MergeRule::Ffa => Ok(self.factors(inputs, shape)),
             MergeRule::Product
             | MergeRule::TaskArithmetic { .. }
             | MergeRule::Ties { .. }
@@ -177,7 +161,7 @@ impl<'a> Merger<'a> {
             | MergeRule::Sce { .. } => match self.entry_rule() {
                 Some(rule) => self.entries(rule, layer, &inputs, shape),
                 None => {
-                    let c = self.coefficients(layer);
+                    let c = self.coefficients();
                     let [theta, velocity] = [self.outer.theta(&c), self.outer.velocity(&c)];
                     let mut terms = vec![&inputs.previous];
                     terms.extend(&inputs.members);
@@ -226,8 +210,8 @@ impl<'a> Merger<'a> {
     }
 
     /// The outer step on A and on B, each by itself; A stays under FFA.
-    fn factors(&self, layer: &str, inputs: MatrixInputs, shape: [usize; 2]) -> MergedMatrix {
-        let c = self.coefficients(layer);
+    fn factors(&self, inputs: MatrixInputs, shape: [usize; 2]) -> MergedMatrix {
+        let c = self.coefficients();
         let terms = |coefficients: Vec<f64>| -> Factors {
             let all = std::iter::once(&inputs.previous).chain(&inputs.members);
             let all: Vec<_> = coefficients
@@ -244,7 +228,7 @@ impl<'a> Merger<'a> {
             velocity.at = inputs.previous.at;
             None
         } else {
-            Some(self.bias(layer, &inputs, shape).1)
+            Some(self.bias(&inputs, shape).1)
         };
         MergedMatrix {
             new,
@@ -255,8 +239,8 @@ impl<'a> Merger<'a> {
     }
 
     /// The means of the factors, and how far their product is from the mean of the products.
-    fn bias(&self, layer: &str, inputs: &MatrixInputs, shape: [usize; 2]) -> (Factors, [f64; 2]) {
-        let mut coefficients = self.of_mean(layer);
+    fn bias(&self, inputs: &MatrixInputs, shape: [usize; 2]) -> (Factors, [f64; 2]) {
+        let mut coefficients = self.of_mean();
         let mut terms = vec![&inputs.previous];
         terms.extend(&inputs.members);
         let weighted: Vec<_> = coefficients
@@ -273,9 +257,9 @@ impl<'a> Merger<'a> {
     }
 
     /// All factors beside each other.
-    fn stacked(&self, layer: &str, inputs: &MatrixInputs, shape: [usize; 2]) -> MergedMatrix {
+    fn stacked(&self, inputs: &MatrixInputs, shape: [usize; 2]) -> MergedMatrix {
         let terms = std::iter::once(&inputs.previous).chain(&inputs.members);
-        let terms = in_use(self.of_mean(layer).into_iter().zip(terms).collect());
+        let terms = in_use(self.of_mean().into_iter().zip(terms).collect());
         MergedMatrix {
             new: Factors::beside(&terms, shape, self.rank()),
             velocity: Factors::zero(shape, 0),
@@ -291,8 +275,8 @@ impl<'a> Merger<'a> {
         inputs: &MatrixInputs,
         shape: [usize; 2],
     ) -> Result<MergedMatrix, FusionError> {
-        let (mean, bias) = self.bias(layer, inputs, shape);
-        let mut coefficients = self.of_mean(layer);
+        let (mean, bias) = self.bias(inputs, shape);
+        let mut coefficients = self.of_mean();
         coefficients.push(-1.0);
         let mut terms = vec![&inputs.previous];
         terms.extend(&inputs.members);
@@ -322,7 +306,7 @@ impl<'a> Merger<'a> {
         inputs: &MatrixInputs,
         shape: [usize; 2],
     ) -> Result<MergedMatrix, FusionError> {
-        let updates = MatrixUpdates::new(inputs, &self.scales(layer), shape);
+        let updates = MatrixUpdates::new(inputs, &self.scales, shape);
         let ready = rule.prepare(&self.entry_weights(), &self.entry_names(layer), &updates)?;
         let merge = |index: usize| {
             let (start, chunk) = updates.chunk(index)?;

@@ -401,7 +401,6 @@ fn no_rule_or_defence_depends_on_order_or_threads() {
         Defence::None,
         Defence::Standard,
         Defence::ClipNorm,
-        Defence::ClipTensors,
         Defence::CentredClipping {
             radius_permille: 500,
             iterations: 3,
