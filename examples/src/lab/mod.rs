@@ -5,4 +5,5 @@ pub mod folder;
 pub mod measure;
 pub mod models;
 pub mod parallel;
+pub mod rejection;
 pub mod trainer;
