@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use consilium_aggregator::config::Config;
 use consilium_aggregator::rounds::request::OpenRequest;
 use consilium_examples::cluster::{Cluster, Process, Program, Site, Spec, wait_until};
 use consilium_examples::lab::clock::{Clock, say};
@@ -15,7 +16,7 @@ use consilium_examples::report::{Arm, ArmResult, SeedReport};
 use consilium_examples::world::{Domain, Files, Sizes, World};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::model::ModelConfig;
-use consilium_protocol::manifest::{Mode, Training};
+use consilium_protocol::manifest::{Manifest, Mode, Training};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 
@@ -52,7 +53,16 @@ pub(crate) fn seed(seed: u64, given: &Given, folder: &Path) -> Result<SeedReport
     say(&format!("seed {seed}"));
     let prepared = prepare(seed, given, folder, &mut clock)?;
     let (cluster, transcript) = round(&prepared, folder, &mut clock)?;
-    let arms = arms(&prepared, &transcript, &cluster, &mut clock)?;
+    let (charter, ..) = Config::load(&cluster.aggregator_config())?.charter()?;
+    let rejected = transcript.rejected(&charter)?;
+    if let Some(why) = &rejected {
+        say(&format!("           nothing is released: {why}"));
+    }
+    let adapter = match &rejected {
+        Some(_) => transcript.candidate()?,
+        None => Some(released(&cluster, &transcript)?),
+    };
+    let arms = arms(&prepared, &transcript, adapter.as_deref(), &mut clock)?;
     let traffic = transcript.traffic(&prepared.sources, &reference(&prepared)?)?;
     let routing = transcript.routing(&prepared.world)?;
     let truncation = transcript.truncation();
@@ -62,6 +72,7 @@ pub(crate) fn seed(seed: u64, given: &Given, folder: &Path) -> Result<SeedReport
     let (phases, seconds) = clock.finish();
     Ok(SeedReport {
         seed,
+        rejected,
         arms,
         traffic,
         routing,
@@ -198,10 +209,10 @@ fn settings(prepared: &Prepared) -> Result<Vec<String>> {
     Ok(settings)
 }
 
-/// Waits for the release and says what goes on.
+/// Waits for the release, or until there will be none, and says what goes on.
 fn follow(cluster: &Cluster, aggregator: &mut Process, nodes: &mut [Process]) -> Result<()> {
     let mut last = String::new();
-    wait_until("the round is released", PATIENCE, || {
+    wait_until("the round is over", PATIENCE, || {
         aggregator.ensure_running()?;
         for node in &mut *nodes {
             node.ensure_running()?;
@@ -214,19 +225,14 @@ fn follow(cluster: &Cluster, aggregator: &mut Process, nodes: &mut [Process]) ->
             say(&format!("           {phase}"));
             last = phase;
         }
-        ensure!(
-            round["rejected"].is_null(),
-            "the round was rejected: {}",
-            round["rejected"]
-        );
-        Ok(round["release"].is_string())
+        Ok(round["release"].is_string() || round["rejected"].is_string())
     })
 }
 
 fn arms(
     prepared: &Prepared,
     transcript: &Transcript,
-    cluster: &Cluster,
+    adapter: Option<&[u8]>,
     clock: &mut Clock,
 ) -> Result<Vec<ArmResult>> {
     clock.begin("training the arms that the round is compared with");
@@ -265,9 +271,13 @@ fn arms(
                 &trainer.on_targets(reference.items(), &permuted)?,
             )
         }),
-        Box::new(|| arm(Arm::Fused, &released(prepared, cluster, transcript)?)),
         Box::new(|| arm(Arm::PivotBefore, &LoadedModel::load(&prepared.pivot)?)),
     ];
+    if let Some(adapter) = adapter {
+        jobs.push(Box::new(move || {
+            arm(Arm::Fused, &fused(prepared, manifest, adapter)?)
+        }));
+    }
     for domain in Domain::ALL {
         let folder = prepared
             .sources
@@ -299,21 +309,21 @@ fn round_rate(training: &Training) -> f64 {
     f64::from(training.learning_rate_micros) / 1e6
 }
 
-/// The pivot with the adapter that was released, read from the release folder.
-fn released(
-    prepared: &Prepared,
-    cluster: &Cluster,
-    transcript: &Transcript,
-) -> Result<LoadedModel> {
-    use consilium_node::worker::train::distill::{Distiller, Settings};
-    let manifest = transcript.manifest();
-    let folder = cluster
+/// The adapter that was released, read from the release folder.
+fn released(cluster: &Cluster, transcript: &Transcript) -> Result<Vec<u8>> {
+    let release = format!("releases/round-{}", transcript.manifest().round);
+    let path = cluster
         .data_dir()
-        .join(format!("releases/round-{}", manifest.round));
-    let adapter = std::fs::read(folder.join("adapter_model.safetensors"))
-        .with_context(|| folder.display().to_string())?;
+        .join(release)
+        .join("adapter_model.safetensors");
+    std::fs::read(&path).with_context(|| path.display().to_string())
+}
+
+/// The pivot with an adapter of the round.
+fn fused(prepared: &Prepared, manifest: &Manifest, adapter: &[u8]) -> Result<LoadedModel> {
+    use consilium_node::worker::train::distill::{Distiller, Settings};
     let pivot = LoadedModel::load(&prepared.pivot)?;
     let mut student = Distiller::new(pivot, Settings::of(&manifest.training, manifest.seed)?)?;
-    student.set_start(&adapter)?;
+    student.set_start(adapter)?;
     Ok(student.into_student())
 }

@@ -6,14 +6,18 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use consilium_aggregator::fusion::ShardRouting;
 use consilium_aggregator::log::Log;
+use consilium_aggregator::release::judge;
 use consilium_aggregator::store::Blobs;
 use consilium_certs::{SigningIdentity, folder};
 use consilium_examples::cluster::Cluster;
+use consilium_examples::lab::rejection::in_words;
 use consilium_examples::lab::traffic::{dense, packed};
 use consilium_examples::report::{RoutingRow, Traffic};
 use consilium_examples::world::{Domain, Kind as Line, World};
 use consilium_node::worker::LoadedModel;
 use consilium_protocol::artefact::Kind;
+use consilium_protocol::charter::Charter;
+use consilium_protocol::evaluation::Evaluation;
 use consilium_protocol::event::{Entry, Event, Phase};
 use consilium_protocol::manifest::Manifest;
 use consilium_protocol::quic::chunk::Stride;
@@ -117,7 +121,10 @@ impl Transcript {
             Event::Fused { routing, .. } => Some(routing),
             _ => None,
         });
-        let document = document.context("nothing was fused")?;
+        // A round that screening ended has fused nothing.
+        let Some(document) = document else {
+            return Ok(Vec::new());
+        };
         let shards: Vec<ShardRouting> =
             serde_json::from_slice(&self.blobs.read(&document, limits::ARTEFACT)?)?;
         let mut rows: BTreeMap<String, Sum> = BTreeMap::new();
@@ -159,6 +166,41 @@ impl Transcript {
                 _ => None,
             })
             .collect()
+    }
+
+    /// Why the round ended without a release; none after one.
+    pub(crate) fn rejected(&self, charter: &Charter) -> Result<Option<String>> {
+        let found = self.entries.iter().find_map(|entry| match &entry.event {
+            Event::Rejected { reason, blamed, .. } => Some((*reason, blamed)),
+            _ => None,
+        });
+        let Some((reason, blamed)) = found else {
+            return Ok(None);
+        };
+        let mut evaluations = BTreeMap::new();
+        for (who, kind, _, artefact) in self.accepted() {
+            if kind == Kind::Evaluation {
+                let document = self.blobs.read(&artefact, limits::EVALUATION)?;
+                evaluations.insert(who, Evaluation::parse(&document)?);
+            }
+        }
+        let evaluations: Vec<_> = evaluations.into_iter().collect();
+        let verdict = judge(charter, &evaluations, &[]);
+        Ok(Some(in_words(reason, blamed, &verdict)))
+    }
+
+    /// The adapter of the last merge: what was judged, or would have been.
+    pub(crate) fn candidate(&self) -> Result<Option<Vec<u8>>> {
+        let last = self
+            .entries
+            .iter()
+            .rev()
+            .find_map(|entry| match entry.event {
+                Event::Merged { adapter, .. } => Some(adapter),
+                _ => None,
+            });
+        let read = |adapter| self.blobs.read(&adapter, limits::ARTEFACT);
+        Ok(last.map(read).transpose()?)
     }
 
     /// Seconds of the round's phases, from the times in the log.

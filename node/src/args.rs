@@ -182,6 +182,9 @@ pub(crate) struct TrainArgs {
     /// Memory that the run may take, such as 8GiB; what the machine and its control groups have left without it.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) memory: Option<u64>,
+    /// The same of an NVIDIA device, what it has free without it. `plan` takes it for a device that is elsewhere too.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) device_memory: Option<u64>,
     /// Train by the site's own command, `[train.external]` of node.toml; writes the adapter of --lora-rank.
     #[arg(long)]
     pub(crate) external: bool,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use consilium_node::worker::commands::{LoraFile, StageFile, TrainFile, Trained, train};
 use consilium_node::worker::model::ModelConfig;
+use consilium_node::worker::plan::Granted;
 use consilium_node::worker::tokenizer::train_bpe;
 use consilium_node::worker::train::run::{Event, Shell, Watch};
 use consilium_node::worker::{LoadedModel, WorkError};
@@ -89,7 +90,7 @@ fn run(folder: &Path, output: &str, day: u64, end_after: u64) -> Result<Trained,
         stop: &|| is_due.get(),
         watch: &mut watch,
     };
-    train(&file, None, &mut shell)
+    train(&file, Granted::default(), &mut shell)
 }
 
 #[test]

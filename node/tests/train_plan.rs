@@ -235,3 +235,48 @@ fn a_run_that_does_not_fit_is_refused_with_what_would() {
         "{plan}"
     );
 }
+
+#[test]
+fn a_device_that_is_elsewhere_is_planned_for_with_the_memory_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    write_site(folder.path());
+    let plan = |more: &[&str]| node(folder.path(), &[&["plan", "start.toml"], more].concat());
+    let cuda = ["--device", "cuda", "--device-memory"];
+    let (output, said) = plan(&[&cuda[..], &["2GiB"]].concat());
+    assert!(output.status.success(), "{said}");
+    let bytes = |name: &str| said["data"][name].as_u64().expect(name);
+    let parts = [
+        "weights",
+        "gradients",
+        "optimiser",
+        "activations",
+        "head",
+        "process",
+    ];
+    for part in parts {
+        assert!(bytes(&format!("device_{part}_bytes")) > 0, "{part}: {said}");
+    }
+    assert_eq!(bytes("device_available_bytes"), 2 << 30);
+    assert!(bytes("memory_bytes") > 0 && bytes("loading_bytes") > 0);
+
+    // The refusal says where, and its fix fits.
+    let rows = ["--rows", "64", "--row-tokens", "256"];
+    let (output, said) = plan(&[&cuda[..], &["600MiB"], &rows].concat());
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let message = said["message"].as_str().unwrap();
+    assert!(
+        message.contains("of memory on the device and 600.0 MiB are free (--device-memory)"),
+        "{message}"
+    );
+    let fix = message.split("it fits with ").nth(1).expect(message);
+    let fix: Vec<&str> = fix.split(';').next().unwrap().split(' ').collect();
+    let kept = rows.chunks(2).filter(|option| !fix.contains(&option[0]));
+    let kept: Vec<&str> = kept.flatten().copied().collect();
+    let (output, said) = plan(&[&cuda[..], &["600MiB"], &kept, &fix].concat());
+    assert!(output.status.success(), "{fix:?}: {said}");
+
+    let (output, said) = plan(&["--device", "cpu", "--device-memory", "1GiB"]);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    let message = said["message"].as_str().unwrap();
+    assert!(message.contains("--device-memory") && message.contains("--device cuda"));
+}

@@ -6,5 +6,6 @@ pub mod measure;
 pub mod models;
 pub mod mollifier;
 pub mod parallel;
+pub mod rejection;
 pub mod traffic;
 pub mod trainer;

@@ -85,12 +85,20 @@ fn header(page: &mut String, report: &Report) {
             format!("{failed} of {} bars fail, {seeds}", all.len()),
         )
     };
+    let notices = report.seeds.iter().filter_map(|seed| {
+        let notice = escape(&seed.notice()?);
+        Some(format!(
+            "<p class=\"verdict fails\">Seed {}: {notice}</p>\n",
+            seed.seed
+        ))
+    });
+    let notices: String = notices.collect();
     let _ = write!(
         page,
         "<header>\n<p class=\"brand\">Consilium</p>\n<h1>Three institutions, one pivot</h1>\n\
          <p class=\"lead\">A clinic, a bank and an insurer trained at home and sent next-byte records of public text. \
          Its answers are random, so whatever is true below reached the pivot through records alone.</p>\n\
-         <p class=\"verdict {class}\">{verdict}</p>\n"
+         <p class=\"verdict {class}\">{verdict}</p>\n{notices}"
     );
     page.push_str("<ul class=\"key\">\n");
     let gain = |seed: &SeedReport| {
@@ -224,6 +232,7 @@ fn all_seeds(page: &mut String, report: &Report) {
     arms(
         page,
         "All seeds: mean, lowest to highest",
+        &Arm::label,
         &|arm, metric| {
             let format = if metric.is_bits() { three } else { two };
             report.spread(arm, metric).map_or_else(
@@ -238,12 +247,17 @@ fn all_seeds(page: &mut String, report: &Report) {
 }
 
 fn one_seed(page: &mut String, seed: &SeedReport) {
-    arms(page, &format!("Seed {}", seed.seed), &|arm, metric| {
-        or_none(
-            seed.value(arm, metric),
-            if metric.is_bits() { three } else { two },
-        )
-    });
+    arms(
+        page,
+        &format!("Seed {}", seed.seed),
+        &|arm| seed.label(arm),
+        &|arm, metric| {
+            or_none(
+                seed.value(arm, metric),
+                if metric.is_bits() { three } else { two },
+            )
+        },
+    );
     let found = recovered(seed);
     let _ = writeln!(
         page,
@@ -253,7 +267,12 @@ fn one_seed(page: &mut String, seed: &SeedReport) {
     );
 }
 
-fn arms(page: &mut String, caption: &str, cell: &dyn Fn(Arm, Metric) -> String) {
+fn arms(
+    page: &mut String,
+    caption: &str,
+    label: &dyn Fn(Arm) -> &'static str,
+    cell: &dyn Fn(Arm, Metric) -> String,
+) {
     let _ = write!(
         page,
         "<div class=\"wide\"><table class=\"arms\">\n<caption>{}</caption>\n<thead>\n<tr><td></td>\
@@ -274,7 +293,7 @@ fn arms(page: &mut String, caption: &str, cell: &dyn Fn(Arm, Metric) -> String) 
         let _ = write!(
             page,
             "<tr{class}><th scope=\"row\">{}</th>",
-            escape(arm.label())
+            escape(label(arm))
         );
         for metric in Metric::ALL {
             let _ = write!(page, "<td>{}</td>", cell(arm, metric));

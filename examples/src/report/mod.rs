@@ -208,6 +208,8 @@ pub struct Phase {
 pub struct SeedReport {
     /// The seed of data, models and order.
     pub seed: u64,
+    /// Why nothing was released, in a sentence; none after a release. The fused arm is then the rejected candidate, or missing.
+    pub rejected: Option<String>,
     /// Arms, in any order; one that is missing fails the bars that need it.
     pub arms: Vec<ArmResult>,
     /// One entry per node.
@@ -223,6 +225,24 @@ pub struct SeedReport {
 }
 
 impl SeedReport {
+    /// Name of an arm in this run's tables.
+    pub fn label(&self, arm: Arm) -> &'static str {
+        match (arm, &self.rejected) {
+            (Arm::Fused, Some(_)) => "fused, rejected",
+            _ => arm.label(),
+        }
+    }
+
+    /// What a reader is told of a run without a release.
+    pub fn notice(&self) -> Option<String> {
+        let why = self.rejected.as_ref()?;
+        let row = match self.arm(Arm::Fused) {
+            Some(_) => "the row of the fused arm is the candidate that was turned down",
+            None => "there was no candidate to measure",
+        };
+        Some(format!("Nothing was released: {why}; {row}."))
+    }
+
     /// The result of an arm.
     pub fn arm(&self, arm: Arm) -> Option<&ArmResult> {
         self.arms.iter().find(|result| result.arm == arm)
@@ -248,13 +268,18 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether every bar holds on every seed; false when there is no seed.
+    /// Whether every bar holds on every seed, and every seed ended with a release; false when there is no seed.
     pub fn passed(&self) -> bool {
-        !self.seeds.is_empty()
+        self.released()
             && self
                 .seeds
                 .iter()
                 .all(|seed| bars(seed).iter().all(|bar| bar.pass))
+    }
+
+    /// Whether every seed ended with a release; false when there is no seed.
+    pub fn released(&self) -> bool {
+        !self.seeds.is_empty() && self.seeds.iter().all(|seed| seed.rejected.is_none())
     }
 
     /// The table for a terminal, with or without escape sequences for emphasis.

@@ -136,6 +136,7 @@ fn seed(seed: u64, worse: f64) -> SeedReport {
     ];
     SeedReport {
         seed,
+        rejected: None,
         arms,
         traffic,
         routing,
@@ -221,6 +222,30 @@ fn what_was_not_measured_does_not_pass() {
     assert_eq!(failed, [0, 1, 4]);
     let text = report(vec![poisoned]).text(false);
     assert!(!text.contains("NaN"), "{text}");
+}
+
+#[test]
+fn a_run_without_a_release_does_not_pass_and_every_face_says_why() {
+    let mut candidate = seed(1, 0.0);
+    candidate.rejected = Some("the gate <rejected> it".to_owned());
+    let mut nothing = candidate.clone();
+    nothing.seed = 2;
+    nothing.arms.retain(|result| result.arm != Arm::Fused);
+    let report = report(vec![candidate, nothing, seed(3, 0.0)]);
+    assert!(bars(&report.seeds[0]).iter().all(|bar| bar.pass));
+    assert!(!report.released() && !report.passed());
+    let (text, html) = (report.text(false), report.html());
+    let plain = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(plain.contains("released: the gate <rejected> it; the row of the fused arm is"));
+    assert!(plain.contains("the gate <rejected> it; there was no candidate"));
+    assert_eq!(text.matches("fused, rejected").count(), 2, "{text}");
+    assert_eq!(html.matches("fused, rejected").count(), 2);
+    assert_eq!(html.matches("the gate &lt;rejected&gt; it").count(), 2);
+    assert!(text.lines().all(|line| line.chars().count() <= 100));
+    let json: serde_json::Value = serde_json::from_str(&report.json().unwrap()).unwrap();
+    assert_eq!(json["passed"], false);
+    assert_eq!(json["seeds"][0]["rejected"], "the gate <rejected> it");
+    assert_eq!(json["seeds"][2]["rejected"], serde_json::Value::Null);
 }
 
 #[test]

@@ -56,6 +56,13 @@ impl Page {
     fn seed(&mut self, seed: &SeedReport, training: &str) {
         self.heading(&format!("Seed {}", seed.seed));
         self.line("");
+        if let Some(notice) = seed.notice() {
+            for line in wrapped(&notice, PAGE) {
+                let line = self.paint("1;31", &line);
+                self.line(&line);
+            }
+            self.line("");
+        }
         self.arms(seed);
         let recovered = recovered(seed);
         self.line("");
@@ -100,7 +107,7 @@ impl Page {
                     if metric.is_bits() { three } else { two },
                 )
             });
-            let row = format!("{:LABEL$}{row}", arm.label());
+            let row = format!("{:LABEL$}{row}", seed.label(arm));
             let row = if arm == Arm::Fused {
                 self.paint("1", &row)
             } else {

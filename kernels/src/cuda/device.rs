@@ -131,11 +131,21 @@ impl Device {
     /// # Errors
     /// Where the driver fails.
     pub fn memory_in_use(&self) -> Result<usize, CudaError> {
-        let (free, total) = self
-            .context
+        self.memory().map(|(free, total)| total - free)
+    }
+
+    /// Bytes of device memory that no program uses.
+    ///
+    /// # Errors
+    /// Where the driver fails.
+    pub fn memory_free(&self) -> Result<usize, CudaError> {
+        self.memory().map(|(free, _)| free)
+    }
+
+    fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.context
             .mem_get_info()
-            .map_err(driver("reading memory"))?;
-        Ok(total - free)
+            .map_err(driver("reading memory"))
     }
 
     /// Waits until all work is done.

@@ -1,6 +1,7 @@
 //! `consilium-node train` at the command line: options, signals, what is shown and written down while it runs.
 
 mod options;
+mod parts;
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -19,12 +20,13 @@ use crate::reply::Reply;
 use crate::worker::WorkError;
 use crate::worker::commands::{self, TrainFile, Trained};
 use crate::worker::data::Counts;
-use crate::worker::plan::{Memory, machine};
+use crate::worker::plan::{Granted, machine};
 use crate::worker::progress::{TrainingTerminal, human};
 use crate::worker::tensorboard::EventFile;
 use crate::worker::train::external::train_external;
 use crate::worker::train::run::{Event, Shell, StepReport, Watch};
 use options::{external_run, of_args};
+use parts::with_estimate;
 
 /// Trains. With `json`, stdout is one object a line for everything that happens, and the answer is the last.
 pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
@@ -45,9 +47,16 @@ pub(crate) fn train(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
             stop: &|| stop.load(Ordering::Relaxed),
             watch: &mut watch,
         };
-        commands::train(&file, args.memory, &mut shell)
+        commands::train(&file, granted(args), &mut shell)
     })?;
     Ok(reply(&trained, &file))
+}
+
+fn granted(args: &TrainArgs) -> Granted {
+    Granted {
+        host: args.memory,
+        device: args.device_memory,
+    }
 }
 
 /// Has the site's own command train the adapter.
@@ -125,72 +134,45 @@ pub(crate) fn plan(args: &TrainArgs, json: bool) -> Result<Reply, NodeError> {
             stop: &|| false,
             watch,
         };
-        commands::plan(&file, args.memory, &mut shell)
+        commands::plan(&file, granted(args), &mut shell)
     })?;
     let mut reply = match planned.refusal {
-        None if planned.memory.is_none() => {
-            Reply::done("the run can start; the memory of a device is not estimated")
-        }
         None => Reply::done("the run fits"),
         Some(error) => Reply::no(&NodeError::from(error)),
     };
     reply = reply.with("device", json!(planned.device));
-    if let Some(memory) = planned.memory {
-        reply = with_memory(reply, memory);
-    }
-    if let Some(budget) = planned.budget {
+    reply = with_estimate(reply, &planned.estimate);
+    if let Some(budget) = planned.room.host {
         reply = reply
             .with("available_bytes", budget.bytes)
             .with("available_by", budget.source);
     }
-    let time = planned.time;
+    if let Some(budget) = planned.room.device.and_then(|device| device.budget) {
+        reply = reply
+            .with("device_available_bytes", budget.bytes)
+            .with("device_available_by", budget.source);
+    }
     let of_data = if planned.is_sample {
         "at_least"
     } else {
         "tokens_of_all_records"
     };
     let counts = planned.counts;
-    Ok(reply
-        .with("steps", time.steps)
-        .with("tokens_per_step", time.tokens_per_step)
+    let reply = reply
+        .with("steps", planned.steps)
         .with("records", counts.records)
         .with("bad_records", counts.bad)
         .with("split_records", counts.broken)
-        .with(of_data, counts.tokens)
+        .with(of_data, counts.tokens);
+    let Some(time) = planned.time else {
+        return Ok(reply.hint("the device is not here: how long a step takes is not measured"));
+    };
+    Ok(reply
+        .with("tokens_per_step", time.tokens_per_step)
         .with("operations_per_second", time.operations_per_second.round())
         .with("seconds_per_step", time.seconds_per_step)
         .with("seconds", time.seconds.round())
         .with("time", human(time.total())))
-}
-
-/// The peak and its parts.
-fn with_memory(mut reply: Reply, memory: Memory) -> Reply {
-    let Memory {
-        weights,
-        offloaded,
-        adapters,
-        gradients,
-        optimiser,
-        activations,
-        head,
-        process,
-        loading,
-    } = memory;
-    for (name, bytes) in [
-        ("memory_bytes", memory.total()),
-        ("weights_bytes", weights),
-        ("offloaded_bytes", offloaded),
-        ("adapters_bytes", adapters),
-        ("gradients_bytes", gradients),
-        ("optimiser_bytes", optimiser),
-        ("activations_bytes", activations),
-        ("head_bytes", head),
-        ("process_bytes", process),
-        ("loading_bytes", loading),
-    ] {
-        reply = reply.with(name, bytes);
-    }
-    reply
 }
 
 /// The first signal asks the run to end after its step; it writes a checkpoint first.

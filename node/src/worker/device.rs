@@ -11,6 +11,9 @@ use super::error::WorkError;
 use super::model::{BaseStorage, OffloadFile, Placement};
 use crate::config::{DeviceChoice, Memory};
 
+/// Type of frozen weights and of activations on a device.
+pub(crate) const ON_DEVICE: DType = DType::BF16;
+
 impl DeviceChoice {
     /// What the choice comes to here: [`Self::Cpu`] or [`Self::Cuda`].
     ///
@@ -33,7 +36,7 @@ impl DeviceChoice {
             return Ok(None);
         }
         match (cuda(), self) {
-            (Ok(device), _) => Ok(Some(Placement::new(device, DType::BF16))),
+            (Ok(device), _) => Ok(Some(Placement::new(device, ON_DEVICE))),
             (Err(problem), Self::Cuda) => Err(WorkError::Setting {
                 field: "device",
                 problem,

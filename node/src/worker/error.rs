@@ -132,8 +132,10 @@ pub enum WorkError {
         problem: String,
     },
     /// A run that does not fit the machine.
-    #[error("the run needs {} of memory and {} are free ({source_of}); {fix}", size(*needed), size(*available))]
+    #[error("the run needs {} of memory{place} and {} are free ({source_of}); {fix}", size(*needed), size(*available))]
     Memory {
+        /// ` on the device`, or nothing.
+        place: &'static str,
         /// Bytes that it needs.
         needed: u64,
         /// Bytes that it may take.

@@ -96,6 +96,7 @@ mod tests {
 
     use super::*;
     use crate::worker::model::{LoraConfig, save_adapter};
+    use crate::worker::plan::Granted;
     use crate::worker::testing::{self, LINES};
 
     const CPU: DeviceChoice = DeviceChoice::Cpu;
@@ -125,7 +126,7 @@ mod tests {
         let mut scores = Vec::new();
         for name in ["first", "second"] {
             let file = TrainFile::load(&at(&format!("{name}.toml"))).unwrap();
-            train(&file, None, &mut testing::shell(&mut ())).unwrap();
+            train(&file, Granted::default(), &mut testing::shell(&mut ())).unwrap();
             let holdout = at("holdout.jsonl");
             scores.push(
                 evaluate(&at(name), None, CPU, &holdout, &mut ())

@@ -6,10 +6,13 @@ use super::train::{chat_format, new_tokenizer};
 use super::train_file::{StageFile, TrainFile};
 use crate::config::DeviceChoice;
 use crate::worker::data::{self, Counts, Encoder, Preparation, Source};
+use crate::worker::device::ON_DEVICE;
 use crate::worker::error::WorkError;
 use crate::worker::model::{ModelConfig, ModelError};
 use crate::worker::plan::fit::refusal;
-use crate::worker::plan::{Budget, Memory, Shape, Time, Trained, speed};
+use crate::worker::plan::{
+    Budget, DeviceRoom, Estimate, Granted, Room, Shape, Time, Trained, speed,
+};
 use crate::worker::tokenizer::Tokenizer;
 use crate::worker::train::run::{Event, Shell};
 
@@ -21,14 +24,16 @@ const SAMPLE: u64 = 64 << 20;
 pub struct Planned {
     /// Where it computes.
     pub device: DeviceChoice,
-    /// The peak, in parts; none on a device, whose memory is not estimated.
-    pub memory: Option<Memory>,
-    /// Memory that it may take, if anything says so.
-    pub budget: Option<Budget>,
+    /// The peak, in parts.
+    pub estimate: Estimate,
+    /// Memory that it may take.
+    pub room: Room,
     /// Why it does not fit.
     pub refusal: Option<WorkError>,
-    /// How long it takes.
-    pub time: Time,
+    /// Steps of the optimiser.
+    pub steps: u64,
+    /// How long it takes; none of a device that is elsewhere.
+    pub time: Option<Time>,
     /// What was found in the data of all stages.
     pub counts: Counts,
     /// Whether the data have more than what was counted.
@@ -42,17 +47,20 @@ pub struct Planned {
 /// The settings, the model's configuration or the data are bad.
 pub fn plan(
     file: &TrainFile,
-    memory: Option<u64>,
+    granted: Granted,
     shell: &mut Shell<'_>,
 ) -> Result<Planned, WorkError> {
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
     let (config, shape) = sizes(file)?;
-    let device = file.worker.device.found()?;
-    let budget = budget(device, memory);
-    let refusal = budget
-        .as_ref()
-        .and_then(|budget| refusal(&config, &shape, budget, file.start.is_some()));
+    let found = match file.worker.device.found() {
+        // A device elsewhere, whose memory is told.
+        Err(_) if granted.device.is_some() => None,
+        found => Some(found?),
+    };
+    let device = found.unwrap_or(DeviceChoice::Cuda);
+    let room = room(device, granted)?;
+    let refusal = refusal(&config, &shape, &room, file.start.is_some());
     let stages = count(file, &config, shell)?;
     let of_stages = file.stages.iter().zip(&stages);
     let steps = of_stages
@@ -65,13 +73,20 @@ pub fn plan(
     }
     let item_tokens = counts.tokens / counts.items.max(1);
     let item_tokens = usize::try_from(item_tokens).unwrap_or(shape.row_tokens);
-    let rate = speed(&config, &shape, item_tokens, shell.clock)?;
+    let time = match found {
+        None => None,
+        Some(_) => {
+            let rate = speed(&config, &shape, item_tokens, shell.clock)?;
+            Some(Time::of(&config, &shape, item_tokens, steps, rate))
+        }
+    };
     Ok(Planned {
         device,
-        memory: (device == DeviceChoice::Cpu).then(|| Memory::of(&config, &shape)),
-        budget,
+        estimate: Estimate::of(&config, &shape, &room),
+        room,
         refusal,
-        time: Time::of(&config, &shape, item_tokens, steps, rate),
+        steps,
+        time,
         counts,
         is_sample,
     })
@@ -83,21 +98,34 @@ pub fn plan(
 /// [`WorkError::Memory`] with what would fit; or the model's configuration is bad.
 pub(super) fn refuse_what_does_not_fit(
     file: &TrainFile,
-    memory: Option<u64>,
+    granted: Granted,
 ) -> Result<(), WorkError> {
     let (config, shape) = sizes(file)?;
-    let can_adapt = file.start.is_some();
-    let budget = budget(file.worker.device.found()?, memory);
-    let refused = budget.and_then(|budget| refusal(&config, &shape, &budget, can_adapt));
+    let room = room(file.worker.device.found()?, granted)?;
+    let refused = refusal(&config, &shape, &room, file.start.is_some());
     refused.map_or(Ok(()), Err)
 }
 
-/// Memory that a run may take on the processors; the estimate is of no other.
-fn budget(device: DeviceChoice, memory: Option<u64>) -> Option<Budget> {
-    match device {
-        DeviceChoice::Cpu => Budget::find(memory),
-        _ => None,
-    }
+/// Memory that a run may take, here and on a device.
+fn room(device: DeviceChoice, granted: Granted) -> Result<Room, WorkError> {
+    let device = match device {
+        DeviceChoice::Cpu if granted.device.is_some() => {
+            return Err(WorkError::Setting {
+                field: "--device-memory",
+                problem: "the run computes on the processors; add --device cuda, or leave it out"
+                    .to_owned(),
+            });
+        }
+        DeviceChoice::Cpu => None,
+        _ => Some(DeviceRoom {
+            value_bytes: ON_DEVICE.size_in_bytes(),
+            budget: Budget::of_device(granted.device),
+        }),
+    };
+    Ok(Room {
+        host: Budget::find(granted.host),
+        device,
+    })
 }
 
 /// Shape of the model and of a step, from the model's files alone.

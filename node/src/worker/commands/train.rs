@@ -15,6 +15,7 @@ use crate::worker::data::{
 };
 use crate::worker::error::WorkError;
 use crate::worker::model::{BaseStorage, LoraConfig, ModelConfig, save_adapter};
+use crate::worker::plan::Granted;
 use crate::worker::source::LoadedModel;
 use crate::worker::tokenizer::chat::ChatError;
 use crate::worker::tokenizer::{ChatTemplate, Tokenizer, train_bpe};
@@ -41,18 +42,18 @@ pub struct Trained {
 }
 
 /// Trains a model or an adapter as a file says, or goes on where an earlier process of the same run was when it ended,
-/// and writes its folder. `memory` is how many bytes the run may take, what the machine has without it.
+/// and writes its folder. `granted` is memory that the run may take in place of what the machine has free.
 ///
 /// # Errors
 /// A file cannot be read or written, training fails, or [`WorkError::Stopped`]: the same call then goes on.
 pub fn train(
     file: &TrainFile,
-    memory: Option<u64>,
+    granted: Granted,
     shell: &mut Shell<'_>,
 ) -> Result<Trained, WorkError> {
     file.check()
         .map_err(|(field, problem)| WorkError::Setting { field, problem })?;
-    refuse_what_does_not_fit(file, memory)?;
+    refuse_what_does_not_fit(file, granted)?;
     // Every path is looked at before the first step.
     let sources = file
         .stages

@@ -45,6 +45,7 @@ pub use scoring::{BranchToken, KeyValues, ScoringPass};
 pub use tensors::{NamedTensor, NamedTensors};
 
 pub(crate) use decoder::Head;
+pub(crate) use device::LOGITS as DEVICE_LOGITS;
 pub(crate) use ops::simd::wide;
 pub(crate) use parameters::{Slot, edit, is_plain, with_floats};
 pub(crate) use pass::FurtherLoss;

@@ -15,6 +15,23 @@ pub struct Budget {
 }
 
 impl Budget {
+    /// Of the NVIDIA device that runs use: what the person in charge says, else what no program uses of it. None where there is no
+    /// such device.
+    #[must_use]
+    pub fn of_device(given: Option<u64>) -> Option<Self> {
+        if let Some(bytes) = given {
+            return Some(Self {
+                bytes,
+                source: "--device-memory".to_owned(),
+            });
+        }
+        let device = consilium_kernels::cuda::device().ok()?;
+        Some(Self {
+            bytes: u64::try_from(device.memory_free().ok()?).unwrap_or(u64::MAX),
+            source: device.name().to_owned(),
+        })
+    }
+
     /// What the person in charge says, else the smallest of what the kernel calls available and what the process's control
     /// groups have left. None where nothing says anything.
     #[must_use]

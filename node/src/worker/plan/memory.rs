@@ -16,16 +16,16 @@ use crate::worker::model::{BaseStorage, ModelConfig};
 const VALUE: usize = size_of::<f32>();
 
 /// The process itself: code, threads, the records that are tokenised at once.
-const PROCESS: usize = 40 << 20;
+pub(super) const PROCESS: usize = 40 << 20;
 
 /// Pages of a weight file that are in memory while it is read, and buffers of the reader.
-const READ: usize = 8 << 20;
+pub(super) const LOADED: usize = 8 << 20;
 
 /// Memory of a tokenizer for each byte of its file.
-const TOKENIZER: usize = 10;
+pub(super) const TOKENIZER: usize = 10;
 
 /// What buffers are longer than what they hold, in percent of the activations.
-const SLACK_PERCENT: usize = 12;
+pub(super) const SLACK_PERCENT: usize = 12;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +143,7 @@ impl Sizes {
     }
 
     /// Bytes of the matrices of one layer: scales, and the codes of the two blocks.
-    fn stored(&self, format: Format) -> (usize, [usize; 2]) {
+    pub(super) fn stored(&self, format: Format) -> (usize, [usize; 2]) {
         let scales = |&(rows, columns): &(usize, usize)| format.scale_bytes(rows, columns);
         let codes = |block: &[(usize, usize); 2]| {
             let bytes = block.iter();
@@ -154,7 +154,7 @@ impl Sizes {
         (scales, self.matrices.each_ref().map(codes))
     }
 
-    const fn base(self, config: &ModelConfig) -> usize {
+    pub(super) const fn base(self, config: &ModelConfig) -> usize {
         let tables = if config.tied { 1 } else { 2 };
         tables * self.table + config.layers * self.layer + config.hidden_size
     }
@@ -209,7 +209,7 @@ impl Memory {
             activations: activations(config, sizes, shape),
             head: 4 * shape.tokens() * config.hidden_size * VALUE + SCRATCH_BYTES,
             process: PROCESS + TOKENIZER * shape.tokenizer_bytes,
-            loading: tensor * VALUE + READ,
+            loading: tensor * VALUE + LOADED,
         }
     }
 

@@ -1,9 +1,11 @@
 //! What a training run will need, before anything starts: memory, tokens, time.
 
+mod device;
 pub mod fit;
 pub mod machine;
 pub mod memory;
 mod probe;
+mod room;
 
 use std::time::Duration;
 
@@ -11,9 +13,11 @@ use serde::Serialize;
 
 use super::model::ModelConfig;
 
+pub use device::{DeviceMemory, HostMemory};
 pub use machine::Budget;
 pub use memory::{Memory, Shape, Trained};
 pub use probe::speed;
+pub use room::{DeviceRoom, Estimate, Granted, Room};
 
 /// How long a run takes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

@@ -12,7 +12,7 @@ use super::pass::ids;
 use crate::worker::model::ModelError;
 
 /// Logits that exist at a time, unless a single row or item has more.
-const LOGITS: usize = 1 << 26;
+pub(crate) const LOGITS: usize = 1 << 26;
 
 /// A label of one row: a class of neighbouring ranks, and the factor of its loss.
 #[derive(Debug, Clone, Copy)]

@@ -21,5 +21,6 @@ mod tests;
 
 pub use placement::Placement;
 
+pub(crate) use head::LOGITS;
 pub(crate) use pass::DevicePass;
 pub(crate) use scoring::DeviceKeyValues;
