@@ -18,7 +18,7 @@ use consilium_node::worker::train::distill::{
 };
 use consilium_node::worker::train::targets::Targets;
 use consilium_protocol::InstitutionId;
-use consilium_protocol::manifest::{MergeRule, Training};
+use consilium_protocol::manifest::{Defence, MergeRule, Training};
 use consilium_protocol::reference::Item;
 
 use crate::attacks::LIAR;
@@ -89,11 +89,12 @@ impl Merging {
         }
     }
 
-    /// What a manifest would say.
+    /// What a manifest would say. Rules stand here as published, so without a defence.
     pub(crate) fn training(&self, bench: &Bench) -> Training {
         let all = bench.training.inner_rounds * bench.training.local_steps;
         Training {
             merge: self.rule,
+            defence: Defence::None,
             inner_rounds: self.inner_rounds,
             local_steps: all / self.inner_rounds,
             outer_rate_permille: self.outer[0],
