@@ -268,8 +268,11 @@ mod tests {
         assert_eq!(changed.training.rank, 16);
         let changed = changed.set("fusion.rule=min_ce").unwrap();
         assert_eq!(changed.fusion, FusionRule::MinCe);
-        let changed = OpenRequest::default().set("fusion.sharpness=5").unwrap();
+        let changed = OpenRequest::default().set("fusion.rule=softmax");
+        let changed = changed.unwrap().set("fusion.sharpness=5").unwrap();
         assert_eq!(changed.fusion, FusionRule::Softmax { sharpness: 5 });
+        let changed = changed.set("fusion.rule=guarded_softmax").unwrap();
+        assert_eq!(changed.fusion, OpenRequest::default().fusion);
         let adapters = OpenRequest::default().set("mode=adapters").unwrap();
         assert_eq!(adapters.training.distillation, Distillation::Labels);
         let graph = r#"training.distillation={"loss":"infifusion","symbols":10,"temperature_permille":900}"#;
