@@ -35,6 +35,9 @@ def main(folder):
     bad = [None if i == 3 else "" if i == 5 else f"note {i}" for i in range(9)]
     pq.write_table(pa.table({"text": bad}), folder / "bad_rows.parquet")
     pq.write_table(pa.table({"text": pa.array([1, 2])}), folder / "numbers.parquet")
+    counts = pa.list_(pa.struct([("content", pa.int64()), ("role", pa.string())]))
+    pq.write_table(pa.table({"messages": pa.array([[{"content": 1, "role": "user"}]], counts)}), folder / "nested_numbers.parquet")
+    pq.write_table(pa.table({"messages": pa.array([["question"]], pa.list_(pa.string()))}), folder / "no_roles.parquet")
 
 
 if __name__ == "__main__":

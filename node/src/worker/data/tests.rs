@@ -162,16 +162,16 @@ fn a_bad_line_is_named_by_file_line_and_column_and_never_quoted() {
         );
     }
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("huge.jsonl");
-    std::fs::File::create(&path)
-        .unwrap()
-        .set_len(1 << 30)
-        .unwrap();
-    let error = rows(&[path], 0).unwrap_err().to_string();
-    assert!(
-        error.contains("huge.jsonl:1:16777217: the line has 1073741824 bytes"),
-        "{error}"
-    );
+    for name in ["huge.jsonl", "huge.txt"] {
+        let path = folder.path().join(name);
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(1 << 30)
+            .unwrap();
+        let error = rows(&[path], 0).unwrap_err().to_string();
+        let reason = "1:16777217: the line has 1073741824 bytes";
+        assert!(error.contains(&format!("{name}:{reason}")), "{error}");
+    }
     let error = of_file("x.txt", b"fine\nab\xff\n", 0)
         .unwrap_err()
         .to_string();
@@ -252,11 +252,18 @@ fn bad_rows_and_columns_of_parquet_are_named() {
         "{error}"
     );
     assert_eq!(rows(&at("bad_rows.parquet"), 2).unwrap().0.len(), 7);
-    let error = rows(&at("numbers.parquet"), 9).unwrap_err().to_string();
-    assert!(
-        error.contains("numbers.parquet: column `text` is INT64"),
-        "{error}"
-    );
+    for (name, reason) in [
+        ("numbers", "column `text` is INT64"),
+        (
+            "nested_numbers",
+            "column `messages.list.element.content` is INT64",
+        ),
+        ("no_roles", "column `messages` has not the parts of"),
+    ] {
+        let name = format!("{name}.parquet");
+        let error = rows(&at(&name), 9).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name}: {reason}")), "{error}");
+    }
 }
 
 /// Damage anywhere in a file gives an error or other rows, never a panic or text in a message.
