@@ -9,7 +9,8 @@ use crate::bench::{Bench, DENSE};
 use crate::exchange::{Lesson, Merging, exchanged};
 use crate::private::pmixed;
 use crate::recipes::{
-    ARITHMETIC, PLAIN, SYMBOLS, dual, fused, local, named_rule, permuted, private, records, sorted,
+    ARITHMETIC, PLAIN, SYMBOLS, WIDE, dual, fused, local, named_rule, permuted, private, records,
+    sorted,
 };
 use crate::tokens::{fusellm, xtoken};
 
@@ -130,8 +131,20 @@ pub(crate) static ARMS: &[Arm] = &[
     method(
         "top8",
         "default, 8 symbols and tail",
+        "this project; targets list what any source does",
+        |bench| records(bench, (FusionRule::default(), WIDE), 8),
+    ),
+    method(
+        "wide",
+        "default, targets of 64 symbols",
         "this project",
-        |bench| records(bench, (FusionRule::default(), PLAIN), 8),
+        |bench| {
+            let form = TargetForm {
+                symbols: Some(DENSE),
+                ..PLAIN
+            };
+            records(bench, (FusionRule::default(), form), SYMBOLS)
+        },
     ),
     method(
         "top2",

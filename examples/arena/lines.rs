@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Regime;
 use crate::adapters::{AdapterAttack, DEFENCES, Exactness};
-use crate::arms::{ARMS, Role};
+use crate::arms::{ARMS, Arm, Role};
 use crate::attacks::{AttackRow, RULES};
 use crate::decoys::Caught;
 use crate::table::{Outcome, Row};
@@ -304,55 +304,71 @@ fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
     ]
 }
 
-/// Whether any arm that is no bound and no control is better than the default by more than chance: the mean of the difference over
-/// the seeds is above two of its standard errors.
+/// Standard errors by which an arm must be better to count: among some seventy comparisons, chance makes one in a thousand that
+/// large.
+const BEYOND_CHANCE: f64 = 3.0;
+
+/// Whether any arm that is no bound and no control is better than the default by more than chance. Two arms on the same seeds differ
+/// by the chance of training alone, and three seeds say little of how much one pair does; the error is the median of all arms'.
 fn first(rows: &[Row]) -> Line {
-    let rivals = ARMS.iter().filter(|arm| {
-        matches!(
-            arm.role,
-            Role::Baseline | Role::Method | Role::Ours | Role::Source
-        )
-    });
     let seeds = seeds(rows);
-    let complete = seeds.iter().all(|seed| seed.row(OURS).is_some()) && !seeds.is_empty();
-    let (mut found, mut better) = (Vec::new(), Vec::new());
+    let complete = seeds.len() > 1 && seeds.iter().all(|seed| seed.row(OURS).is_some());
     // Less is better.
     let scores: [(&str, Score); 2] = [
         ("bits", |seed, arm| seed.bits(arm)),
-        ("facts", |seed, arm| seed.facts(arm).map(|facts| -facts)),
+        ("facts", |seed, arm| Some(1.0 - seed.facts(arm)?)),
     ];
+    let (mut found, mut better) = (Vec::new(), Vec::new());
     for (name, score) in scores {
-        let mut best: Option<(f64, &str)> = None;
-        for arm in rivals.clone() {
-            let values: Option<Vec<f64>> = seeds.iter().map(|seed| score(seed, arm.id)).collect();
-            let gains: Option<Vec<f64>> = seeds
-                .iter()
-                .map(|seed| Some(score(seed, OURS)? - score(seed, arm.id)?))
-                .collect();
-            let (Some(values), Some(gains)) = (values.filter(|of| !of.is_empty()), gains) else {
-                continue;
-            };
-            let (mean, _) = moments(&values);
-            if best.is_none_or(|(least, _)| mean < least) {
-                best = Some((mean, arm.label));
-            }
-            let (gain, error) = moments(&gains);
-            if gain > 2.0 * error {
-                better.push(format!("{name} of {} by {gain:.3}", arm.label));
-            }
-        }
-        found.extend(
-            best.map(|(least, label)| format!("least {name} {:.3} by {label}", least.abs())),
-        );
+        let rivals = rivals(&seeds, score);
+        let best = rivals.iter().max_by(|a, b| a.gain.total_cmp(&b.gain));
+        let mut errors: Vec<f64> = rivals.iter().map(|rival| rival.error).collect();
+        errors.sort_by(f64::total_cmp);
+        let error = errors.get(errors.len() / 2).copied().unwrap_or(0.0);
+        found.extend(best.map(|best| {
+            let gain = best.gain;
+            format!("{name}: best {} by {gain:.4}, error {error:.4}", best.label)
+        }));
+        let beyond = rivals
+            .iter()
+            .filter(|rival| rival.gain > BEYOND_CHANCE * error);
+        better.extend(beyond.map(|rival| format!("{name} of {}", rival.label)));
     }
-    let holds = complete.then_some(better.is_empty());
     found.extend((!better.is_empty()).then(|| format!("better: {}", better.join(", "))));
     Line {
-        promise: "ours: no arm has fewer bits or more facts by two standard errors, where private text trains sources alone"
+        promise: "ours: no arm whose sources alone see private text is better on bits or facts by three standard errors"
             .to_owned(),
-        holds,
-        found: found.join("; ").replace("least facts", "most facts"),
+        holds: complete.then_some(better.is_empty()),
+        found: found.join("; "),
     }
+}
+
+/// An arm against the default, over the seeds.
+struct Rival {
+    label: &'static str,
+    /// Mean by which it is better.
+    gain: f64,
+    /// Standard error of this mean.
+    error: f64,
+}
+
+fn rivals(seeds: &[Seed<'_>], score: Score) -> Vec<Rival> {
+    let of_arm = |arm: &Arm| {
+        let gains: Option<Vec<f64>> = seeds
+            .iter()
+            .map(|seed| Some(score(seed, OURS)? - score(seed, arm.id)?))
+            .collect();
+        let (gain, error) = moments(&gains?);
+        Some(Rival {
+            label: arm.label,
+            gain,
+            error,
+        })
+    };
+    let others = ARMS
+        .iter()
+        .filter(|arm| matches!(arm.role, Role::Baseline | Role::Method | Role::Source));
+    others.filter_map(of_arm).collect()
 }
 
 /// A figure of an arm on a seed.

@@ -25,6 +25,12 @@ pub(crate) const PLAIN: TargetForm = TargetForm {
     draws: 0,
 };
 
+/// With room for all that four records of 8 symbols list.
+pub(crate) const WIDE: TargetForm = TargetForm {
+    symbols: Some(32),
+    ..PLAIN
+};
+
 pub(crate) fn local(bench: &Bench, at: usize) -> Result<LoadedModel> {
     let folder = bench.sources.get(at).context("no such institution")?;
     Ok(LoadedModel::load(folder)?)

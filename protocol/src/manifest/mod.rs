@@ -362,7 +362,7 @@ impl Manifest {
             Some(_) | None => {}
         }
         self.fusion.check(self.members.len())?;
-        self.targets.check(self.symbols)?;
+        self.targets.check()?;
         self.screening.check()?;
         t.distillation.check(self.mode)?;
         t.merge.check(t)?;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Mode;
+use crate::limits;
 
 /// How records become targets.
 ///
@@ -199,7 +200,8 @@ fn within(name: &str, value: u32, least: u32, most: u32) -> Result<(), String> {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetForm {
-    /// Symbol slots of a target where they are fewer than a record's (top-k).
+    /// Symbol slots of a target, a record's by default, 1 to 256. Fewer are top-k. More keep what several sources list: a mixture
+    /// of records of 8 symbols has up to 8 of each.
     pub symbols: Option<u16>,
     /// Whether the mass of everything that is not listed is dropped, so that what is listed sums to one. Kept by default,
     /// as a ghost symbol (arXiv 2503.16870).
@@ -220,9 +222,9 @@ impl TargetForm {
         *self == Self::default()
     }
 
-    pub(super) fn check(&self, symbols: u16) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         if let Some(wanted) = self.symbols {
-            within("targets.symbols", wanted.into(), 1, symbols.into())?;
+            within("targets.symbols", wanted.into(), 1, limits::SYMBOLS.into())?;
         }
         within("targets.draws", self.draws, 0, 4096)
     }
@@ -395,16 +397,16 @@ mod tests {
     }
 
     #[test]
-    fn a_target_has_no_more_slots_than_a_record() {
+    fn slots_and_draws_of_a_target_have_a_range() {
         let form = |symbols, draws| TargetForm {
             symbols,
             drop_tail: false,
             draws,
         };
-        assert_eq!(form(Some(8), 50).check(16), Ok(()));
-        assert!(form(Some(17), 0).check(16).is_err());
-        assert!(form(Some(0), 0).check(16).is_err());
-        assert!(form(None, 5000).check(16).is_err());
+        assert_eq!(form(Some(8), 50).check(), Ok(()));
+        assert!(form(Some(257), 0).check().is_err());
+        assert!(form(Some(0), 0).check().is_err());
+        assert!(form(None, 5000).check().is_err());
         assert_eq!(form(None, 0).slots(16), 16);
     }
 }

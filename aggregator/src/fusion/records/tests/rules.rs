@@ -21,7 +21,7 @@ const NAMES: [&str; 9] = [
     "exp_guard",
 ];
 
-fn forms() -> [TargetForm; 4] {
+fn forms() -> [TargetForm; 5] {
     let plain = TargetForm::default();
     [
         plain,
@@ -31,6 +31,10 @@ fn forms() -> [TargetForm; 4] {
         },
         TargetForm {
             symbols: Some(1),
+            ..plain
+        },
+        TargetForm {
+            symbols: Some(9),
             ..plain
         },
         TargetForm {
