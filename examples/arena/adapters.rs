@@ -1,16 +1,17 @@
 //! Merged adapters under scrutiny: how exact the rules are, and what each attack costs under each defence.
 //!
 //! Both look at adapters that the four institutions trained on their private text: exactness where one stretch ends, attacks in an
-//! inner round in the middle. A liar is a fifth institution with text of its own, see [`sites::mixed`], that joins for this
-//! inner round.
+//! inner round in the middle. A liar is a fifth institution that joins for this inner round, with text of its own, see
+//! `sites::mixed`, or with that of one of the four.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use consilium_examples::attacks::adapters::{Adapter, Attack};
 use consilium_examples::attacks::table::{Cell, Scene, error_of_sum, table};
 use consilium_node::worker::evaluate::bits_per_byte;
 use consilium_protocol::manifest::{Defence, MergeRule};
 use serde::{Deserialize, Serialize};
 
+use crate::attacks::INSIDER;
 use crate::bench::Bench;
 use crate::exchange::{Lesson, Merging, in_the_middle, merge, trained_once, with_adapter};
 
@@ -92,34 +93,42 @@ pub(crate) fn exactness(bench: &Bench) -> Result<Exactness> {
     })
 }
 
-/// Every attack of one in five under every defence.
+/// Every attack of one in five under every defence: by a liar with text of its own, and by one that has another's text, who counts that
+/// twice even where it is honest.
 pub(crate) fn attacks(bench: &Bench) -> Result<Vec<AdapterAttack>> {
-    let (trained, liar) = in_the_middle(bench, HONEST_ROUNDS)?;
+    let (trained, own) = in_the_middle(bench, HONEST_ROUNDS)?;
     let start = Adapter::parse(&trained.start)?;
-    let mut adapters: Vec<Adapter> = trained
+    let honest: Vec<Adapter> = trained
         .adapters
         .iter()
         .map(|(_, bytes)| Adapter::parse(bytes))
         .collect::<Result<_>>()?;
-    adapters.insert(0, Adapter::parse(&liar)?);
-    let training = bench.training.clone();
-    let scene = Scene {
-        training: &training,
-        start: &start,
-        adapters: &adapters,
-        dishonest: 1,
-        seed: bench.world.seed,
-    };
+    let training = &bench.training;
     let score = |adapter: &Adapter| {
-        let model = with_adapter(bench, &training, &adapter.to_bytes()?)?;
+        let model = with_adapter(bench, training, &adapter.to_bytes()?)?;
         let lines = bench.world.tests.lines.iter().flatten().step_by(EVERY);
         let texts = lines.map(|item| (item.context.as_str(), item.target.as_str()));
         Ok(bits_per_byte(&model, texts, &mut ())?)
     };
-    let cells = table(scene, &Attack::all(5, 1), &DEFENCES, &score)?;
-    let seed = bench.world.seed;
-    Ok(cells
-        .into_iter()
-        .map(|cell| AdapterAttack { seed, cell })
-        .collect())
+    let copied = honest.get(INSIDER).context("an insider")?.clone();
+    let mut attacks = Vec::new();
+    for (liar, whose) in [
+        (Adapter::parse(&own)?, ""),
+        (copied, ", with another's text"),
+    ] {
+        let adapters: Vec<Adapter> = std::iter::once(liar).chain(honest.clone()).collect();
+        let scene = Scene {
+            training,
+            start: &start,
+            adapters: &adapters,
+            dishonest: 1,
+            seed: bench.world.seed,
+        };
+        for mut cell in table(scene, &Attack::all(5, 1), &DEFENCES, &score)? {
+            cell.attack += whose;
+            let seed = bench.world.seed;
+            attacks.push(AdapterAttack { seed, cell });
+        }
+    }
+    Ok(attacks)
 }

@@ -131,20 +131,14 @@ pub(crate) static ARMS: &[Arm] = &[
     method(
         "top8",
         "default, 8 symbols and tail",
-        "this project; targets list what any source does",
-        |bench| records(bench, (FusionRule::default(), WIDE), 8),
+        "this project",
+        |bench| records(bench, (FusionRule::default(), PLAIN), 8),
     ),
     method(
         "wide",
-        "default, targets of 64 symbols",
-        "this project",
-        |bench| {
-            let form = TargetForm {
-                symbols: Some(DENSE),
-                ..PLAIN
-            };
-            records(bench, (FusionRule::default(), form), SYMBOLS)
-        },
+        "default, 8 symbols, targets of 32",
+        "this project; targets list what any source does",
+        |bench| records(bench, (FusionRule::default(), WIDE), 8),
     ),
     method(
         "top2",

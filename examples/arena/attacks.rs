@@ -30,7 +30,7 @@ pub(crate) const RULES: [&str; 6] = [
     "exp_guard",
 ];
 
-/// The institution whose records the liar owns.
+/// The institution whose records or text the liar owns.
 pub(crate) const INSIDER: usize = 2;
 /// Name of the liar.
 pub(crate) const LIAR: &str = "mallory";

@@ -281,7 +281,7 @@ fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
     let worst = |lies: bool| {
         by_default
             .clone()
-            .filter(|cell| (cell.attack != "none") == lies)
+            .filter(|cell| cell.attack.starts_with("none") != lies)
             .filter_map(|cell| Some((100.0 * cell.cost?, cell.attack.as_str())))
             .max_by(|a, b| a.0.total_cmp(&b.0))
     };
@@ -304,41 +304,37 @@ fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
     ]
 }
 
-/// Standard errors by which an arm must be better to count: among some seventy comparisons, chance makes one in a thousand that
-/// large.
-const BEYOND_CHANCE: f64 = 3.0;
-
-/// Whether any arm that is no bound and no control is better than the default by more than chance. Two arms on the same seeds differ
-/// by the chance of training alone, and three seeds say little of how much one pair does; the error is the median of all arms'.
+/// Whether the default is first among all arms that no bound and no control is, by mean bits and by mean facts. The figures say how
+/// much the best other arm is better, and how much two arms on the same seeds differ by the chance of training: the standard error
+/// of the mean difference, the median of all arms'.
 fn first(rows: &[Row]) -> Line {
     let seeds = seeds(rows);
-    let complete = seeds.len() > 1 && seeds.iter().all(|seed| seed.row(OURS).is_some());
+    let complete = !seeds.is_empty() && seeds.iter().all(|seed| seed.row(OURS).is_some());
     // Less is better.
     let scores: [(&str, Score); 2] = [
         ("bits", |seed, arm| seed.bits(arm)),
         ("facts", |seed, arm| Some(1.0 - seed.facts(arm)?)),
     ];
-    let (mut found, mut better) = (Vec::new(), Vec::new());
+    let (mut is_first, mut found) = (true, Vec::new());
     for (name, score) in scores {
         let rivals = rivals(&seeds, score);
-        let best = rivals.iter().max_by(|a, b| a.gain.total_cmp(&b.gain));
+        let Some(best) = rivals.iter().max_by(|a, b| a.gain.total_cmp(&b.gain)) else {
+            continue;
+        };
         let mut errors: Vec<f64> = rivals.iter().map(|rival| rival.error).collect();
         errors.sort_by(f64::total_cmp);
         let error = errors.get(errors.len() / 2).copied().unwrap_or(0.0);
-        found.extend(best.map(|best| {
-            let gain = best.gain;
-            format!("{name}: best {} by {gain:.4}, error {error:.4}", best.label)
-        }));
-        let beyond = rivals
-            .iter()
-            .filter(|rival| rival.gain > BEYOND_CHANCE * error);
-        better.extend(beyond.map(|rival| format!("{name} of {}", rival.label)));
+        is_first &= best.gain <= 0.0;
+        found.push(format!(
+            "{name}: {} better by {:.4}, standard error {error:.4}",
+            best.label, best.gain
+        ));
     }
-    found.extend((!better.is_empty()).then(|| format!("better: {}", better.join(", "))));
     Line {
-        promise: "ours: no arm whose sources alone see private text is better on bits or facts by three standard errors"
-            .to_owned(),
-        holds: complete.then_some(better.is_empty()),
+        promise:
+            "ours: first on bits and on facts where private text trains sources alone, by the mean"
+                .to_owned(),
+        holds: complete.then_some(is_first),
         found: found.join("; "),
     }
 }

@@ -2,7 +2,7 @@
 //! their Renyi divergence is small, and one symbol is drawn from the mean.
 //!
 //! The paper bounds the divergence at order alpha. That bounds nothing between two sources; at order 2 alpha, which is what is
-//! bounded here, it does (Mironov, arXiv 1702.07476, proposition 11): at most `(alpha - 1/2) / (alpha - 1) + 1` times the bound. The
+//! bounded here, it does (Mironov, arXiv 1702.07476): at most `(alpha - 1/2) / (alpha - 1) + 1` times the bound. The
 //! mean over N sources of which one is another has then at most `ln((N - 1 + exp((alpha - 1) divergence)) / N) / (alpha - 1)`,
 //! because `exp((alpha - 1) D)` is convex in both distributions. What is protected is all that one source knows.
 

@@ -62,8 +62,8 @@ pub enum FusionRule {
     /// `ExpGuard` (arXiv 2402.12265): mixture of the sources competent for the item, with weights proportional to exp(-eta
     /// x distance). The distance is a source's mean total variation from the competent sources' median, over the items of
     /// the shard for which it and at least two others are competent. The paper multiplies over rounds and measures
-    /// from a geometric median. With a `sharpness` above 0 it is softmax routing times trust, called `guarded_softmax`; where
-    /// no three are competent nobody can be doubted, and routing alone decides.
+    /// from a geometric median. With a `sharpness` above 0 it is softmax routing times trust, called `guarded_softmax`; in a
+    /// shard that has no item for which three are competent nobody is doubted, and routing among the competent decides.
     ExpGuard {
         /// As for `median`.
         #[serde(default = "competence")]
