@@ -136,7 +136,7 @@ pub(crate) static ARMS: &[Arm] = &[
     ),
     method(
         "wide",
-        "default, 8 symbols, targets of 32",
+        "8 symbols, targets of 32",
         "this project; targets list what any source does",
         |bench| records(bench, (FusionRule::default(), WIDE), 8),
     ),

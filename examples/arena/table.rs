@@ -143,7 +143,7 @@ fn attacks(text: &mut String, outcome: &Outcome) {
     for costs in costs::tables(outcome) {
         let _ = write!(
             text,
-            "\n{}\n{}\n{:<32}",
+            "\n{}\n{}\n{:<42}",
             costs.heading, costs.note, "attack"
         );
         for column in costs.columns {
@@ -151,7 +151,7 @@ fn attacks(text: &mut String, outcome: &Outcome) {
         }
         text.push('\n');
         for (label, cells) in costs.rows {
-            let _ = write!(text, "{label:<32}");
+            let _ = write!(text, "{label:<42}");
             for cell in cells {
                 let _ = write!(text, "{cell:>18}");
             }
