@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use consilium_protocol::Clock as _;
 use consilium_protocol::time::SystemClock;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 use super::ExternalError;
 use crate::config::ExternalCommand;
@@ -19,7 +19,7 @@ use crate::worker::error::WorkError;
 
 /// Steps in which the process is looked at.
 const STEP: Duration = Duration::from_millis(50);
-/// How long the group has to end by itself.
+/// How long the group has to end: by itself, and then once it was killed.
 const GRACE: Duration = Duration::from_secs(10);
 /// Bytes at the end of the log of which lines are quoted.
 const TAIL: u64 = 4096;
@@ -101,24 +101,22 @@ impl Group {
         self.0.try_wait()
     }
 
+    /// The group's number: that of its first process.
+    fn id(&self) -> Option<Pid> {
+        i32::try_from(self.0.id()).ok().and_then(Pid::from_raw)
+    }
+
     fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw);
-        if let Some(pid) = pid {
+        if let Some(id) = self.id() {
             // Fails only if all of it has ended already.
-            let _ = kill_process_group(pid, signal);
+            let _ = kill_process_group(id, signal);
         }
     }
 
     /// Asks it to end, and then makes it.
     fn end(&mut self) {
         self.signal(Signal::TERM);
-        let asked = SystemClock.now();
-        while SystemClock.now().since(asked) < GRACE {
-            if !matches!(self.ended(), Ok(None)) {
-                break;
-            }
-            pause();
-        }
+        wait_until(|| !matches!(self.ended(), Ok(None)));
     }
 }
 
@@ -128,6 +126,19 @@ impl Drop for Group {
         // runs, its number is nobody else's.
         self.signal(Signal::KILL);
         let _ = self.0.wait();
+        // What its children started ends a little later, and where nobody collects orphans stays listed though it ended.
+        wait_until(|| {
+            self.id()
+                .is_none_or(|id| test_kill_process_group(id).is_err())
+        });
+    }
+}
+
+/// Waits for something to hold, at most as long as a group has to end.
+fn wait_until(mut holds: impl FnMut() -> bool) {
+    let began = SystemClock.now();
+    while !holds() && SystemClock.now().since(began) < GRACE {
+        pause();
     }
 }
 
