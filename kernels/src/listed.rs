@@ -102,6 +102,11 @@ impl ListedRow {
         self.unseen
     }
 
+    /// Ranks of the listed byte and end tokens with their probabilities, ascending.
+    pub fn tokens(&self) -> impl Iterator<Item = (u32, f64)> {
+        self.range(0, u32::MAX)
+    }
+
     /// Listed tokens with ranks from `start` to before `end`.
     fn range(&self, start: u32, end: u32) -> impl Iterator<Item = (u32, f64)> {
         let at = |rank| self.ranks.partition_point(|&listed| listed < rank);

@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Plan(TrainArgs),
     /// Score a reference set with a model: the records that a round would ask for.
     Score(ScoreArgs),
+    /// Write the tokens of a reference set's targets into it, for a round in token space, and print what the round names.
+    Tokens(TokensArgs),
     /// Measure a model on private items.
     Evaluate(EvaluateArgs),
     /// What this node did and is doing, from its files.
@@ -234,6 +236,19 @@ pub(crate) struct ScoreArgs {
     pub(crate) device: DeviceChoice,
     #[command(flatten)]
     pub(crate) threads: Threads,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokensArgs {
+    /// Model folder, or its name in the local Hugging Face cache: the pivot.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Reference set, JSON lines.
+    #[arg(long)]
+    pub(crate) reference: PathBuf,
+    /// Reference set to write.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
 }
 
 #[derive(Debug, Args)]

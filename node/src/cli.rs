@@ -24,7 +24,7 @@ use crate::agent;
 use crate::agent::ledger::Chain;
 use crate::args::{
     Cli, Command, ConfigArgs, EvaluateArgs, InitArgs, LedgerCommand, LogFormat, ScoreArgs,
-    ScorerArgs, Threads,
+    ScorerArgs, Threads, TokensArgs,
 };
 use crate::config::{self, Config};
 use crate::error::NodeError;
@@ -74,6 +74,7 @@ fn run(cli: Cli) -> Result<Reply, NodeError> {
         Command::Train(args) => training::train(&args, cli.json),
         Command::Plan(args) => training::plan(&args, cli.json),
         Command::Score(args) => score(&args),
+        Command::Tokens(args) => tokens(&args),
         Command::Evaluate(args) => evaluate(&args),
         Command::Status(args) => status::of(&load(&args)?),
         Command::Ledger { command } => match command {
@@ -148,6 +149,13 @@ fn scorer(args: &ScorerArgs) -> Result<Reply, NodeError> {
     }
     scorer::run(&settings, args.supervised)?;
     Ok(Reply::done("ended"))
+}
+
+fn tokens(args: &TokensArgs) -> Result<Reply, NodeError> {
+    let model = args.model.as_path().into();
+    let space = commands::tokens(&model, &args.reference, &args.out)?;
+    let space = serde_json::to_string(&space).unwrap_or_default();
+    Ok(Reply::done(format!("wrote {}", args.out.display())).with("symbol_space", space))
 }
 
 fn score(args: &ScoreArgs) -> Result<Reply, NodeError> {

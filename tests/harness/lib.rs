@@ -11,8 +11,9 @@ use anyhow::{Context, Result, bail, ensure};
 use consilium_examples::cluster::{Cluster, Process, Program, Site, Spec, wait_until};
 use consilium_examples::world::{Domain, Sizes, World};
 use consilium_node::worker::LoadedModel;
+use consilium_node::worker::commands;
 use consilium_node::worker::model::ModelConfig;
-use consilium_node::worker::tokenizer::train_bpe;
+use consilium_node::worker::tokenizer::{Tokenizer, train_bpe};
 use consilium_protocol::manifest::Mode;
 use consilium_protocol::{ConsortiumId, InstitutionId};
 use serde_json::Value;
@@ -38,6 +39,8 @@ pub struct Consortium {
     pub cluster: Cluster,
     /// Its members.
     pub names: [InstitutionId; 3],
+    /// The setting of a round in the pivot's tokens, where all sources have its tokenizer.
+    pub token_space: String,
     _folder: tempfile::TempDir,
 }
 
@@ -47,6 +50,18 @@ impl Consortium {
     /// # Errors
     /// A file cannot be written, or a program cannot be built.
     pub fn new(seed: u64) -> Result<Self> {
+        Self::make(seed, false)
+    }
+
+    /// As [`Self::new`], of sources that have the pivot's tokenizer, and a reference set that says its tokens.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_one_tokenizer(seed: u64) -> Result<Self> {
+        Self::make(seed, true)
+    }
+
+    fn make(seed: u64, is_shared: bool) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let root = folder.path();
         let sizes = Sizes {
@@ -65,13 +80,19 @@ impl Consortium {
             .map(|public| public.item.target.as_str())
             .collect();
         let pivot = root.join("pivot");
-        model(&public, 280, seed, &pivot)?;
+        let shared = Arc::new(train_bpe(public.iter().copied(), 280)?);
+        model(&shared, seed, &pivot)?;
         let mut sites = Vec::new();
         for (at, domain) in Domain::ALL.into_iter().enumerate() {
             let institution = world.institutions.get(at).context("three institutions")?;
-            let private: Vec<&str> = institution.private.iter().map(String::as_str).collect();
+            let private = institution.private.iter().map(String::as_str);
             let source = root.join("sources").join(domain.name());
-            model(&private, 270 + 10 * at, seed + 1 + at as u64, &source)?;
+            let tokenizer = if is_shared {
+                Arc::clone(&shared)
+            } else {
+                Arc::new(train_bpe(private, 270 + 10 * at)?)
+            };
+            model(&tokenizer, seed + 1 + at as u64, &source)?;
             let holdout = files.holdout.get(at).context("three holdouts")?.clone();
             sites.push(Site {
                 name: InstitutionId::new(domain.name())?,
@@ -80,6 +101,14 @@ impl Consortium {
                 capacity: 1,
                 train_data: Some(files.private.get(at).context("three texts")?.clone()),
             });
+        }
+        let (mut reference, mut token_space) = (files.public, String::new());
+        if is_shared {
+            let with_tokens = root.join("tokens.jsonl");
+            let model = pivot.as_path().into();
+            let space = commands::tokens(&model, &reference, &with_tokens)?;
+            token_space = format!("symbol_space={}", serde_json::to_string(&space)?);
+            reference = with_tokens;
         }
         let names = Domain::ALL.map(Domain::name).map(InstitutionId::new);
         let [Ok(clinic), Ok(bank), Ok(insurer)] = names else {
@@ -91,7 +120,7 @@ impl Consortium {
             // Random models say nothing about quality; these tests are about the round.
             gate_bound_permille: 100_000,
             pivot,
-            reference: files.public,
+            reference,
             sites,
             modes: vec![Mode::Unified, Mode::Pairwise, Mode::Adapters],
             threads: 1,
@@ -106,6 +135,7 @@ impl Consortium {
         Ok(Self {
             cluster,
             names: [clinic, bank, insurer],
+            token_space,
             _folder: folder,
         })
     }
@@ -229,11 +259,10 @@ pub fn is_released(round: &Value) -> bool {
     round["release"].is_string()
 }
 
-fn model(texts: &[&str], tokens: usize, seed: u64, folder: &Path) -> Result<()> {
-    let tokenizer = Arc::new(train_bpe(texts.iter().copied(), tokens)?);
+fn model(tokenizer: &Arc<Tokenizer>, seed: u64, folder: &Path) -> Result<()> {
     let config = ModelConfig::llama(tokenizer.size(), 32, 2, 2, 64);
     std::fs::create_dir_all(folder)?;
-    LoadedModel::random(tokenizer, config, seed)?.save(folder)?;
+    LoadedModel::random(Arc::clone(tokenizer), config, seed)?.save(folder)?;
     Ok(())
 }
 

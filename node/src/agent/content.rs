@@ -30,11 +30,19 @@ pub(super) fn records(manifest: &Manifest, sequence: u32, bytes: &[u8]) -> Resul
         Err("symbols are not those of the manifest".to_owned())
     } else if dense {
         Err("the whole distribution of every position".to_owned())
+    } else if !header.space.is_bytes() && !is_empty_in_token_space(&shard) {
+        Err("columns end and missed, which records of tokens leave empty".to_owned())
     } else if shard.to_bytes().map_err(|error| error.to_string())? != bytes {
         Err("bytes beside the records".to_owned())
     } else {
         Ok(shard.header)
     }
+}
+
+/// Whether the columns that mean nothing in token space say nothing.
+fn is_empty_in_token_space(shard: &Shard) -> bool {
+    let mut codes = shard.end.iter().chain(&shard.missed);
+    codes.all(|&code| code == u8::MAX)
 }
 
 /// Low-rank factors of the manifest's modules, and the modules that it saves whole. `header` is the JSON header of the
@@ -109,7 +117,9 @@ fn belongs(manifest: &Manifest, name: &str, shape: &[usize]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::testing::{adapter as example, manifest, safetensors, shard};
+    use crate::agent::testing::{
+        adapter as example, manifest, safetensors, shard, token_shard, tokens,
+    };
 
     fn check(bytes: &[u8]) -> Result<(), String> {
         let folder = tempfile::tempdir().unwrap();
@@ -145,6 +155,42 @@ mod tests {
         let mut longer = good;
         longer.extend_from_slice(b"anna");
         assert!(refused(&longer).contains("accounts for"));
+    }
+
+    #[test]
+    fn records_of_tokens_leave_where_the_manifest_says_so_and_carry_nothing_beside() {
+        let manifest = tokens(manifest());
+        let good = token_shard(&manifest, 0);
+        let check = |manifest: &Manifest, shard: &Shard| {
+            records(manifest, 0, &shard.to_bytes().unwrap()).map(|_| ())
+        };
+        assert_eq!(check(&manifest, &good), Ok(()));
+        let refused = |shard: &Shard| check(&manifest, shard).unwrap_err();
+        let mut beside = good.clone();
+        beside.end[1] = 7;
+        assert!(refused(&beside).contains("end and missed"));
+        let mut beside = good.clone();
+        beside.missed[0] = 7;
+        assert!(refused(&beside).contains("end and missed"));
+
+        // Bytes in a round of tokens, tokens in a round of bytes or of another tokenizer.
+        let bytes = shard(&crate::agent::testing::manifest(), 0);
+        let of_bytes = records(&manifest, 0, &bytes).unwrap_err();
+        assert!(of_bytes.contains("symbols"), "{of_bytes}");
+        let mut other = manifest.clone();
+        for space in [
+            SymbolSpace::Bytes,
+            SymbolSpace::Tokens {
+                tokenizer: consilium_protocol::Digest::of(b"other"),
+                size: 320,
+            },
+        ] {
+            other.symbol_space = space;
+            assert!(check(&other, &good).unwrap_err().contains("symbols"));
+        }
+        let mut longer = good.to_bytes().unwrap();
+        longer.push(0);
+        assert!(records(&manifest, 0, &longer).is_err());
     }
 
     #[test]

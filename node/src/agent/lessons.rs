@@ -198,6 +198,7 @@ fn record_files(manifest: &Manifest, shards: Vec<Digest>) -> RecordFiles {
         items: manifest.items,
         shards,
         shard_items: manifest.shard_items,
+        symbol_space: manifest.symbol_space,
         withheld: Vec::new(),
     }
 }

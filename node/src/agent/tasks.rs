@@ -430,6 +430,7 @@ pub(super) fn score_job(manifest: &Manifest, shard: u32) -> ScoreJob {
         shard,
         items: manifest.shard_range(shard),
         reference: manifest.reference,
+        symbol_space: manifest.symbol_space,
         symbols: manifest.symbols,
         fill_permille: manifest.fill_permille,
     }

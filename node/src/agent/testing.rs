@@ -97,6 +97,40 @@ pub(crate) fn shard(manifest: &Manifest, index: u32) -> Vec<u8> {
     shard.to_bytes().unwrap()
 }
 
+/// The same round in token space.
+pub(crate) fn tokens(manifest: Manifest) -> Manifest {
+    Manifest {
+        symbol_space: SymbolSpace::Tokens {
+            tokenizer: Digest::of(b"tokenizer.json"),
+            size: 320,
+        },
+        ..manifest
+    }
+}
+
+/// A valid shard of tokens: two positions for each item.
+pub(crate) fn token_shard(manifest: &Manifest, index: u32) -> Shard {
+    let range = manifest.shard_range(index);
+    let items = usize::try_from(range.end - range.start).unwrap();
+    let (n, k) = (2 * items, usize::from(manifest.symbols));
+    Shard {
+        header: Header::new(
+            manifest.reference,
+            range,
+            manifest.symbol_space,
+            manifest.symbols,
+        ),
+        symbols: Symbols::Tokens(vec![300; n * k]),
+        codes: (0..n * k)
+            .map(|at| if at % k == 0 { 16 } else { 255 })
+            .collect(),
+        end: vec![255; n],
+        tail: vec![16; n],
+        missed: vec![255; 2 * items],
+        offsets: (0..=items).map(|item| 2 * item as u64).collect(),
+    }
+}
+
 /// A valid adapter of the manifest whose values are all `value`.
 pub(crate) fn adapter(manifest: &Manifest, value: u8) -> Vec<u8> {
     let rank = usize::try_from(manifest.training.rank).unwrap();

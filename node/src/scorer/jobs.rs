@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use consilium_kernels::{RecordShape, RecordView};
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Shard, Symbols};
 use consilium_protocol::time::SystemClock;
@@ -13,7 +14,7 @@ use consilium_protocol::{Clock as _, Digest, limits};
 
 use super::error::ScorerError;
 use super::probe::{Probed, probe};
-use super::score::{Asking, score_items};
+use super::score::{Asking, score_items, score_token_items};
 use super::server::{Server, Stop};
 use super::settings::ServerSettings;
 use super::source::Source;
@@ -22,7 +23,8 @@ use crate::spool::{Job, JobId, Outcome, ScoreJob, Spool};
 use crate::worker::jobs::check_symbols;
 use crate::worker::progress::Terminal;
 use crate::worker::reference::ReferenceCache;
-use crate::worker::score::{ShardBuilder, items_in};
+use crate::worker::score::{ShardBuilder, bits, items_in};
+use crate::worker::tokens::check_tokenizer;
 use crate::worker::{Monitor as _, WorkError};
 
 /// Begins the name of every part in the spool's state.
@@ -180,7 +182,9 @@ impl Scorer {
             k: job.symbols.into(),
             fill_permille: job.fill_permille.into(),
         };
-        let mut shard = ShardBuilder::new(job.reference, job.items.clone(), &shape)?;
+        let space = job.symbol_space;
+        check_tokenizer(&self.source.tokenizer, "the source", space)?;
+        let mut shard = ShardBuilder::new(job.reference, job.items.clone(), space, &shape)?;
         let prefix = format!("{PART}{}-{id}-", self.identity);
         self.remove_parts(|name| !name.starts_with(&prefix))?;
         let mut terminal = Terminal::new("items");
@@ -200,7 +204,8 @@ impl Scorer {
                     }
                     let last = first.saturating_add(self.server.width() as u64);
                     let range = first..last.min(job.items.end);
-                    let part = self.score_part(&reference, range, &shape, &mut tally, stop)?;
+                    let part =
+                        self.score_part((&reference, space), range, &shape, &mut tally, stop)?;
                     self.spool.write_state(&name, &part.to_bytes()?)?;
                     part
                 }
@@ -217,7 +222,7 @@ impl Scorer {
 
     fn score_part(
         &self,
-        reference: &ReferenceSet,
+        (reference, space): (&ReferenceSet, SymbolSpace),
         items: Range<u64>,
         shape: &RecordShape,
         tally: &mut Tally,
@@ -225,14 +230,35 @@ impl Scorer {
     ) -> Result<Shard, ScorerError> {
         let chosen = items_in(reference, &items)?;
         let asking = self.asking;
-        let scored = score_items(&self.source, &self.server, chosen, asking, shape, stop)?;
-        let mut part = ShardBuilder::new(reference.digest(), items, shape)?;
-        part.append(chosen, scored.records.view(), &scored.missed);
+        let mut part = ShardBuilder::new(reference.digest(), items.clone(), space, shape)?;
         tally.items += chosen.len();
-        tally.positions += part.positions();
-        tally.tokens += scored.tokens;
-        tally.branches += scored.branches;
-        tally.bits += scored.bits;
+        match space {
+            SymbolSpace::Bytes => {
+                let scored = score_items(&self.source, &self.server, chosen, asking, shape, stop)?;
+                part.append(chosen, scored.records.view(), &scored.missed);
+                tally.positions += part.positions();
+                tally.tokens += scored.tokens;
+                tally.branches += scored.branches;
+                tally.bits += scored.bits;
+            }
+            SymbolSpace::Tokens { .. } => {
+                let chosen_from = (items.start, chosen);
+                let scored = score_token_items(
+                    &self.source,
+                    &self.server,
+                    chosen_from,
+                    asking,
+                    shape,
+                    stop,
+                )?;
+                for (item, record) in chosen.iter().zip(&scored.records) {
+                    part.append_tokens(record.view());
+                    tally.positions += item.positions();
+                    tally.bits += bits(item, record.view(), space)?;
+                }
+                tally.tokens += scored.tokens;
+            }
+        }
         Ok(part.finish())
     }
 
@@ -250,7 +276,7 @@ impl Scorer {
             let header = &part.header;
             let length = header.last.saturating_sub(header.first);
             header.reference == job.reference
-                && header.symbols == job.symbols
+                && (header.space, header.symbols) == (job.symbol_space, job.symbols)
                 && header.first == first
                 && (1..=job.items.end.saturating_sub(first)).contains(&length)
         };
@@ -300,9 +326,14 @@ impl Tally {
 /// The bytes of a shard that passes the checks with which an aggregator admits it.
 fn checked(shard: &Shard, shape: &RecordShape) -> Result<Vec<u8>, ScorerError> {
     let bytes = shard.to_bytes()?;
-    if let Symbols::Bytes(symbols) = &shard.symbols {
-        let (codes, end, tail) = (&shard.codes, &shard.end, &shard.tail);
-        RecordView::new(shape.k, symbols, codes, end, tail)?.check_mass()?;
+    let (codes, end, tail) = (&shard.codes, &shard.end, &shard.tail);
+    match &shard.symbols {
+        Symbols::Bytes(symbols) => {
+            RecordView::new(shape.k, symbols, codes, end, tail)?.check_mass()?;
+        }
+        Symbols::Tokens(symbols) => {
+            RecordView::new(shape.k, symbols, codes, &[], tail)?.check_mass()?;
+        }
     }
     Ok(bytes)
 }

@@ -14,7 +14,8 @@ use super::probe::listed_row;
 use super::server::{Server, Stop};
 use super::source::Source;
 use crate::worker::data::Item;
-use crate::worker::score::STOP_SHARE;
+use crate::worker::score::{STOP_SHARE, TokenColumns};
+use crate::worker::tokens::check_item;
 
 /// Records of consecutive items and what they took.
 #[derive(Debug)]
@@ -89,6 +90,54 @@ pub(super) fn score_items(
         scored.bits += listed::token_bits(vocab, ranks, &item.rows)?;
     }
     Ok(scored)
+}
+
+/// Records in token space of consecutive items, of which `first` is the number of the first.
+#[derive(Debug)]
+pub(super) struct ScoredTokens {
+    pub(super) records: Vec<Records<u32>>,
+    /// Tokens predicted, ends included.
+    pub(super) tokens: usize,
+}
+
+/// Scores items in token space, in one round of prompts. What the server does not list is the tail.
+///
+/// # Errors
+/// As [`score_items`], or an item whose `tokens` are not those of the source.
+pub(super) fn score_token_items(
+    source: &Source,
+    server: &Server,
+    (first, items): (u64, &[reference::Item]),
+    asking: Asking,
+    shape: &RecordShape,
+    stop: Stop<'_>,
+) -> Result<ScoredTokens, ScorerError> {
+    let asked = along_targets(source, server, items, asking, stop)?;
+    let (mut records, mut tokens) = (Vec::with_capacity(items.len()), 0);
+    for ((number, item), asked) in (first..).zip(items).zip(&asked) {
+        check_item(&source.vocab, number, item, &asked.tokens.target)?;
+        let mut columns = TokenColumns::new(shape);
+        for row in asked.rows.iter().take(item.tokens.len()) {
+            columns.push(likeliest(source, row));
+        }
+        let record = columns.finish()?;
+        tokens += record.positions();
+        records.push(record);
+    }
+    Ok(ScoredTokens { records, tokens })
+}
+
+/// Listed tokens by id, the likeliest first, the smaller id on a tie.
+fn likeliest(source: &Source, row: &ListedRow) -> Vec<(u32, f64)> {
+    // Servers compute with few bits: a sum may be a little above one.
+    let sum = row.tokens().map(|(_, share)| share).sum::<f64>().max(1.0);
+    let ids = source.vocab.id_of_rank();
+    let shares = row.tokens();
+    let mut listed: Vec<_> = shares
+        .map(|(rank, share)| (ids[rank as usize], share / sum))
+        .collect();
+    listed.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    listed
 }
 
 fn along_targets(

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 
-use consilium_protocol::manifest::Training;
+use consilium_protocol::manifest::{SymbolSpace, Training};
 use consilium_protocol::message::Part;
 use consilium_protocol::{Digest, RoundId};
 use serde::{Deserialize, Serialize};
@@ -61,6 +61,9 @@ pub struct ScoreJob {
     pub items: Range<u64>,
     /// The reference set, a blob.
     pub reference: Digest,
+    /// Alphabet of the records.
+    #[serde(default, skip_serializing_if = "SymbolSpace::is_bytes")]
+    pub symbol_space: SymbolSpace,
     /// Symbol slots of one position (K).
     pub symbols: u16,
     /// Mass that the slots hold before the rest goes to the tail, in thousandths.
@@ -129,6 +132,9 @@ pub struct RecordFiles {
     pub shards: Vec<Digest>,
     /// Items of one shard.
     pub shard_items: u32,
+    /// Alphabet of the records.
+    #[serde(default, skip_serializing_if = "SymbolSpace::is_bytes")]
+    pub symbol_space: SymbolSpace,
     /// Items that nobody trains on, ascending: decoys and the public holdout.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub withheld: Vec<u64>,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 
 use consilium_protocol::RoundId;
+use consilium_protocol::manifest::SymbolSpace;
 
 use super::*;
 
@@ -19,6 +20,7 @@ fn score(shard: u32) -> Job {
         shard,
         items: 0..64,
         reference: Digest::of(b"reference"),
+        symbol_space: SymbolSpace::Bytes,
         symbols: 16,
         fill_permille: 995,
     })

@@ -22,6 +22,7 @@ pub mod tensorboard;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod tokenizer;
+pub mod tokens;
 pub mod train;
 
 pub use error::WorkError;

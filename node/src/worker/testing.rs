@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use consilium_protocol::Digest;
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::time::SystemClock;
 use rand::Rng as _;
@@ -10,6 +12,7 @@ use super::model::ModelConfig;
 use super::part::generator;
 use super::source::LoadedModel;
 use super::tokenizer::{Tokenizer, train_bpe};
+use super::tokens::tokens_of;
 use super::train::run::{Shell, Watch};
 
 pub(crate) const LINES: [&str; 8] = [
@@ -64,6 +67,37 @@ pub(crate) fn reference() -> ReferenceSet {
         ));
     }
     ReferenceSet::parse(text.as_bytes()).unwrap()
+}
+
+/// The same items with the tokens of their targets; `end` says whether the end of a record is among them.
+pub(crate) fn token_reference(source: &LoadedModel, end: bool) -> ReferenceSet {
+    let mut text = String::new();
+    for item in reference().items() {
+        let mut tokens = tokens_of(&source.tokenizer, &source.vocab, &item.target).unwrap();
+        if !end {
+            tokens.pop();
+        }
+        let spans: Vec<_> = item
+            .unlabeled
+            .iter()
+            .map(|span| [span.start, span.end])
+            .collect();
+        text.push_str(&format!(
+            "{{\"context\":\"{}\",\"target\":\"{}\",\"unlabeled\":{spans:?},\"tokens\":{}}}\n",
+            item.context,
+            item.target,
+            serde_json::to_string(&tokens).unwrap()
+        ));
+    }
+    ReferenceSet::parse(text.as_bytes()).unwrap()
+}
+
+/// The token space of a model.
+pub(crate) fn token_space(source: &LoadedModel) -> SymbolSpace {
+    SymbolSpace::Tokens {
+        tokenizer: Digest::of(source.tokenizer.source()),
+        size: u32::try_from(source.tokenizer.size()).unwrap(),
+    }
 }
 
 /// Natural logarithms of the softmax over the columns that carry mass.

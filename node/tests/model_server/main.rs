@@ -15,8 +15,10 @@ use consilium_node::scorer::{RawServer, Scorer, ScorerSettings, ServerKind};
 use consilium_node::spool::{Job, Outcome, ScoreJob, Spool};
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::model::ModelConfig;
-use consilium_node::worker::score::score_shard;
+use consilium_node::worker::score::{score_shard, score_token_shard};
 use consilium_node::worker::tokenizer::train_bpe;
+use consilium_node::worker::tokens::tokens_of;
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Shard, Symbols};
 use consilium_protocol::{Digest, RoundId};
@@ -131,6 +133,7 @@ impl Site {
             shard: 0,
             items: 0..ITEMS,
             reference: self.reference,
+            symbol_space: SymbolSpace::Bytes,
             symbols: 8,
             fill_permille: 995,
         })
@@ -168,8 +171,12 @@ impl Site {
 
     /// Does the job and returns the shard, or what the result says.
     fn score(&self, scorer: &mut Scorer) -> Result<Shard, String> {
+        self.score_job(scorer, &self.job())
+    }
+
+    fn score_job(&self, scorer: &mut Scorer, job: &Job) -> Result<Shard, String> {
         let spool = self.spool();
-        let id = spool.submit(&self.job()).unwrap();
+        let id = spool.submit(job).unwrap();
         spool.reset(&id).unwrap();
         assert!(scorer.work(&|| false).unwrap());
         match spool.outcome(&id).unwrap().unwrap() {
@@ -207,6 +214,63 @@ fn with_every_token_listed_the_shard_is_that_of_the_weights_within_a_step() {
         let server = fake.start();
         let shard = site.score(&mut site.scorer(&server, 4096)).unwrap();
         assert_near(kind, &shard, &direct);
+    }
+}
+
+#[test]
+fn in_token_space_the_shard_is_that_of_the_weights_within_a_step() {
+    let site = Site::new();
+    let model = site.model();
+    let mut set = String::new();
+    for line in lines() {
+        let tokens = tokens_of(&model.tokenizer, &model.vocab, &line).unwrap();
+        let tokens = serde_json::to_string(&tokens).unwrap();
+        set += &format!("{{\"target\":\"{line}\",\"tokens\":{tokens}}}\n");
+    }
+    let space = SymbolSpace::Tokens {
+        tokenizer: Digest::of(model.tokenizer.source()),
+        size: u32::try_from(model.tokenizer.size()).unwrap(),
+    };
+    let set = ReferenceSet::parse(set.as_bytes())
+        .map(|parsed| (parsed, set))
+        .unwrap();
+    let reference = site.spool().put_blob(set.1.as_bytes()).unwrap();
+    let direct = score_token_shard(&model, &set.0, 0..ITEMS, space, &SHAPE, &mut ()).unwrap();
+    let Job::Score(job) = site.job() else {
+        panic!("a score job")
+    };
+    let job = |symbol_space| {
+        Job::Score(ScoreJob {
+            reference,
+            symbol_space,
+            ..job.clone()
+        })
+    };
+    for kind in KINDS {
+        let server = site.server(kind, Fault::None);
+        let mut scorer = site.scorer(&server, 20);
+        let shard = site.score_job(&mut scorer, &job(space)).unwrap();
+        assert_eq!(shard.header, direct.shard.header);
+        assert_eq!(shard.offsets, direct.shard.offsets);
+        let far = |got: &[u8], want: &[u8]| {
+            assert_eq!(got.len(), want.len());
+            got.iter()
+                .zip(want)
+                .filter(|(a, b)| a.abs_diff(**b) > 1)
+                .count()
+        };
+        assert_eq!(far(&shard.tail, &direct.shard.tail), 0, "{kind}");
+        // Two masses that differ by rounding alone may change places at the border of what is kept.
+        assert!(far(&shard.codes, &direct.shard.codes) <= 8, "{kind}");
+        let other = SymbolSpace::Tokens {
+            tokenizer: reference,
+            size: 3,
+        };
+        let refused = site.score_job(&mut scorer, &job(other)).unwrap_err();
+        assert!(
+            refused.contains("tokenizer.json of the source"),
+            "{refused}"
+        );
     }
 }
 

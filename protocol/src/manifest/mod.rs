@@ -54,18 +54,36 @@ impl Mode {
 }
 
 /// The alphabet of the records.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum SymbolSpace {
     /// Next bytes and the end of the record: comparable across tokenizers.
+    #[default]
     Bytes,
-    /// Tokens of one tokenizer that all members share.
+    /// Tokens of one tokenizer that all members and the pivot share.
     Tokens {
-        /// Digest of its `tokenizer.json`.
+        /// SHA-256 of its `tokenizer.json`, byte for byte.
         tokenizer: Digest,
-        /// Tokens in the vocabulary.
+        /// Tokens in the vocabulary: one more than the largest id of that file.
         size: u32,
     },
+}
+
+impl SymbolSpace {
+    /// Whether records are of bytes.
+    #[must_use]
+    pub const fn is_bytes(&self) -> bool {
+        matches!(self, Self::Bytes)
+    }
+
+    fn check(&self, symbols: u16) -> Result<(), String> {
+        match *self {
+            Self::Tokens { size, .. } if size <= symbols.into() => Err(format!(
+                "symbol_space has {size} tokens and symbols is {symbols}, which would list them all; lower symbols"
+            )),
+            Self::Bytes | Self::Tokens { .. } => Ok(()),
+        }
+    }
 }
 
 /// Longest wait for each phase, in seconds.
@@ -361,6 +379,7 @@ impl Manifest {
             }
             Some(_) | None => {}
         }
+        self.symbol_space.check(self.symbols)?;
         self.fusion.check(self.members.len())?;
         self.targets.check()?;
         self.screening.check()?;
@@ -376,4 +395,21 @@ impl Manifest {
 /// A value that JSON cannot carry.
 pub fn canonical_json<T: Serialize>(value: &T) -> Result<String, serde_json::Error> {
     serde_json::to_value(value).map(|value| value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_never_list_a_whole_vocabulary() {
+        let tokens = |size| SymbolSpace::Tokens {
+            tokenizer: Digest::of(b"tokenizer.json"),
+            size,
+        };
+        assert_eq!(SymbolSpace::Bytes.check(256), Ok(()));
+        assert_eq!(tokens(17).check(16), Ok(()));
+        let refused = tokens(16).check(16).unwrap_err();
+        assert!(refused.contains("symbol_space has 16 tokens"), "{refused}");
+    }
 }

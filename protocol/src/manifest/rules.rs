@@ -241,9 +241,10 @@ impl TargetForm {
 pub enum Distillation {
     /// Nothing: cross-entropy alone. What mode `adapters` does; elsewhere the baseline of plain training.
     Labels,
-    /// Divergence from records of bytes on the pivot's own token trie; unlisted bytes are one bucket at the root.
+    /// Divergence from records of bytes on the pivot's own token trie; unlisted bytes are one bucket at the root. In token
+    /// space, cross-entropy to the records over the pivot's own tokens, of which the unlisted are one.
     Trie,
-    /// As `trie`, but what is not listed is dropped: the listed bytes are the whole target. A baseline; it makes the
+    /// As `trie`, but what is not listed is dropped: the listed symbols are the whole target. A baseline; it makes the
     /// pivot too certain (arXiv 2503.16870).
     TrieListed,
     /// As `trie`, and an item whose labelled bytes the pivot predicts better than the target does, as it was before the

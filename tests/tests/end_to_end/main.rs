@@ -8,4 +8,5 @@ mod pairwise;
 mod restart;
 mod round_trip;
 mod stragglers;
+mod tokens;
 mod walkthrough;

@@ -6,7 +6,7 @@ use consilium_protocol::time::SystemClock;
 use consilium_protocol::{ConsortiumId, InstitutionId, RoundId};
 
 use super::*;
-use crate::agent::testing::{adapter, evaluation, manifest, shard};
+use crate::agent::testing::{adapter, evaluation, manifest, shard, token_shard, tokens};
 
 struct Site {
     folder: tempfile::TempDir,
@@ -99,6 +99,31 @@ fn what_the_round_asks_for_leaves_once_it_is_in_the_ledger() {
         site.release(kind, &bytes).unwrap();
         assert_eq!(site.lines(), before + 1);
     }
+}
+
+#[test]
+fn records_of_tokens_leave_through_the_same_rules_and_the_same_ledger() {
+    let manifest = tokens(manifest());
+    let bytes = token_shard(&manifest, 0).to_bytes().unwrap();
+    let mut site = site(policy());
+    let path = site.put(&bytes);
+    let good = statement(Kind::Records, &bytes);
+    site.gate
+        .release(&manifest, good.clone(), &path, &hub())
+        .unwrap();
+    assert_eq!(site.lines(), 2);
+    let text = std::fs::read_to_string(site.folder.path().join("ledger.jsonl")).unwrap();
+    assert!(text.contains(&Digest::of(&bytes).to_string()), "{text}");
+
+    let narrow = Policy {
+        max_symbols: 15,
+        ..policy()
+    };
+    let mut narrow = self::site(narrow);
+    let path = narrow.put(&bytes);
+    let refused = narrow.gate.release(&manifest, good, &path, &hub());
+    assert!(matches!(refused, Err(GateError::Policy { key, .. }) if key == "policy.max_symbols"));
+    assert_eq!(narrow.lines(), 1);
 }
 
 #[test]

@@ -1,6 +1,7 @@
-//! What `consilium-node train`, `plan`, `score` and `evaluate` do.
+//! What `consilium-node train`, `plan`, `score`, `tokens` and `evaluate` do.
 
 mod plan;
+mod tokens;
 mod train;
 mod train_file;
 
@@ -22,6 +23,7 @@ use crate::config::DeviceChoice;
 use crate::hub::ModelPlace;
 
 pub use plan::{Planned, plan};
+pub use tokens::tokens;
 pub(crate) use train::chat_format;
 pub use train::{Trained, train};
 pub use train_file::{LoraFile, NewModel, StageFile, TrainFile};

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use consilium_kernels::RecordShape;
-use consilium_protocol::manifest::Distillation;
+use consilium_kernels::loss::Tail;
+use consilium_protocol::manifest::{Distillation, SymbolSpace};
 use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::{Clock, limits};
@@ -15,8 +16,12 @@ use crate::worker::commands::chat_format;
 use crate::worker::data::{Encoder, Items, LongItems, Loss, Preparation, Source, prepare};
 use crate::worker::error::WorkError;
 use crate::worker::part::items_of;
+use crate::worker::tokens::check_tokenizer;
 use crate::worker::train::TrainError;
-use crate::worker::train::distill::{Distiller, Objective, SortedLoss, Teacher, ownership};
+use crate::worker::train::distill::{
+    AlignedLogits, Distiller, Objective, Plan, SortedLoss, Teacher, TokenTargets, ownership,
+    token_ownership,
+};
 use crate::worker::train::targets::Targets;
 
 /// What was found out about items and text, and stays so for the round.
@@ -39,6 +44,18 @@ struct Public<'a> {
     rival: Option<&'a Rival>,
     /// Bytes of the adapter.
     start: &'a [u8],
+}
+
+/// Records of the items that an inner round visits.
+enum Gathered {
+    Bytes(Targets),
+    Tokens(Targets<u32>, SymbolSpace),
+}
+
+/// What these items learn from them.
+enum Ready {
+    Bytes(Targets),
+    Tokens(TokenTargets),
 }
 
 impl Worker<'_> {
@@ -106,16 +123,13 @@ impl Worker<'_> {
             return Ok(learned(loss, plan.usable(), 0));
         }
         let visited = plan.visited()?;
-        let mut targets = self.targets(public.records, &reference, &visited)?;
+        let targets = self.targets(public.records, &reference, &visited, distiller)?;
         let owned = match public.rival {
             Some(rival) => {
                 Some(self.owned(id, rival, distiller, known, (items, &visited, &targets))?)
             }
             None => None,
         };
-        if *distillation == Distillation::TrieListed {
-            targets = targets.without_tail()?;
-        }
         let teacher = match distillation.sorted_symbols() {
             Some(symbols) => {
                 // Nothing is compared at items that the source does not own.
@@ -123,10 +137,7 @@ impl Worker<'_> {
                     Some(owned) => owned.iter().copied().collect(),
                     None => visited,
                 };
-                let source = self.take_source()?.ok_or_else(behind_a_server)?;
-                let symbols = usize::try_from(symbols).unwrap_or(usize::MAX);
-                let mut watch = self.watch(id, "items");
-                Some(distiller.align(&source, &plan, items, &wanted, symbols, &mut watch)?)
+                Some(self.teacher(id, distiller, &plan, (items, &wanted), symbols)?)
             }
             None => None,
         };
@@ -139,19 +150,39 @@ impl Worker<'_> {
                 owned: owned.as_ref(),
             })
             .collect();
-        let objective = match (SortedLoss::of(distillation), &owned) {
-            (Some(loss), _) => Objective::Sorted {
+        let is_listed = *distillation == Distillation::TrieListed;
+        let targets = match targets {
+            Gathered::Bytes(targets) if is_listed => Ready::Bytes(targets.without_tail()?),
+            Gathered::Bytes(targets) => Ready::Bytes(targets),
+            Gathered::Tokens(records, _) => Ready::Tokens(plan.token_targets(
+                distiller.student(),
+                items,
+                &records,
+                owned.as_ref(),
+            )?),
+        };
+        let objective = match (SortedLoss::of(distillation), &targets, &owned) {
+            (Some(loss), ..) => Objective::Sorted {
                 teachers: &teachers,
                 loss,
                 cross_entropy,
             },
-            (None, Some(owned)) => Objective::OwnedTrie {
-                targets: &targets,
+            (None, Ready::Tokens(targets), _) => Objective::Tokens {
+                targets,
+                tail: if is_listed {
+                    Tail::Dropped
+                } else {
+                    Tail::Ghost
+                },
+                cross_entropy,
+            },
+            (None, Ready::Bytes(targets), Some(owned)) => Objective::OwnedTrie {
+                targets,
                 owned,
                 cross_entropy,
             },
-            (None, None) => Objective::Trie {
-                targets: &targets,
+            (None, Ready::Bytes(targets), None) => Objective::Trie {
+                targets,
                 cross_entropy,
             },
         };
@@ -164,18 +195,43 @@ impl Worker<'_> {
         ))
     }
 
+    /// The largest logits of the source for the `wanted` items.
+    fn teacher(
+        &mut self,
+        id: &JobId,
+        distiller: &Distiller,
+        plan: &Plan,
+        (items, wanted): (&[Item], &[u64]),
+        symbols: u32,
+    ) -> Result<AlignedLogits, WorkError> {
+        let source = self.take_source()?.ok_or_else(behind_a_server)?;
+        let symbols = usize::try_from(symbols).unwrap_or(usize::MAX);
+        let mut watch = self.watch(id, "items");
+        distiller.align(&source, plan, items, wanted, symbols, &mut watch)
+    }
+
     fn targets(
         &self,
         records: &RecordFiles,
         reference: &ReferenceSet,
         visited: &[u64],
-    ) -> Result<Targets, WorkError> {
-        Targets::gather(reference, visited, records.shard_items, |index| {
+        distiller: &Distiller,
+    ) -> Result<Gathered, WorkError> {
+        let load = |index| {
             let digest = usize::try_from(index)
                 .ok()
-                .and_then(|index| records.shards.get(index))
+                .and_then(|index: usize| records.shards.get(index))
                 .ok_or_else(|| WorkError::Targets(format!("the job names no shard {index}")))?;
             Ok(self.spool.read_blob(digest, limits::SHARD)?)
+        };
+        let (space, size) = (records.symbol_space, records.shard_items);
+        check_tokenizer(&distiller.student().tokenizer, "the pivot", space)?;
+        Ok(match space {
+            SymbolSpace::Bytes => Gathered::Bytes(Targets::gather(reference, visited, size, load)?),
+            SymbolSpace::Tokens { .. } => {
+                let targets = Targets::gather_tokens(reference, visited, space, size, load)?;
+                Gathered::Tokens(targets, space)
+            }
         })
     }
 
@@ -186,7 +242,7 @@ impl Worker<'_> {
         rival: &Rival,
         distiller: &mut Distiller,
         known: &mut Known,
-        (items, visited, targets): (&[Item], &[u64], &Targets),
+        (items, visited, targets): (&[Item], &[u64], &Gathered),
     ) -> Result<BTreeSet<u64>, WorkError> {
         let unknown: Vec<u64> = visited
             .iter()
@@ -202,7 +258,15 @@ impl Worker<'_> {
             };
             let mut watch = self.watch(id, "items");
             let pivot = distiller.student();
-            let found = ownership(pivot, items, &unknown, targets, &shape, &mut watch)?;
+            let found = match targets {
+                Gathered::Bytes(targets) => {
+                    ownership(pivot, items, &unknown, targets, &shape, &mut watch)?
+                }
+                Gathered::Tokens(targets, space) => {
+                    let targets = (targets, *space);
+                    token_ownership(pivot, items, &unknown, targets, &shape, &mut watch)?
+                }
+            };
             known.owned.extend(found);
         }
         let is_owned = |item: &u64| known.owned.get(item) == Some(&true);

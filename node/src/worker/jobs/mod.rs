@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use consilium_kernels::RecordShape;
 use consilium_protocol::evaluation::Evaluation;
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::time::SystemClock;
 use consilium_protocol::{Clock as _, Digest, limits};
 
@@ -22,7 +23,7 @@ use crate::worker::holdout;
 use crate::worker::monitor::Monitor;
 use crate::worker::progress::Terminal;
 use crate::worker::reference::ReferenceCache;
-use crate::worker::score::score_shard;
+use crate::worker::score::{score_shard, score_token_shard};
 use crate::worker::source::LoadedModel;
 use crate::worker::train::distill::Settings;
 use distil::Running;
@@ -165,7 +166,13 @@ impl<'a> Worker<'a> {
             fill_permille: job.fill_permille.into(),
         };
         let mut watch = Watch::new(&self.spool, self.stop, id, "items");
-        let scored = score_shard(source, &reference, job.items.clone(), &shape, &mut watch)?;
+        let (items, space) = (job.items.clone(), job.symbol_space);
+        let scored = match space {
+            SymbolSpace::Bytes => score_shard(source, &reference, items, &shape, &mut watch)?,
+            SymbolSpace::Tokens { .. } => {
+                score_token_shard(source, &reference, items, space, &shape, &mut watch)?
+            }
+        };
         let artefact = self.spool.put_blob(&scored.shard.to_bytes()?)?;
         let notes = notes([
             ("bits_per_byte", scored.stats.bits_per_byte()),

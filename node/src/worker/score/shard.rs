@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use consilium_kernels::score::{ItemTokens, Missed};
 use consilium_kernels::{RecordShape, RecordView, Records};
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference::{self, ReferenceSet};
 use consilium_protocol::shard::Shard;
 use rayon::prelude::*;
@@ -75,7 +76,7 @@ pub fn score_shard(
         .map(|item| source.whole_item(&item.context, &item.target))
         .collect::<Result<Vec<_>, _>>()?;
 
-    let mut shard = ShardBuilder::new(reference.digest(), items, shape)?;
+    let mut shard = ShardBuilder::new(reference.digest(), items, SymbolSpace::Bytes, shape)?;
     let mut stats = ScoreStats::default();
     for run in source.runs(&tokenised) {
         let batch = score_batch(source, &tokenised[run.clone()], shape)?;

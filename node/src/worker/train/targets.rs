@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use consilium_kernels::{RecordView, Records, code};
+use consilium_kernels::{RecordView, Records, Symbol, code};
 use consilium_protocol::Digest;
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference::{Item, ReferenceSet};
 use consilium_protocol::shard::{Shard, Symbols};
 
@@ -12,8 +13,8 @@ use crate::worker::error::WorkError;
 
 /// Records of some items. Memory grows with these, not with the reference set.
 #[derive(Debug)]
-pub struct Targets {
-    records: Records,
+pub struct Targets<S = u8> {
+    records: Records<S>,
     places: BTreeMap<u64, Range<usize>>,
 }
 
@@ -27,33 +28,9 @@ impl Targets {
         reference: &ReferenceSet,
         wanted: &[u64],
         shard_items: u32,
-        mut load: impl FnMut(u32) -> Result<Vec<u8>, WorkError>,
+        load: impl FnMut(u32) -> Result<Vec<u8>, WorkError>,
     ) -> Result<Self, WorkError> {
-        let size = u64::from(shard_items.max(1));
-        let mut columns = Columns::default();
-        let mut places = BTreeMap::new();
-        for of_shard in wanted.chunk_by(|a, b| a / size == b / size) {
-            let Some(&first) = of_shard.first() else {
-                continue;
-            };
-            let index = u32::try_from(first / size)
-                .map_err(|_| refuse(format!("item {first} has no shard")))?;
-            let shard = Shard::parse(&load(index)?)?;
-            check(&shard, index, reference.digest(), first / size * size)?;
-            for &item in of_shard {
-                let positions = item_in(&shard, item, reference)?;
-                places.insert(item, columns.append(&shard, positions)?);
-            }
-        }
-        let Columns {
-            k,
-            symbols,
-            codes,
-            end,
-            tail,
-        } = columns;
-        let records = Records::from_columns(k.max(1), symbols, codes, end, tail)?;
-        Ok(Self { records, places })
+        gather(reference, wanted, SymbolSpace::Bytes, shard_items, load)
     }
 
     /// The same records without their tail: what is listed is then the whole target.
@@ -68,54 +45,161 @@ impl Targets {
         let records = Records::from_columns(view.k(), symbols, codes, end, tail)?;
         Ok(Self { records, ..self })
     }
+}
 
-    /// The records of one item; none if it was not wanted.
-    #[must_use]
-    pub fn of(&self, item: u64) -> Option<RecordView<'_>> {
-        let place = self.places.get(&item)?;
-        self.records.view().slice(place.clone())
+impl Targets<u32> {
+    /// As [`Targets::gather`], of shards in a token space: one position for each of an item's `tokens`.
+    ///
+    /// # Errors
+    /// As [`Targets::gather`], or a shard of another space.
+    pub fn gather_tokens(
+        reference: &ReferenceSet,
+        wanted: &[u64],
+        space: SymbolSpace,
+        shard_items: u32,
+        load: impl FnMut(u32) -> Result<Vec<u8>, WorkError>,
+    ) -> Result<Self, WorkError> {
+        gather(reference, wanted, space, shard_items, load)
     }
 }
 
+impl<S: Symbol> Targets<S> {
+    /// The records of one item; none if it was not wanted.
+    #[must_use]
+    pub fn of(&self, item: u64) -> Option<RecordView<'_, S>> {
+        let place = self.places.get(&item)?;
+        self.records.view().slice(place.clone())
+    }
+
+    /// Symbol slots of one position.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.records.k()
+    }
+}
+
+/// Symbols as a shard has them.
+trait Column: Symbol {
+    /// Those of a shard, if they are of this kind.
+    fn column(symbols: &Symbols) -> Option<&[Self]>;
+    /// Positions of an item.
+    fn positions(item: &Item) -> usize;
+}
+
+impl Column for u8 {
+    fn column(symbols: &Symbols) -> Option<&[Self]> {
+        match symbols {
+            Symbols::Bytes(bytes) => Some(bytes),
+            Symbols::Tokens(_) => None,
+        }
+    }
+
+    fn positions(item: &Item) -> usize {
+        item.positions()
+    }
+}
+
+impl Column for u32 {
+    fn column(symbols: &Symbols) -> Option<&[Self]> {
+        match symbols {
+            Symbols::Tokens(tokens) => Some(tokens),
+            Symbols::Bytes(_) => None,
+        }
+    }
+
+    fn positions(item: &Item) -> usize {
+        item.tokens.len()
+    }
+}
+
+fn gather<S: Column>(
+    reference: &ReferenceSet,
+    wanted: &[u64],
+    space: SymbolSpace,
+    shard_items: u32,
+    mut load: impl FnMut(u32) -> Result<Vec<u8>, WorkError>,
+) -> Result<Targets<S>, WorkError> {
+    let size = u64::from(shard_items.max(1));
+    let mut columns = Columns::<S>::default();
+    let mut places = BTreeMap::new();
+    for of_shard in wanted.chunk_by(|a, b| a / size == b / size) {
+        let Some(&first) = of_shard.first() else {
+            continue;
+        };
+        let index = u32::try_from(first / size)
+            .map_err(|_| refuse(format!("item {first} has no shard")))?;
+        let shard = Shard::parse(&load(index)?)?;
+        check(
+            &shard,
+            index,
+            (reference.digest(), space),
+            first / size * size,
+        )?;
+        for &item in of_shard {
+            let positions = item_in::<S>(&shard, item, reference)?;
+            places.insert(item, columns.append(&shard, positions)?);
+        }
+    }
+    let Columns {
+        k,
+        symbols,
+        codes,
+        end,
+        tail,
+    } = columns;
+    let records = Records::from_columns(k.max(1), symbols, codes, end, tail)?;
+    Ok(Targets { records, places })
+}
+
 #[derive(Default)]
-struct Columns {
+struct Columns<S> {
     k: usize,
-    symbols: Vec<u8>,
+    symbols: Vec<S>,
     codes: Vec<u8>,
     end: Vec<u8>,
     tail: Vec<u8>,
 }
 
-impl Columns {
+impl<S: Column> Columns<S> {
     fn append(&mut self, shard: &Shard, from: Range<usize>) -> Result<Range<usize>, WorkError> {
         let k = usize::from(shard.header.symbols);
         if self.k == 0 {
             self.k = k;
         }
-        let Symbols::Bytes(symbols) = &shard.symbols else {
-            return Err(refuse(
-                "records of tokens, expected records of bytes".into(),
-            ));
-        };
+        let symbols = S::column(&shard.symbols)
+            .ok_or_else(|| refuse("records of another symbol space".to_owned()))?;
         if self.k != k {
             return Err(refuse(format!("{k} slots after shards of {}", self.k)));
         }
         let slots = from.start * k..from.end * k;
-        let place = self.end.len()..self.end.len() + from.len();
+        let place = self.tail.len()..self.tail.len() + from.len();
         self.symbols.extend_from_slice(&symbols[slots.clone()]);
         self.codes.extend_from_slice(&shard.codes[slots]);
-        self.end.extend_from_slice(&shard.end[from.clone()]);
+        if S::HAS_END {
+            self.end.extend_from_slice(&shard.end[from.clone()]);
+        }
         self.tail.extend_from_slice(&shard.tail[from]);
         Ok(place)
     }
 }
 
-fn check(shard: &Shard, index: u32, reference: Digest, first: u64) -> Result<(), WorkError> {
+fn check(
+    shard: &Shard,
+    index: u32,
+    (reference, space): (Digest, SymbolSpace),
+    first: u64,
+) -> Result<(), WorkError> {
     let header = &shard.header;
     if header.reference != reference {
         let other = header.reference;
         return Err(refuse(format!(
             "shard {index} is for reference set {other}"
+        )));
+    }
+    if header.space != space {
+        let other = header.space;
+        return Err(refuse(format!(
+            "shard {index} is in {other:?}, expected {space:?}"
         )));
     }
     if header.first != first {
@@ -127,12 +211,16 @@ fn check(shard: &Shard, index: u32, reference: Digest, first: u64) -> Result<(),
     Ok(())
 }
 
-fn item_in(shard: &Shard, item: u64, reference: &ReferenceSet) -> Result<Range<usize>, WorkError> {
+fn item_in<S: Column>(
+    shard: &Shard,
+    item: u64,
+    reference: &ReferenceSet,
+) -> Result<Range<usize>, WorkError> {
     let index = |number: u64| usize::try_from(number).ok();
     let positions = index(item - shard.header.first).and_then(|index| shard.item(index));
     let expected = index(item)
         .and_then(|index| reference.items().get(index))
-        .map(Item::positions);
+        .map(S::positions);
     match (positions, expected) {
         (Some(positions), Some(expected)) if positions.len() == expected => Ok(positions),
         (got, expected) => Err(refuse(format!(
@@ -148,7 +236,6 @@ fn refuse(problem: String) -> WorkError {
 
 #[cfg(test)]
 mod tests {
-    use consilium_protocol::manifest::SymbolSpace;
     use consilium_protocol::shard::Header;
 
     use super::*;

@@ -31,6 +31,7 @@ use crate::worker::source::LoadedModel;
 use step::{Goal, Step, item_at};
 
 pub use ownership::ownership;
+pub(crate) use ownership::token_ownership;
 pub use sorted::{AlignedLogits, SortedLoss, Teacher};
 pub use tokens::TokenTargets;
 

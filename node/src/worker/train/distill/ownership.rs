@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 
 use consilium_kernels::RecordShape;
 use consilium_kernels::fusion::item_bits;
+use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::reference;
 
 use super::item_at;
 use crate::worker::error::WorkError;
 use crate::worker::monitor::Monitor;
-use crate::worker::score::score_items;
+use crate::worker::score::{evidence, score_items, score_token_items};
 use crate::worker::source::LoadedModel;
 use crate::worker::train::targets::Targets;
 
@@ -51,11 +52,41 @@ pub fn ownership(
     Ok(owned)
 }
 
+/// As [`ownership`], by records in token space.
+///
+/// # Errors
+/// As [`ownership`], or an item whose `tokens` are not those of the pivot.
+pub(crate) fn token_ownership(
+    pivot: &LoadedModel,
+    items: &[reference::Item],
+    wanted: &[u64],
+    (targets, space): (&Targets<u32>, SymbolSpace),
+    shape: &RecordShape,
+    monitor: &mut dyn Monitor,
+) -> Result<BTreeMap<u64, bool>, WorkError> {
+    let chosen = wanted
+        .iter()
+        .map(|&index| Ok((index, item_at(items, index)?)))
+        .collect::<Result<Vec<_>, WorkError>>()?;
+    let mut owned = BTreeMap::new();
+    score_token_items(pivot, &chosen, shape, monitor, |place, own| {
+        let (index, item) = chosen[place];
+        let target = targets
+            .of(index)
+            .ok_or_else(|| WorkError::Targets(format!("item {index}: none")))?;
+        let bits = evidence(item, &[target, own], &item.unlabeled, space)?.totals();
+        let is_owned = matches!(*bits, [target, own] if target.sixteenths < own.sixteenths);
+        owned.insert(index, is_owned);
+        Ok(None)
+    })?;
+    Ok(owned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::score::score_shard;
-    use crate::worker::testing::{model, reference};
+    use crate::worker::score::{bits, score_shard, score_token_shard};
+    use crate::worker::testing::{model, reference, token_reference, token_space};
 
     #[test]
     fn an_item_belongs_to_the_source_whose_record_is_better_on_labelled_bytes() {
@@ -93,5 +124,39 @@ mod tests {
         // Against itself a model owns nothing.
         let own = ownership(&pivot, items, &all, &ours, &shape, &mut ()).unwrap();
         assert!(own.values().all(|&owned| !owned));
+    }
+
+    #[test]
+    fn in_token_space_an_item_belongs_to_the_source_that_needs_fewer_bits() {
+        let shape = RecordShape {
+            k: 16,
+            fill_permille: 995,
+        };
+        let pivot = model(1);
+        let (reference, space) = (token_reference(&pivot, true), token_space(&pivot));
+        let all: Vec<u64> = (0..8).collect();
+        let records = |source: &LoadedModel| {
+            Targets::gather_tokens(&reference, &all, space, 8, |_| {
+                let scored = score_token_shard(source, &reference, 0..8, space, &shape, &mut ())?;
+                Ok(scored.shard.to_bytes()?)
+            })
+            .unwrap()
+        };
+        let (ours, theirs) = (records(&pivot), records(&model(2)));
+        let items = reference.items();
+        let owned = |targets| {
+            token_ownership(&pivot, items, &all, (targets, space), &shape, &mut ()).unwrap()
+        };
+        let found = owned(&theirs);
+        assert!(found.values().any(|&owned| owned) && found.values().any(|&owned| !owned));
+        for (index, item) in (0..)
+            .zip(items)
+            .filter(|(_, item)| item.unlabeled.is_empty())
+        {
+            let of =
+                |targets: &Targets<u32>| bits(item, targets.of(index).unwrap(), space).unwrap();
+            assert_eq!(found[&index], of(&theirs) < of(&ours), "{index}");
+        }
+        assert!(owned(&ours).values().all(|&owned| !owned));
     }
 }

@@ -1,12 +1,16 @@
 //! Distributions over the pivot's own tokens, row by row.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use consilium_kernels::loss::{Tail, Term};
-use consilium_kernels::{Records, code};
+use consilium_kernels::{RecordView, Records, code};
+use consilium_protocol::reference;
 
-use super::{Objective, Step};
+use super::{Objective, Plan, Step, item_at};
 use crate::worker::error::WorkError;
+use crate::worker::source::LoadedModel;
+use crate::worker::tokens::check_item;
+use crate::worker::train::targets::Targets;
 
 /// What some items are to learn, token by token.
 #[derive(Debug)]
@@ -70,6 +74,28 @@ impl TokenTargets {
         Ok(())
     }
 
+    /// Takes an item's record: a position for each of the pivot's `rows`, or for all but the end's, which then learns
+    /// nothing.
+    fn insert_record(
+        &mut self,
+        item: u64,
+        record: RecordView<'_, u32>,
+        rows: usize,
+    ) -> Result<(), WorkError> {
+        let taught = record.positions();
+        let end = rows.checked_sub(taught).filter(|rest| *rest <= 1);
+        let end = end.ok_or_else(|| {
+            WorkError::Targets(format!("item {item}: {taught} positions for {rows} rows"))
+        })?;
+        let slots = end * record.k();
+        let symbols = [record.symbols(), &vec![0; slots]].concat();
+        let codes = [record.codes(), &vec![code::FLOOR; slots]].concat();
+        let tail = [record.tail(), &vec![code::FLOOR; end]].concat();
+        let records = Records::from_columns(record.k(), symbols, codes, Vec::new(), tail)?;
+        self.items.insert(item, ItemTargets { records, taught });
+        Ok(())
+    }
+
     /// Rows of an item that learn something; 0 if it is not there.
     #[must_use]
     pub fn taught(&self, item: u64) -> usize {
@@ -84,6 +110,31 @@ impl TokenTargets {
             weight,
             tail,
         })
+    }
+}
+
+impl Plan {
+    /// What the items of a plan learn from records in token space: all that have a record, or those that are `owned` too.
+    ///
+    /// # Errors
+    /// An item whose `tokens` are not those of the pivot, or a record of another length.
+    pub(crate) fn token_targets(
+        &self,
+        pivot: &LoadedModel,
+        items: &[reference::Item],
+        records: &Targets<u32>,
+        owned: Option<&BTreeSet<u64>>,
+    ) -> Result<TokenTargets, WorkError> {
+        let mut targets = TokenTargets::new(records.slots());
+        for (&index, tokens) in self.indices.iter().zip(self.tokens.iter()) {
+            let is_owned = owned.is_none_or(|owned| owned.contains(&index));
+            let Some(record) = records.of(index).filter(|_| is_owned) else {
+                continue;
+            };
+            check_item(&pivot.vocab, index, item_at(items, index)?, &tokens.target)?;
+            targets.insert_record(index, record, tokens.target.len() + 1)?;
+        }
+        Ok(targets)
     }
 }
 
@@ -109,7 +160,10 @@ mod tests {
     use super::super::tests::{PART, distiller};
     use super::super::{Distiller, Plan};
     use super::*;
-    use crate::worker::testing::reference;
+    use crate::worker::score::{score_shard, score_token_shard};
+    use crate::worker::testing::{model, reference, token_reference, token_space};
+    use consilium_kernels::RecordShape;
+    use consilium_protocol::reference::ReferenceSet;
 
     /// Loss of the first batch.
     fn loss(distiller: &Distiller, plan: &Plan, objective: Objective<'_>) -> f64 {
@@ -143,7 +197,7 @@ mod tests {
         let reference = reference();
         let mut settings = distiller(3).settings().clone();
         settings.label_unlabeled = true;
-        let distiller = Distiller::new(crate::worker::testing::model(1), settings).unwrap();
+        let distiller = Distiller::new(model(1), settings).unwrap();
         let plan = distiller.plan(reference.items(), &PART, 0).unwrap();
         let plain = loss(&distiller, &plan, Objective::CrossEntropy);
         let of = |targets: &TokenTargets, cross_entropy| {
@@ -187,6 +241,88 @@ mod tests {
         }
         assert!(TokenTargets::new(0).insert(5, vec![]).is_err());
     }
+
+    fn gathered(teacher: &LoadedModel, reference: &ReferenceSet, wanted: &[u64]) -> Targets<u32> {
+        let (space, shape) = (token_space(teacher), SHAPE);
+        Targets::gather_tokens(reference, wanted, space, 8, |_| {
+            let scored = score_token_shard(teacher, reference, 0..8, space, &shape, &mut ())?;
+            Ok(scored.shard.to_bytes()?)
+        })
+        .unwrap()
+    }
+
+    const SHAPE: RecordShape = RecordShape {
+        k: 8,
+        fill_permille: 995,
+    };
+
+    #[test]
+    fn records_of_a_shared_tokenizer_are_learned_where_they_are_owned() {
+        let teacher = model(2);
+        for end in [true, false] {
+            let reference = token_reference(&teacher, end);
+            let items = reference.items();
+            let mut distiller = distiller(12);
+            let plan = distiller.plan(items, &PART, 0).unwrap();
+            let records = gathered(&teacher, &reference, &PART_IN_ORDER);
+            let of = |owned: Option<&BTreeSet<u64>>| {
+                plan.token_targets(&distiller.student, items, &records, owned)
+                    .unwrap()
+            };
+            let all = of(None);
+            let rows = |index: u64| items[usize::try_from(index).unwrap()].tokens.len();
+            assert!(PART.iter().all(|&index| all.taught(index) == rows(index)));
+            let some = of(Some(&BTreeSet::from([5, 3])));
+            assert_eq!(
+                (some.taught(5), some.taught(3), some.taught(1)),
+                (rows(5), 0, 0)
+            );
+            let objective = Objective::Tokens {
+                targets: &all,
+                tail: Tail::Ghost,
+                cross_entropy: 0.1,
+            };
+            let first = distiller.run(&plan, items, objective, &mut ()).unwrap();
+            let plan = distiller.plan(items, &PART, 1).unwrap();
+            let second = distiller.run(&plan, items, objective, &mut ()).unwrap();
+            assert!(second < first, "{first} to {second}");
+        }
+    }
+
+    #[test]
+    fn records_of_other_tokens_or_of_bytes_are_refused() {
+        let teacher = model(2);
+        let (plain, reference) = (reference(), token_reference(&teacher, true));
+        let items = reference.items();
+        let distiller = distiller(1);
+        let plan = distiller.plan(items, &PART, 0).unwrap();
+        let records = gathered(&teacher, &reference, &PART_IN_ORDER);
+        let other = plan.token_targets(&distiller.student, plain.items(), &records, None);
+        assert!(other.unwrap_err().to_string().contains("has none"));
+        let space = token_space(&teacher);
+        let of_bytes = Targets::gather_tokens(&reference, &PART_IN_ORDER, space, 8, |_| {
+            let scored = score_shard(&teacher, &reference, 0..8, &SHAPE, &mut ())?;
+            Ok(scored.shard.to_bytes()?)
+        });
+        assert!(
+            of_bytes
+                .unwrap_err()
+                .to_string()
+                .contains("expected Tokens")
+        );
+        let of_tokens = Targets::gather(&reference, &PART_IN_ORDER, 8, |_| {
+            let scored = score_token_shard(&teacher, &reference, 0..8, space, &SHAPE, &mut ())?;
+            Ok(scored.shard.to_bytes()?)
+        });
+        assert!(
+            of_tokens
+                .unwrap_err()
+                .to_string()
+                .contains("expected Bytes")
+        );
+    }
+
+    const PART_IN_ORDER: [u64; 6] = [0, 1, 2, 4, 5, 7];
 
     #[test]
     fn the_loss_falls() {
