@@ -16,7 +16,7 @@ use consilium_node::spool::{
     DistilJob, EvaluateJob, Job, JobId, Lesson, Outcome, RecordFiles, Rival, ScoreJob, Spool,
 };
 use consilium_node::worker::model::ModelConfig;
-use consilium_node::worker::tokenizer::train_bpe;
+use consilium_node::worker::tokenizer::{Tokenizer, train_bpe};
 use consilium_node::worker::tokens::tokens_of;
 use consilium_node::worker::{Folders, LoadedModel, Worker};
 use consilium_protocol::evaluation::Evaluation;
@@ -539,6 +539,12 @@ fn token_space(folder: &Path, spool: &Spool) -> (SymbolSpace, Digest) {
     (space, spool.put_blob(set.as_bytes()).unwrap())
 }
 
+fn save_random(folder: &Path, tokenizer: Arc<Tokenizer>) {
+    let config = ModelConfig::llama(tokenizer.size(), 64, 1, 2, 48);
+    let model = LoadedModel::random(tokenizer, config, 5).unwrap();
+    model.save(folder).unwrap();
+}
+
 #[test]
 fn jobs_in_token_space_are_done_with_the_rounds_tokenizer_and_refused_with_another() {
     let never = || false;
@@ -554,6 +560,12 @@ fn jobs_in_token_space_are_done_with_the_rounds_tokenizer_and_refused_with_anoth
     };
     let source = folders.source.as_ref().unwrap().folder().to_owned();
     let pivot = folders.pivot.folder().to_owned();
+    save_random(
+        &source,
+        train_bpe(lines().iter().map(String::as_str), 270)
+            .unwrap()
+            .into(),
+    );
     let (space, reference) = token_space(&pivot, &spool);
     let scored = |reference, space| match score(reference, 0, 8) {
         Job::Score(job) => [0, 1].map(|shard| {
@@ -612,11 +624,7 @@ fn jobs_in_token_space_are_done_with_the_rounds_tokenizer_and_refused_with_anoth
         ..folders
     };
     let tokenizer = Arc::clone(&LoadedModel::load(&pivot).unwrap().tokenizer);
-    let config = ModelConfig::llama(tokenizer.size(), 64, 1, 2, 48);
-    let model = LoadedModel::random(tokenizer, config, 5).unwrap();
-    model
-        .save(shared.source.as_ref().unwrap().folder())
-        .unwrap();
+    save_random(shared.source.as_ref().unwrap().folder(), tokenizer);
     let mut worker = Worker::new(shared, &never).unwrap();
     let shards = scored(reference, space).map(|job| {
         let id = spool.submit(&job).unwrap();
