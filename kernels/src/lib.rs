@@ -8,6 +8,7 @@
 
 pub mod adapters;
 pub mod backend;
+pub mod bytes;
 pub mod code;
 mod cpu;
 #[cfg(feature = "cuda")]
