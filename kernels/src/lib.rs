@@ -6,8 +6,10 @@
 //! number of threads. Unsafe code is in [`matmul`], [`adapters::product`], the SIMD passes and the
 //! choice of an instruction set.
 
+pub mod adamw;
 pub mod adapters;
 pub mod backend;
+pub mod bytes;
 pub mod code;
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -16,6 +18,7 @@ pub mod element;
 pub mod error;
 pub mod fusion;
 pub mod head;
+pub mod layers;
 pub mod listed;
 pub mod loss;
 #[cfg(feature = "mapped")]

@@ -2,7 +2,10 @@
 
 /// Defines a function whose body is compiled three times on x86-64: for AVX-512, for AVX2, and for
 /// the baseline. The results are the same: bodies keep the order of their floating-point sums, and
-/// Rust contracts no products.
+/// Rust contracts no products. A body may ask for a contraction by `mul_add`, which is one instruction
+/// in both of the first and a slow call of a library, with the same result, in the baseline.
+///
+/// What a body calls must be `#[inline(always)]`: only code inlined here is compiled so.
 macro_rules! multiversion {
     (
         $(#[$meta:meta])*
@@ -14,11 +17,11 @@ macro_rules! multiversion {
             fn body$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512cd,bmi1,bmi2,lzcnt,popcnt")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,bmi1,bmi2,lzcnt,popcnt")]
                 fn avx512$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? {
                     body($($arg),*)
                 }
-                #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+                #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
                 fn avx2$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? {
                     body($($arg),*)
                 }
@@ -53,7 +56,8 @@ pub(crate) enum Level {
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn level() -> Level {
     static FOUND: std::sync::LazyLock<Level> = std::sync::LazyLock::new(|| {
-        let bits = is_x86_feature_detected!("bmi1")
+        let common = is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi1")
             && is_x86_feature_detected!("bmi2")
             && is_x86_feature_detected!("lzcnt")
             && is_x86_feature_detected!("popcnt");
@@ -62,9 +66,9 @@ pub(crate) fn level() -> Level {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512cd");
-        if bits && avx512 {
+        if common && avx512 {
             Level::Avx512
-        } else if bits && is_x86_feature_detected!("avx2") {
+        } else if common && is_x86_feature_detected!("avx2") {
             Level::Avx2
         } else {
             Level::Baseline

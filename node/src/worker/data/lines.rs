@@ -1,9 +1,12 @@
 //! Lines of a file of any size, with bounded memory.
 
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, Read as _};
 
 /// Longest line, in bytes. A longer one is a mistake (a file without line ends, say) and is not kept in memory.
 pub(super) const LONGEST: usize = 16 << 20;
+
+/// Bytes that are read at a time, and that a line may take beyond the longest one before it is dropped.
+const PIECE: u64 = 64 << 10;
 
 /// What the reader found.
 #[derive(Debug, PartialEq, Eq)]
@@ -21,25 +24,20 @@ pub(super) fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Re
     line.clear();
     let mut bytes = 0_u64;
     loop {
-        let chunk = match reader.fill_buf() {
-            Ok(chunk) => chunk,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        if chunk.is_empty() && bytes == 0 {
+        if bytes > LONGEST as u64 {
+            line.clear();
+        }
+        let read = (&mut *reader).take(PIECE).read_until(b'\n', line)?;
+        let ended = line.last() == Some(&b'\n');
+        if ended {
+            line.pop();
+        }
+        if read == 0 && bytes == 0 {
             return Ok(Line::End);
         }
-        let end = chunk.iter().position(|&byte| byte == b'\n');
-        let text = chunk.get(..end.unwrap_or(chunk.len())).unwrap_or_default();
-        if line.len() + text.len() <= LONGEST {
-            line.extend_from_slice(text);
-        }
-        bytes += text.len() as u64;
-        let ended = end.is_some() || chunk.is_empty();
-        let used = text.len() + usize::from(end.is_some());
         // A newline alone is a line of no bytes, and not the end.
-        reader.consume(used);
-        if !ended {
+        bytes += read as u64 - u64::from(ended);
+        if !ended && read > 0 {
             continue;
         }
         if bytes > LONGEST as u64 {
@@ -56,7 +54,7 @@ pub(super) fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Re
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufReader, Read as _};
+    use std::io::BufReader;
 
     use super::*;
 

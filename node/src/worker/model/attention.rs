@@ -1,13 +1,12 @@
 //! Attention block: `x + O attention(rope(Q, K), V)` of the normalised input.
 
+use consilium_kernels::layers::{Heads, attention, head_norm, norm};
+use consilium_kernels::matmul::Write;
+
 use super::block::{Block, Context};
 use super::config::ModelConfig;
-use super::ops::attention::{self, Heads};
-use super::ops::head_norm;
-use super::ops::linear::{Projection, Weights};
-use super::ops::norm;
+use super::linear::{Projection, Weights};
 use super::parameters::Plan;
-use consilium_kernels::matmul::Write;
 
 /// Shape and places of the parameters.
 #[derive(Debug)]

@@ -1,15 +1,17 @@
 //! A residual block of the decoder as one node of candle's graph.
+//!
+//! What it is made of are `consilium_kernels::layers` and the projections: candle's own backward allocates and adds once
+//! per edge of the graph, computes gradients of frozen weights, and drops the gradient of its fused operations without a
+//! word.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, bail};
+use consilium_kernels::layers::{RopeTable, Scratch, Segment};
 
 use super::frozen::Base;
-use super::ops::attention::Segment;
-use super::ops::linear::{Factors, Place, Weights};
-use super::ops::rope::RopeTable;
-use super::ops::scratch::Scratch;
+use super::linear::{Factors, Place, Weights};
 use super::parameters::{Bank, Values, floats, with_floats};
 
 /// What all blocks of one pass share.

@@ -5,20 +5,18 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use candle_core::{Device, Tensor};
 use consilium_kernels::Vocab;
 use consilium_kernels::head::{self, Weights};
+use consilium_kernels::layers::{RopeTable, Scratch, Segment, rows};
 
 use super::attention::AttentionBlock;
 use super::block::{Banks, Context, apply};
 use super::config::ModelConfig;
 use super::feed_forward::FeedForwardBlock;
 use super::frozen::{BaseMatrix, BaseStorage};
-use super::head::{Gather, normalise, permute};
+use super::head::{Gather, normalise};
 use super::lora::{BlockFactors, Lora};
-use super::ops::attention::Segment;
-use super::ops::rope::RopeTable;
-use super::ops::scratch::Scratch;
 use super::parameters::{Bank, Plan, Slot, Values, with_floats};
 use super::pass::Pass;
-use super::{ModelError, NamedTensors, Placement};
+use super::{ModelError, NamedTensors, Placement, rope};
 
 /// A decoder with its weights and, after [`attach_lora`](Model::attach_lora), its adapters.
 #[derive(Debug)]
@@ -133,14 +131,14 @@ impl Model {
                 let plan = single("lm_head.weight", &table);
                 let mut head = plan.build(|slot, out| {
                     fill(slot, out)?;
-                    permute(out, &id_of_rank, config.hidden_size);
+                    rows::permute(out, &id_of_rank, config.hidden_size);
                     Ok::<_, ModelError>(())
                 })?;
                 head.store(tables, None)?;
                 Head::Own(head)
             }
         };
-        let rope = RopeTable::new(&config.rope, config.head_dim, 128.min(config.max_positions));
+        let rope = rope::table(&config.rope, config.head_dim, 128.min(config.max_positions));
         let mut model = Self {
             config,
             id_of_rank: id_of_rank.into(),
@@ -484,7 +482,7 @@ impl Model {
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {
             let positions = positions.next_power_of_two();
-            *table = Arc::new(RopeTable::new(
+            *table = Arc::new(rope::table(
                 &self.config.rope,
                 self.config.head_dim,
                 positions,
@@ -575,9 +573,9 @@ fn ordered(embedding: &Bank, id_of_rank: &[u32], width: usize) -> Result<Values,
     Ok(Values::Floats(Tensor::from_vec(values, len, &Device::Cpu)?))
 }
 
-fn permuted(rows: &[f32], order: &[u32], width: usize) -> Vec<f32> {
-    let mut out = vec![0f32; rows.len()];
-    super::head::gather(rows, order, width, &mut out);
+fn permuted(table: &[f32], order: &[u32], width: usize) -> Vec<f32> {
+    let mut out = vec![0f32; table.len()];
+    rows::gather(table, order, width, &mut out);
     out
 }
 

@@ -1,11 +1,12 @@
 //! Feed-forward block: `x + D swiglu(G, U)` of the normalised input.
 
+use consilium_kernels::layers::{norm, swiglu};
+use consilium_kernels::matmul::Write;
+
 use super::block::{Block, Context};
 use super::config::ModelConfig;
-use super::ops::linear::{Projection, Weights};
-use super::ops::{norm, swiglu};
+use super::linear::{Projection, Weights};
 use super::parameters::Plan;
-use consilium_kernels::matmul::Write;
 
 /// Shape and places of the parameters.
 #[derive(Debug)]

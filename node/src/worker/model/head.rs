@@ -3,9 +3,9 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor, bail};
+use consilium_kernels::layers::rows::{gather, scatter};
+use consilium_kernels::layers::{Scratch, norm};
 
-use super::ops::norm;
-use super::ops::scratch::Scratch;
 use super::parameters::{floats, with_floats};
 
 /// Chosen rows of the residual stream after the final norm.
@@ -26,9 +26,7 @@ pub(crate) fn normalise(
 ) -> Normed {
     let width = weight.len();
     let mut chosen = scratch.take(rows.len() * width);
-    for (chosen, &row) in chosen.chunks_exact_mut(width).zip(rows) {
-        chosen.copy_from_slice(&x[row as usize * width..][..width]);
-    }
+    gather(x, rows, width, &mut chosen);
     let mut values = scratch.take(chosen.len());
     let mut inverse = scratch.take(rows.len());
     norm::forward(&chosen, weight, eps, &mut values, &mut inverse);
@@ -112,11 +110,7 @@ impl CustomOp3 for HeadLoss {
             );
         })?;
         let mut dx = vec![0f32; x.elem_count()];
-        for (dchosen, &row) in dchosen.chunks_exact(width).zip(&self.rows) {
-            for (dx, d) in dx[row as usize * width..][..width].iter_mut().zip(dchosen) {
-                *dx += d;
-            }
-        }
+        scatter(&dchosen, &self.rows, width, &mut dx);
         for buffer in [
             dnormed,
             dchosen,
@@ -172,62 +166,8 @@ impl CustomOp1 for Gather {
         }
         let mut gradient = vec![0f32; table.elem_count()];
         with_floats(dout, |dout| {
-            for (row, &id) in dout.chunks_exact(self.width).zip(self.ids.iter()) {
-                for (sum, d) in gradient[id as usize * self.width..][..self.width]
-                    .iter_mut()
-                    .zip(row)
-                {
-                    *sum += d;
-                }
-            }
+            scatter(dout, &self.ids, self.width, &mut gradient);
         })?;
         Tensor::from_vec(gradient, table.shape(), table.device()).map(Some)
-    }
-}
-
-/// Copies rows `ids` of `table` to `out`. Ids must be below the number of rows.
-pub(crate) fn gather(table: &[f32], ids: &[u32], width: usize, out: &mut [f32]) {
-    for (out, &id) in out.chunks_exact_mut(width).zip(ids) {
-        out.copy_from_slice(&table[id as usize * width..][..width]);
-    }
-}
-
-/// Moves row `order[r]` to place `r`, for a permutation, with no second table: each cycle of it is walked once.
-pub(crate) fn permute(rows: &mut [f32], order: &[u32], width: usize) {
-    let mut first = vec![0f32; width];
-    let mut is_placed = vec![false; order.len()];
-    for start in 0..order.len() {
-        if is_placed[start] {
-            continue;
-        }
-        first.copy_from_slice(&rows[start * width..][..width]);
-        let mut at = start;
-        loop {
-            is_placed[at] = true;
-            let from = order[at] as usize;
-            if from == start {
-                rows[at * width..][..width].copy_from_slice(&first);
-                break;
-            }
-            rows.copy_within(from * width..(from + 1) * width, at * width);
-            at = from;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_moved_in_place_are_those_that_a_copy_gathers() {
-        let width = 3;
-        let order = [4, 1, 0, 5, 2, 3, 6];
-        let rows: Vec<f32> = (0..21u8).map(f32::from).collect();
-        let mut want = vec![0.0; rows.len()];
-        gather(&rows, &order, width, &mut want);
-        let mut got = rows;
-        permute(&mut got, &order, width);
-        assert_eq!(got, want);
     }
 }

@@ -7,14 +7,15 @@
 
 use std::sync::Arc;
 
+use consilium_kernels::bytes;
 use consilium_kernels::matmul::{View, ViewMut, Write, ab};
 use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
 
 use super::adapter_config::{AdapterConfig, module_names};
 use super::block::Adapted;
+use super::linear::{Low, Place, Projection};
 use super::load::unit;
-use super::ops::linear::{Low, Place, Projection};
 use super::parameters::{Bank, Plan, Slot};
 use super::tensors::{NamedTensor, NamedTensors};
 use super::{Head, Model, ModelError};
@@ -208,12 +209,10 @@ impl Model {
                     got: tensor.shape.clone(),
                     expected: shape.to_vec(),
                 },
-                Some(tensor) if tensor.values.iter().any(|value| !value.is_finite()) => {
-                    ModelError::NotFinite {
-                        origin: origin(),
-                        name: name.to_owned(),
-                    }
-                }
+                Some(tensor) if !bytes::are_finite(&tensor.values) => ModelError::NotFinite {
+                    origin: origin(),
+                    name: name.to_owned(),
+                },
                 Some(_) => return,
             };
             first_error.get_or_insert(error);

@@ -15,19 +15,22 @@ mod error;
 mod feed_forward;
 mod frozen;
 mod head;
+mod linear;
 mod load;
 mod lora;
-mod ops;
 mod parameters;
 mod pass;
 #[cfg(test)]
 mod reference;
+mod rope;
 mod save;
 mod scoring;
 pub mod tensors;
 #[cfg(test)]
 mod tests;
 mod weights;
+
+pub use consilium_kernels::layers::Segment;
 
 pub use adapter_config::{AdapterConfig, Targets};
 pub use adapter_folder::{load_adapter, save_adapter};
@@ -38,7 +41,6 @@ pub use error::ModelError;
 pub use frozen::{BaseStorage, OffloadFile};
 pub use load::{OpenFolder, load_folder, load_folder_as, open_folder, random, random_as};
 pub use lora::LoraConfig;
-pub use ops::attention::Segment;
 pub use pass::{Gradients, Pass};
 pub use save::save_folder;
 pub use scoring::{BranchToken, KeyValues, ScoringPass};
@@ -46,6 +48,5 @@ pub use tensors::{NamedTensor, NamedTensors};
 
 pub(crate) use decoder::Head;
 pub(crate) use device::LOGITS as DEVICE_LOGITS;
-pub(crate) use ops::simd::wide;
 pub(crate) use parameters::{Slot, edit, is_plain, with_floats};
 pub(crate) use pass::FurtherLoss;

@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
 use consilium_kernels::head::Head;
+use consilium_kernels::layers::rows;
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
@@ -197,13 +198,7 @@ impl Gradients {
                 *sum = (&*sum + term)?;
                 continue;
             }
-            with_floats(term, |term| {
-                super::edit(sum, |sum| {
-                    for (sum, term) in sum.iter_mut().zip(term) {
-                        *sum += term;
-                    }
-                })
-            })??;
+            with_floats(term, |term| super::edit(sum, |sum| rows::add(term, sum)))??;
         }
         Ok(())
     }

@@ -8,7 +8,6 @@ use consilium_kernels::loss::{ItemLoss, Term};
 use consilium_kernels::{TokenKind, Vocab};
 
 use super::lora::Lora;
-use super::ops::rope::RopeTable;
 use super::*;
 use crate::worker::train::TrainError;
 
@@ -53,7 +52,7 @@ fn norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 
 fn rope(x: &Tensor, config: &ModelConfig, positions: usize) -> Tensor {
     let (dim, half) = (config.head_dim, config.rope.rotated(config.head_dim) / 2);
-    let table = RopeTable::new(&config.rope, dim, positions);
+    let table = rope::table(&config.rope, dim, positions);
     let table = table.angles(positions);
     let unit = |pair: usize| {
         (0..dim)

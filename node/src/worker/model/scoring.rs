@@ -5,6 +5,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use consilium_kernels::Vocab;
 use consilium_kernels::head::Head;
+use consilium_kernels::layers::rows::gather;
+use consilium_kernels::layers::{Branch, Segment, attention};
 use consilium_kernels::matmul::{View, ViewMut, Write, abt};
 
 use super::ModelError;
@@ -13,8 +15,7 @@ use super::decoder::{Layer, Model, Packed};
 use super::device::DeviceKeyValues;
 use super::feed_forward::FeedForwardBlock;
 use super::frozen::BaseMatrix;
-use super::head::{gather, normalise};
-use super::ops::attention::{self, Branch, Segment};
+use super::head::normalise;
 use super::parameters::Values;
 
 /// Hidden states of a batch and what branches of it need.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
+use consilium_kernels::bytes;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 
 use super::ModelError;
@@ -71,13 +72,7 @@ impl View for F32<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(
-            self.0
-                .values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-        )
+        Cow::Owned(bytes::encode(&self.0.values))
     }
 
     fn data_len(&self) -> usize {
@@ -108,25 +103,13 @@ pub(crate) fn copy_as_f32(
     origin: &str,
     name: &str,
     dtype: Dtype,
-    bytes: &[u8],
+    stored: &[u8],
     out: &mut [f32],
 ) -> Result<(), ModelError> {
-    match dtype {
-        Dtype::F32 => {
-            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *out = f32::from_le_bytes(*bytes);
-            }
-        }
-        Dtype::BF16 => {
-            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = half::bf16::from_le_bytes(*bytes).to_f32();
-            }
-        }
-        Dtype::F16 => {
-            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = half::f16::from_le_bytes(*bytes).to_f32();
-            }
-        }
+    let dtype = match dtype {
+        Dtype::F32 => consilium_kernels::Dtype::F32,
+        Dtype::BF16 => consilium_kernels::Dtype::Bf16,
+        Dtype::F16 => consilium_kernels::Dtype::F16,
         other => {
             return Err(ModelError::WrongType {
                 origin: origin.to_owned(),
@@ -134,6 +117,7 @@ pub(crate) fn copy_as_f32(
                 dtype: format!("{other:?}"),
             });
         }
-    }
+    };
+    bytes::decode(dtype, stored, out);
     Ok(())
 }

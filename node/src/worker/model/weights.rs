@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
+use consilium_kernels::bytes;
 use consilium_kernels::mapped::MappedFile;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
@@ -158,12 +159,12 @@ impl WeightFiles {
         let mut start = entry.bytes.start;
         for out in out.chunks_mut(CHUNK) {
             let range = start..start + out.len() * size;
-            let bytes = &file.bytes()[range.clone()];
-            tensors::copy_as_f32(&origin, &slot.name, entry.dtype, bytes, out)?;
+            let stored = &file.bytes()[range.clone()];
+            tensors::copy_as_f32(&origin, &slot.name, entry.dtype, stored, out)?;
             start = range.end;
             file.forget(range);
         }
-        if out.iter().all(|value| value.is_finite()) {
+        if bytes::are_finite(out) {
             return Ok(());
         }
         Err(ModelError::NotFinite {

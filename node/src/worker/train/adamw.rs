@@ -1,10 +1,11 @@
 //! AdamW (Loshchilov and Hutter 2019), in place, with clipping by the global norm. What it keeps lies where the weights lie.
 
 use candle_core::{DType, Tensor};
+use consilium_kernels::adamw::{Factors, sum_of_squares, update};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use crate::worker::model::{Gradients, Model, ModelError, edit, is_plain, wide, with_floats};
+use crate::worker::model::{Gradients, Model, ModelError, edit, is_plain, with_floats};
 
 /// Constants of the optimiser.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -144,17 +145,6 @@ impl AdamW {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Factors {
-    clip: f32,
-    beta1: f32,
-    beta2: f32,
-    rate: f32,
-    unbias: f32,
-    eps: f32,
-    keep: f32,
-}
-
 fn step_on_host(
     factors: Factors,
     weights: &Tensor,
@@ -201,20 +191,7 @@ fn step_on_device(
     weights.slice_set(&changed, 0, 0)
 }
 
-/// Gradients and means below count as zero: where tokens do not occur, both decay into numbers whose
-/// arithmetic takes a hundred times as long, while the root of the mean square is beside an `eps` of 1e-8.
-const SMALLEST: f32 = 1e-17;
-
-/// The same for mean squares.
-const SMALLEST_SQUARE: f32 = 1e-35;
-
-/// `value`, or zero where it is closer to that than `floor`.
-#[inline(always)]
-fn from(value: f32, floor: f32) -> f32 {
-    if value.abs() < floor { 0.0 } else { value }
-}
-
-/// Norm over all gradients: sums of 16 values in f32, the rest in f64, always in the same order.
+/// Norm over all gradients.
 fn gradient_norm(gradients: &Gradients) -> Result<f64, TrainError> {
     let mut sum = 0f64;
     let mut elsewhere = Vec::new();
@@ -239,41 +216,6 @@ fn sum_of_scalars(scalars: Vec<candle_core::Result<Tensor>>) -> candle_core::Res
         .collect::<candle_core::Result<Vec<_>>>()?;
     let values = Tensor::stack(&scalars, 0)?.to_vec1::<f32>()?;
     Ok(values.into_iter().map(f64::from).sum())
-}
-
-wide! {
-    fn sum_of_squares<'a>(values: &'a [f32]) -> f64 {
-        let mut total = 0f64;
-        for chunk in values.chunks(1024) {
-            let mut sums = [0f32; 16];
-            let (lanes, rest) = chunk.as_chunks::<16>();
-            for lane in lanes {
-                for (sum, value) in sums.iter_mut().zip(lane) {
-                    *sum = value.mul_add(*value, *sum);
-                }
-            }
-            let rest: f32 = rest.iter().map(|value| value * value).sum();
-            total += f64::from(sums.iter().sum::<f32>() + rest);
-        }
-        total
-    }
-
-    fn update<'a>(
-        factors: Factors,
-        weights: &'a mut [f32],
-        gradient: &'a [f32],
-        mean: &'a mut [f32],
-        square: &'a mut [f32],
-    ) -> () {
-        let values = weights.iter_mut().zip(gradient).zip(mean).zip(square);
-        for (((weight, &gradient), mean), square) in values {
-            let g = from(gradient * factors.clip, SMALLEST);
-            *mean = factors.beta1 * from(*mean, SMALLEST) + (1.0 - factors.beta1) * g;
-            *square = factors.beta2 * from(*square, SMALLEST_SQUARE) + (1.0 - factors.beta2) * g * g;
-            let root = square.sqrt() * factors.unbias + factors.eps;
-            *weight = *weight * factors.keep - factors.rate * *mean / root;
-        }
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::io::{self, BufWriter, Read as _, Write};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use consilium_kernels::{Dtype, bytes};
 use consilium_protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -179,8 +180,7 @@ const PARTS: [&str; 3] = ["weight", "mean", "square"];
 
 fn write_floats(file: &mut impl Write, values: &[f32]) -> io::Result<()> {
     for chunk in values.chunks(CHUNK) {
-        let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
-        file.write_all(&bytes)?;
+        file.write_all(&bytes::encode(chunk))?;
     }
     Ok(())
 }
@@ -326,18 +326,16 @@ impl Opened {
 
     /// Reads one part of a bank's tensors, whose shapes were checked, to their places.
     fn read(&self, part: &str, slots: &[Slot], values: &mut [f32]) -> io::Result<()> {
-        let mut bytes = vec![0; CHUNK * size_of::<f32>()];
+        let mut buffer = vec![0; CHUNK * size_of::<f32>()];
         for slot in slots {
             let entry = self.tensors.get(&format!("{part}/{}", slot.name));
             let mut at = self.data + entry.map_or(0, |entry| entry.data_offsets.0);
             let values = values.get_mut(slot.range()).ok_or_else(other_model)?;
             for chunk in values.chunks_mut(CHUNK) {
-                let bytes = &mut bytes[..size_of_val(chunk)];
-                self.file.read_exact_at(bytes, at)?;
-                at += bytes.len() as u64;
-                for (value, bytes) in chunk.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *value = f32::from_le_bytes(*bytes);
-                }
+                let stored = &mut buffer[..size_of_val(chunk)];
+                self.file.read_exact_at(stored, at)?;
+                at += stored.len() as u64;
+                bytes::decode(Dtype::F32, stored, chunk);
             }
         }
         Ok(())

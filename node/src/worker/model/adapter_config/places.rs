@@ -4,7 +4,7 @@ use fancy_regex::Regex;
 
 use super::{AdapterConfig, Refusal, Targets};
 use crate::worker::model::config::{Family, ModelConfig, Modules};
-use crate::worker::model::ops::linear::Low;
+use crate::worker::model::linear::Low;
 
 /// Longest regular expression that is read, in bytes.
 const LONGEST_PATTERN: usize = 1 << 12;

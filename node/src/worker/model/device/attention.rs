@@ -6,8 +6,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
-
-use crate::worker::model::ops::attention::{Heads, Segment};
+use consilium_kernels::layers::{Heads, Segment};
 
 /// Scores that one group may have at a time, unless a single item has more.
 const SCORES: usize = 1 << 28;

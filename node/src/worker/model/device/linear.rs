@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::worker::model::ModelError;
 use crate::worker::model::block::Banks;
-use crate::worker::model::ops::linear::{Place, Projection};
+use crate::worker::model::linear::{Place, Projection};
 use crate::worker::model::parameters::Bank;
 
 use super::Placement;

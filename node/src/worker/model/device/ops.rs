@@ -3,9 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::ops::sigmoid;
 use candle_nn::rotary_emb::rope_thd;
-
-use crate::worker::model::ops::attention::Segment;
-use crate::worker::model::ops::rope::RopeTable;
+use consilium_kernels::layers::{RopeTable, Segment};
 
 /// `x / rms(x) * weight` over the last dimension.
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {

@@ -1,6 +1,7 @@
 //! Forward and backward passes of a training step.
 
 use candle_core::{DType, Device, Tensor};
+use consilium_kernels::layers::Heads;
 use consilium_kernels::loss::ItemLoss;
 use consilium_kernels::{LossError, Vocab};
 
@@ -12,7 +13,6 @@ use super::linear::{BankGradient, BlockTensors};
 use super::ops::{Angles, positions, rms_norm, rms_norm_backward};
 use crate::worker::model::block::Banks;
 use crate::worker::model::decoder::Layer;
-use crate::worker::model::ops::attention::Heads;
 use crate::worker::model::parameters::{Bank, Values, with_floats};
 use crate::worker::model::pass::Gradients;
 use crate::worker::model::{FurtherLoss, Head, Model, ModelError, Packed};

@@ -2,12 +2,12 @@
 
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::softmax_last_dim;
+use consilium_kernels::layers::{Branch, Heads};
 
 use super::Placement;
 use super::linear::BlockTensors;
 use super::ops::{Angles, rms_norm};
 use super::pass::ids;
-use crate::worker::model::ops::attention::{Branch, Heads};
 use crate::worker::model::parameters::with_floats;
 use crate::worker::model::{Model, ModelError, Packed};
 

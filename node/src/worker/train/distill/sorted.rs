@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use consilium_kernels::head::GraphItem;
 use consilium_kernels::loss::Term;
-use consilium_kernels::{Records, code};
+use consilium_kernels::{Records, bytes, code};
 use consilium_protocol::manifest::Distillation;
 use consilium_protocol::reference;
 use rayon::prelude::*;
@@ -118,7 +118,7 @@ impl AlignedLogits {
         if k == 0 || !logits.len().is_multiple_of(k) {
             return Err(refuse("logits are not K a position"));
         }
-        if logits.iter().any(|logit| !logit.is_finite()) {
+        if !bytes::are_finite(&logits) {
             return Err(refuse("a logit is not finite"));
         }
         let listed: Vec<u32> = (0..).take(k).collect();

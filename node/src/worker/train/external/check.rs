@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
-use half::{bf16, f16};
+use consilium_kernels::bytes;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::Value;
 
@@ -269,15 +269,13 @@ fn check_values(path: &Path, metadata: &Metadata, start: u64) -> Result<(), Exte
     Ok(())
 }
 
-fn all_finite(dtype: Dtype, bytes: &[u8]) -> bool {
-    let pairs = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
-    match dtype {
-        Dtype::F16 => pairs().all(|pair| f16::from_le_bytes(pair).is_finite()),
-        Dtype::BF16 => pairs().all(|pair| bf16::from_le_bytes(pair).is_finite()),
-        _ => bytes
-            .chunks_exact(4)
-            .all(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]).is_finite()),
-    }
+fn all_finite(dtype: Dtype, stored: &[u8]) -> bool {
+    let dtype = match dtype {
+        Dtype::F16 => consilium_kernels::Dtype::F16,
+        Dtype::BF16 => consilium_kernels::Dtype::Bf16,
+        _ => consilium_kernels::Dtype::F32,
+    };
+    bytes::hold_finite(dtype, stored)
 }
 
 fn json(path: &Path) -> Result<Value, ExternalError> {

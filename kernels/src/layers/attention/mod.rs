@@ -1,4 +1,4 @@
-//! Causal attention of grouped queries over packed items, rotary embedding included.
+//! Causal attention of grouped queries (Ainslie et al. 2023) over packed items, rotary embedding included.
 //!
 //! Rows of `qkv` hold all query heads, then key heads, then value heads. Items see only themselves, and of themselves
 //! only the last `window` positions (Beltagy et al. 2020, section 3.1) where a layer has one.
@@ -10,18 +10,22 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::lanes::{LANES, dot};
 use super::rope::{Angles, RopeTable};
-use super::simd::{LANES, dot, wide};
+use crate::cpu::multiversion::multiversion;
 use rows::{gather, gather_rotated, mix, reset, scores, softmax_of, transpose, whole};
 
 /// Head counts of an attention layer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) queries: usize,
-    pub(crate) keys: usize,
-    pub(crate) dim: usize,
+pub struct Heads {
+    /// Heads of queries, a multiple of those of keys.
+    pub queries: usize,
+    /// Heads of keys, and of values.
+    pub keys: usize,
+    /// Values of a head.
+    pub dim: usize,
     /// Positions that each sees, its own included; `usize::MAX` for all earlier ones.
-    pub(crate) window: usize,
+    pub window: usize,
 }
 
 /// Rows of one item in a packed batch; positions restart at its first row.
@@ -35,21 +39,23 @@ pub struct Segment {
 
 /// A token that continues an item's canonical prefix without being seen by it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Branch {
+pub struct Branch {
     /// Segment whose prefix it continues.
-    pub(crate) segment: Segment,
+    pub segment: Segment,
     /// Rows of the segment that it sees.
-    pub(crate) prefix: usize,
+    pub prefix: usize,
 }
 
 impl Heads {
     /// Values in a row of `qkv`.
-    pub(crate) fn row(self) -> usize {
+    #[must_use]
+    pub fn row(self) -> usize {
         (self.queries + 2 * self.keys) * self.dim
     }
 
     /// Values in a row of the output.
-    pub(crate) fn out(self) -> usize {
+    #[must_use]
+    pub fn out(self) -> usize {
         self.queries * self.dim
     }
 
@@ -58,7 +64,8 @@ impl Heads {
     }
 
     /// Factor of all scores.
-    pub(crate) fn scale(self) -> f32 {
+    #[must_use]
+    pub fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 
@@ -67,19 +74,14 @@ impl Heads {
     }
 
     /// Keys that position `i` sees.
-    pub(crate) fn seen(self, i: usize) -> Range<usize> {
+    #[must_use]
+    pub fn seen(self, i: usize) -> Range<usize> {
         (i + 1).saturating_sub(self.window)..i + 1
     }
 }
 
 /// `out[row] = softmax(q k^T / sqrt(dim)) v`, per head and segment. Segments tile the rows in order.
-pub(crate) fn forward(
-    heads: Heads,
-    segments: &[Segment],
-    rope: &RopeTable,
-    qkv: &[f32],
-    out: &mut [f32],
-) {
+pub fn forward(heads: Heads, segments: &[Segment], rope: &RopeTable, qkv: &[f32], out: &mut [f32]) {
     let tasks = split(segments, out, heads.out());
     let run = |buffers: &mut Buffers, (segment, out): (Segment, &mut [f32])| {
         let qkv = &qkv[segment.start * heads.row()..][..segment.len * heads.row()];
@@ -89,7 +91,7 @@ pub(crate) fn forward(
 }
 
 /// Gradient of [`forward`] with respect to `qkv`.
-pub(crate) fn backward(
+pub fn backward(
     heads: Heads,
     segments: &[Segment],
     rope: &RopeTable,
@@ -108,7 +110,7 @@ pub(crate) fn backward(
 
 /// Attention of branch rows over the cached rows of their prefix and over themselves. Branches of one
 /// segment must stand together; they are turned by the angles of that segment's length.
-pub(crate) fn branches(
+pub fn branches(
     heads: Heads,
     branches: &[Branch],
     rope: &RopeTable,
@@ -184,14 +186,14 @@ fn each<T: Send>(tasks: Vec<T>, run: impl Fn(&mut Buffers, T) + Sync + Send) {
     }
 }
 
-wide! {
-    fn forward_segment<'a>(
+multiversion! {
+    fn forward_segment(
         heads: Heads,
-        rope: &'a Angles,
-        qkv: &'a [f32],
-        out: &'a mut [f32],
-        buffers: &'a mut Buffers,
-    ) -> () {
+        rope: &Angles,
+        qkv: &[f32],
+        out: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
         let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
         let len = qkv.len() / width;
         let stride = len.next_multiple_of(LANES);
@@ -230,15 +232,17 @@ wide! {
             }
         }
     }
+}
 
-    fn backward_segment<'a>(
+multiversion! {
+    fn backward_segment(
         heads: Heads,
-        rope: &'a Angles,
-        qkv: &'a [f32],
-        dout_rows: &'a [f32],
-        dqkv: &'a mut [f32],
-        buffers: &'a mut Buffers,
-    ) -> () {
+        rope: &Angles,
+        qkv: &[f32],
+        dout_rows: &[f32],
+        dqkv: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
         let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
         let len = qkv.len() / width;
         let stride = len.next_multiple_of(LANES);
@@ -312,16 +316,18 @@ wide! {
             }
         }
     }
+}
 
-    fn branch_segment<'a>(
+multiversion! {
+    fn branch_segment(
         heads: Heads,
-        branches: &'a [Branch],
-        rope: &'a Angles,
-        cache: &'a [f32],
-        qkv: &'a [f32],
-        out: &'a mut [f32],
-        buffers: &'a mut Buffers,
-    ) -> () {
+        branches: &[Branch],
+        rope: &Angles,
+        cache: &[f32],
+        qkv: &[f32],
+        out: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
         let (dim, padded, width) = (heads.dim, heads.padded(), heads.row());
         let len = cache.len() / width;
         let stride = len.next_multiple_of(LANES);

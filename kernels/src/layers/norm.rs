@@ -1,16 +1,26 @@
 //! RMSNorm: `y = w * x / sqrt(mean(x^2) + eps)` (Zhang and Sennrich 2019).
 
-use super::simd::{dot, dot3, wide};
+use super::lanes::{dot, dot3};
+use crate::cpu::multiversion::multiversion;
 
-/// Normalises each row of `x`; `inverse` receives `1 / sqrt(mean(x^2) + eps)` of each row.
-pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], inverse: &mut [f32]) {
-    forward_rows(x, weight, eps, y, inverse);
+multiversion! {
+    /// Normalises each row of `x`, as long as `weight`; `inverse` receives `1 / sqrt(mean(x^2) + eps)` of each row.
+    pub fn forward(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], inverse: &mut [f32]) {
+        let d = weight.len();
+        for ((x, y), inverse) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inverse) {
+            let r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
+            *inverse = r;
+            for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                *y = x * r * w;
+            }
+        }
+    }
 }
 
 /// Adds the gradient with respect to `x` to `dx`, and with respect to the weight to `dweight`.
 ///
 /// `dx = r (w dy) - x r^3 mean(x w dy)`, `dw = sum over rows of dy x r`.
-pub(crate) fn backward(
+pub fn backward(
     x: &[f32],
     weight: &[f32],
     inverse: &[f32],
@@ -24,31 +34,8 @@ pub(crate) fn backward(
     }
 }
 
-wide! {
-    fn forward_rows<'a>(
-        x: &'a [f32],
-        weight: &'a [f32],
-        eps: f32,
-        y: &'a mut [f32],
-        inverse: &'a mut [f32],
-    ) -> () {
-        let d = weight.len();
-        for ((x, y), inverse) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inverse) {
-            let r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
-            *inverse = r;
-            for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * r * w;
-            }
-        }
-    }
-
-    fn backward_rows<'a>(
-        x: &'a [f32],
-        weight: &'a [f32],
-        inverse: &'a [f32],
-        dy: &'a [f32],
-        dx: &'a mut [f32],
-    ) -> () {
+multiversion! {
+    fn backward_rows(x: &[f32], weight: &[f32], inverse: &[f32], dy: &[f32], dx: &mut [f32]) {
         let d = weight.len();
         let rows = x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d));
         for (((x, dy), dx), &r) in rows.zip(inverse) {
@@ -58,13 +45,10 @@ wide! {
             }
         }
     }
+}
 
-    fn backward_weight<'a>(
-        x: &'a [f32],
-        inverse: &'a [f32],
-        dy: &'a [f32],
-        dweight: &'a mut [f32],
-    ) -> () {
+multiversion! {
+    fn backward_weight(x: &[f32], inverse: &[f32], dy: &[f32], dweight: &mut [f32]) {
         let d = dweight.len();
         for ((x, dy), &r) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(inverse) {
             for ((dw, &x), &dy) in dweight.iter_mut().zip(x).zip(dy) {

@@ -1,36 +1,15 @@
-//! Dispatch to the widest vectors of the machine, and the few primitives that loops share.
+//! The few primitives that loops over lanes share.
+//!
+//! They are inlined into the bodies of `multiversion!`: only what is inlined there is compiled for wide vectors.
 
 /// Lanes that an accumulator keeps: one AVX-512 register, two AVX2 registers.
-pub(crate) const LANES: usize = 16;
-
-/// Defines functions whose bodies are compiled for the vectors of this machine and picked at run time.
-/// What they call must be `#[inline(always)]`: only code inlined here is compiled so.
-macro_rules! wide {
-    ($($(#[$meta:meta])* $vis:vis fn $name:ident<$life:lifetime>(
-        $($arg:ident: $type:ty),* $(,)?
-    ) -> $out:ty $body:block)+) => {$(
-        $(#[$meta])*
-        $vis fn $name<$life>($($arg: $type),*) -> $out {
-            struct Body<$life> { $($arg: $type),* }
-            impl<$life> pulp::WithSimd for Body<$life> {
-                type Output = $out;
-                #[inline(always)]
-                fn with_simd<S: pulp::Simd>(self, _simd: S) -> $out {
-                    let Self { $($arg),* } = self;
-                    $body
-                }
-            }
-            pulp::Arch::new().dispatch(Body { $($arg),* })
-        }
-    )+};
-}
-pub(crate) use wide;
+pub(super) const LANES: usize = 16;
 
 /// `e^x` to about 1e-7 relative, clamped to the finite range, in a form that vectorises.
 ///
 /// Argument reduction and polynomial of Cephes `expf`.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer in the low bits.
     let x = x.clamp(-87.0, 88.0);
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
@@ -49,7 +28,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 /// `a . b` in sixteen running sums.
 #[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
     let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let rest = a_chunks
@@ -68,7 +47,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// `sum of a_i b_i c_i`
 #[inline(always)]
-pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+pub(super) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
     let whole = a.len() / LANES * LANES;
     for start in (0..whole).step_by(LANES) {

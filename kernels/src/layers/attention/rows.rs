@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use crate::worker::model::ops::rope::Angles;
-use crate::worker::model::ops::simd::{LANES, exp};
+use crate::layers::lanes::{LANES, exp};
+use crate::layers::rope::Angles;
 
-/// Copies one head of every row, padded; rotated where a table is given.
+/// Copies one head of every row, padded.
 #[inline(always)]
 pub(super) fn gather(
     rows: &[f32],
@@ -22,6 +22,7 @@ pub(super) fn gather(
     }
 }
 
+/// The same, scaled and rotated to its row's position.
 #[inline(always)]
 pub(super) fn gather_rotated(
     (rows, stride, first): (&[f32], usize, usize),

@@ -5,12 +5,10 @@
     reason = "computed in f64, kept in f32"
 )]
 
-use crate::worker::model::config::{Rope, RopeScaling};
-
 /// Cosines and sines of every position up to a length. Where frequencies depend on a text's length, `long` has those
 /// of texts longer than `limit`.
 #[derive(Debug)]
-pub(crate) struct RopeTable {
+pub struct RopeTable {
     short: Angles,
     long: Option<Angles>,
     limit: usize,
@@ -18,54 +16,38 @@ pub(crate) struct RopeTable {
 
 /// Cosines and sines of every position, for texts of one kind.
 #[derive(Debug)]
-pub(crate) struct Angles {
+pub struct Angles {
     half: usize,
     cosines: Vec<f32>,
     sines: Vec<f32>,
 }
 
 impl RopeTable {
-    /// Angles of positions `0..positions` for heads of `head_dim` values.
-    pub(crate) fn new(rope: &Rope, head_dim: usize, positions: usize) -> Self {
-        let rotated = rope.rotated(head_dim);
-        let frequency = |pair: usize| rope.theta.powf(-2.0 * pair as f64 / rotated as f64);
-        let plain = (0..rotated / 2).map(frequency);
-        let angles = |frequencies: Vec<f64>, factor| Angles::new(&frequencies, factor, positions);
-        let divided = |divisors: &[f64]| {
-            let pairs = plain.clone().zip(divisors);
-            pairs
-                .map(|(frequency, divisor)| frequency / divisor)
-                .collect()
-        };
-        match &rope.scaling {
-            Some(RopeScaling::Long {
-                short,
-                long,
-                original,
-                attention,
-            }) => Self {
-                short: angles(divided(short), *attention),
-                long: (positions > *original).then(|| angles(divided(long), *attention)),
-                limit: *original,
-            },
-            scaling => {
-                let frequencies = plain.map(|frequency| scaled(frequency, scaling.as_ref()));
-                Self {
-                    short: angles(frequencies.collect(), 1.0),
-                    long: None,
-                    limit: usize::MAX,
-                }
-            }
+    /// One table for texts of any length.
+    #[must_use]
+    pub fn new(angles: Angles) -> Self {
+        Self {
+            short: angles,
+            long: None,
+            limit: usize::MAX,
         }
     }
 
+    /// A table that has other angles for texts longer than `limit`; `long` may be left out where no text is.
+    #[must_use]
+    pub fn by_length(short: Angles, long: Option<Angles>, limit: usize) -> Self {
+        Self { short, long, limit }
+    }
+
     /// Positions covered.
-    pub(crate) fn positions(&self) -> usize {
+    #[must_use]
+    pub fn positions(&self) -> usize {
         self.short.cosines.len() / self.short.half
     }
 
     /// Angles in a text of `len` tokens.
-    pub(crate) fn angles(&self, len: usize) -> &Angles {
+    #[must_use]
+    pub fn angles(&self, len: usize) -> &Angles {
         match &self.long {
             Some(long) if len > self.limit => long,
             _ => &self.short,
@@ -74,7 +56,9 @@ impl RopeTable {
 }
 
 impl Angles {
-    fn new(frequencies: &[f64], factor: f64, positions: usize) -> Self {
+    /// `factor cos(p f)` and `factor sin(p f)` of every position `p` and frequency `f`, one for each pair of turned values.
+    #[must_use]
+    pub fn new(frequencies: &[f64], factor: f64, positions: usize) -> Self {
         let mut cosines = Vec::with_capacity(positions * frequencies.len());
         let mut sines = Vec::with_capacity(positions * frequencies.len());
         for position in 0..positions {
@@ -93,20 +77,21 @@ impl Angles {
     }
 
     /// Cosines and sines of a position, one for each pair of turned values.
-    pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
+    #[must_use]
+    pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let pairs = position * self.half..(position + 1) * self.half;
         (&self.cosines[pairs.clone()], &self.sines[pairs])
     }
 
     /// `out = scale * R(position) head`; values past the turned ones are only scaled.
     #[inline(always)]
-    pub(crate) fn rotate(&self, head: &[f32], position: usize, scale: f32, out: &mut [f32]) {
+    pub fn rotate(&self, head: &[f32], position: usize, scale: f32, out: &mut [f32]) {
         self.turn(head, position, scale, 1.0, out);
     }
 
     /// `out = scale * R(position)^T head`: the gradient of [`rotate`](Self::rotate).
     #[inline(always)]
-    pub(crate) fn rotate_back(&self, head: &[f32], position: usize, scale: f32, out: &mut [f32]) {
+    pub(super) fn rotate_back(&self, head: &[f32], position: usize, scale: f32, out: &mut [f32]) {
         self.turn(head, position, scale, -1.0, out);
     }
 
@@ -127,29 +112,6 @@ impl Angles {
         }
         for (out, &value) in out_rest.iter_mut().zip(rest) {
             *out = value * scale;
-        }
-    }
-}
-
-fn scaled(frequency: f64, scaling: Option<&RopeScaling>) -> f64 {
-    match scaling {
-        None | Some(RopeScaling::Long { .. }) => frequency,
-        Some(RopeScaling::Linear { factor }) => frequency / factor,
-        Some(RopeScaling::Llama3 {
-            factor,
-            low,
-            high,
-            original,
-        }) => {
-            let wavelength = std::f64::consts::TAU / frequency;
-            if wavelength < original / high {
-                frequency
-            } else if wavelength > original / low {
-                frequency / factor
-            } else {
-                let smooth = (original / wavelength - low) / (high - low);
-                (1.0 - smooth) * frequency / factor + smooth * frequency
-            }
         }
     }
 }

@@ -1,10 +1,11 @@
 //! SwiGLU: `a = silu(g) * u` (Shazeer 2020), gate and up side by side in one row.
 
-use super::simd::{LANES, exp, wide};
+use super::lanes::{LANES, exp};
+use crate::cpu::multiversion::multiversion;
 
-wide! {
+multiversion! {
     /// `gate_up` has rows of `2 width`, `out` rows of `width`.
-    pub(crate) fn forward<'a>(gate_up: &'a [f32], width: usize, out: &'a mut [f32]) -> () {
+    pub fn forward(gate_up: &[f32], width: usize, out: &mut [f32]) {
         for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
             let (gate, up) = row.split_at(width);
             for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
@@ -12,20 +13,20 @@ wide! {
             }
         }
     }
+}
 
+multiversion! {
     /// Turns `gate_up` into its gradient, and `dout`, the gradient of the output, into the output.
-    pub(crate) fn backward<'a>(
-        gate_up: &'a mut [f32],
-        width: usize,
-        dout: &'a mut [f32],
-    ) -> () {
+    ///
+    /// With `s = sigmoid(g)`: `dg = da u (s + g s (1 - s))` and `du = da g s`.
+    pub fn backward(gate_up: &mut [f32], width: usize, dout: &mut [f32]) {
         for (row, dout) in gate_up.chunks_exact_mut(2 * width).zip(dout.chunks_exact_mut(width)) {
             let (gate, up) = row.split_at_mut(width);
             let (gates, gate_rest) = gate.as_chunks_mut::<LANES>();
             let (ups, up_rest) = up.as_chunks_mut::<LANES>();
             let (douts, dout_rest) = dout.as_chunks_mut::<LANES>();
             for ((dout, gate), up) in douts.iter_mut().zip(gates).zip(ups) {
-                // Whole registers are loaded before any is stored: the three streams are not known apart.
+                // Whole registers are loaded before any is stored: gate and up are not known apart.
                 let (d, g, u) = (*dout, *gate, *up);
                 for lane in 0..LANES {
                     (dout[lane], gate[lane], up[lane]) = gradient(d[lane], g[lane], u[lane]);

@@ -3,13 +3,11 @@
 //! Layers that read the same input (q, k, v; gate, up) are one [`Projection`]: their weights lie one
 //! after another in the block's parameters, so one product serves all of them.
 
+use consilium_kernels::layers::{Scratch, bias};
 use consilium_kernels::matmul::{View, ViewMut, Write, ab, abt, atb};
-
 use rayon::prelude::*;
 
-use super::scratch::Scratch;
-use super::simd::wide;
-use crate::worker::model::frozen::Base;
+use super::frozen::Base;
 
 /// Weights that are decoded or adapted at a time: half a megabyte, which a core's cache holds.
 const PANEL: usize = 1 << 17;
@@ -86,8 +84,8 @@ impl Projection {
         if let Some(lora) = weights.lora.filter(|_| !self.merges(rows)) {
             self.add_low_rank(lora, scratch, x, y);
         }
-        if let Some(bias) = self.bias {
-            add_bias(weights.base.vector(bias, width), y);
+        if let Some(at) = self.bias {
+            bias::add(weights.base.vector(at, width), y);
         }
     }
 
@@ -148,8 +146,8 @@ impl Projection {
             x,
             1.0,
         );
-        if let Some(bias) = self.bias {
-            sum_rows(dy, &mut gradient[bias..][..width]);
+        if let Some(at) = self.bias {
+            bias::gradient(dy, &mut gradient[at..][..width]);
         }
     }
 
@@ -337,23 +335,4 @@ struct Layer<'a> {
     b_at: usize,
     a: View<'a>,
     b: View<'a>,
-}
-
-wide! {
-    fn add_bias<'a>(bias: &'a [f32], y: &'a mut [f32]) -> () {
-        for row in y.chunks_exact_mut(bias.len()) {
-            for (y, b) in row.iter_mut().zip(bias) {
-                *y += b;
-            }
-        }
-    }
-
-    fn sum_rows<'a>(rows: &'a [f32], sum: &'a mut [f32]) -> () {
-        sum.fill(0.0);
-        for row in rows.chunks_exact(sum.len()) {
-            for (sum, value) in sum.iter_mut().zip(row) {
-                *sum += value;
-            }
-        }
-    }
 }

@@ -1,19 +1,18 @@
 //! RMSNorm of each head's queries and keys (Qwen 3; Henry et al. 2020 normalise them likewise).
 
-use super::attention::Heads;
 use super::norm;
-use super::scratch::Scratch;
+use super::{Heads, Scratch};
 
 /// Queries and keys as they were before the norm, all queries first, and the inverse root of each head's mean square.
 #[derive(Debug)]
-pub(crate) struct Raw {
+pub struct Raw {
     values: Vec<f32>,
     inverse: Vec<f32>,
 }
 
 impl Raw {
     /// Gives the buffers back.
-    pub(crate) fn release(self, scratch: &Scratch) {
+    pub fn release(self, scratch: &Scratch) {
         scratch.give(self.values);
         scratch.give(self.inverse);
     }
@@ -25,13 +24,7 @@ fn parts(heads: Heads) -> [(usize, usize); 2] {
 }
 
 /// Normalises the queries and keys in rows of `qkv`; `weights` holds the weight of queries, then that of keys.
-pub(crate) fn forward(
-    heads: Heads,
-    weights: &[f32],
-    eps: f32,
-    scratch: &Scratch,
-    qkv: &mut [f32],
-) -> Raw {
+pub fn forward(heads: Heads, weights: &[f32], eps: f32, scratch: &Scratch, qkv: &mut [f32]) -> Raw {
     let normed_heads = qkv.len() / heads.row() * (heads.queries + heads.keys);
     let mut values = scratch.take(normed_heads * heads.dim);
     let mut inverse = scratch.take(normed_heads);
@@ -55,7 +48,7 @@ pub(crate) fn forward(
 
 /// Turns the gradient with respect to normalised queries and keys in `dqkv` into that with respect to raw ones, and
 /// adds those of the weights to `dweights`.
-pub(crate) fn backward(
+pub fn backward(
     heads: Heads,
     weights: &[f32],
     raw: &Raw,
