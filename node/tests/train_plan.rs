@@ -119,7 +119,7 @@ fn the_estimate_of_memory_is_the_peak_of_the_run_however_the_model_is_held() {
     write_large(folder);
 
     // Activations are most of the memory of the long rows, the weights are of the short ones.
-    let long = ["--rows", "6", "--row-tokens", "256"];
+    let long = ["--rows", "8", "--row-tokens", "256"];
     let short = ["--rows", "2", "--row-tokens", "32"];
     let runs: [(&str, &str, &[&str], &[&str]); 7] = [
         ("model", "kept", &long, &[]),
@@ -136,8 +136,7 @@ fn the_estimate_of_memory_is_the_peak_of_the_run_however_the_model_is_held() {
     };
     let [kept, again, plain, held @ ..] = at_once(runs, run);
     let (kept, again) = (kept.0, again.0);
-    // Both have the process itself in them, whose code is larger where it is not optimised.
-    assert!(again < 0.8 * kept, "{again} for {kept}");
+    assert!(again < 0.75 * kept, "{again} for {kept}");
     // A file changes the order of sums alone.
     let bounds = [(0.8, 0.01), (0.7, 0.01), (0.65, 0.03), (0.75, 1e-5)];
     for ((run, (share, tolerance)), (peak, loss)) in runs[3..].iter().zip(bounds).zip(held) {
