@@ -86,7 +86,7 @@ fn a_source_of_another_tokenizer_takes_no_part_and_the_round_goes_on() {
         .open_round(&[
             &consortium.token_space,
             "fusion.rule=min_ce",
-            "deadlines.contribute_seconds=30",
+            "deadlines.contribute_seconds=15",
             "training.inner_rounds=1",
         ])
         .unwrap();
