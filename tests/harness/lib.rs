@@ -281,10 +281,10 @@ pub fn binaries() -> Result<PathBuf> {
         .nth(2)
         .context("a test runs from target/<profile>/deps")?;
     let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // With a test beside them the programs are those that `cargo test` has built, and not ones without the features that
-    // tests ask of what they depend on.
+    // With tests beside them, one of a package that has dev-dependencies of its own, these are the programs that `cargo test`
+    // has built. Without, what they depend on would have other features, and much would be built twice.
     build.args(["build", "--quiet", "--workspace", "--bins"]);
-    build.args(["--test", "end_to_end"]);
+    build.args(["--test", "end_to_end", "--test", "vectors"]);
     if folder.ends_with("release") {
         build.arg("--release");
     }
