@@ -9,6 +9,7 @@ cd "$(dirname "$0")/../.."
 CONSILIUM_INTEROP_PYTHON=$(tests/interop/python.sh)
 export CONSILIUM_INTEROP_PYTHON
 cargo test --locked --workspace --test parity -- --include-ignored --nocapture
+mkdir -p target/interop
 "$CONSILIUM_INTEROP_PYTHON" tests/interop/make_chat.py target/interop/chat.json
 cmp target/interop/chat.json node/tests/fixtures/chat.json
 echo "the fixture of chat templates is what this transformers renders"
