@@ -11,7 +11,7 @@ $python tests/interop/read_tensorboard.py --golden
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 $python tests/interop/make_parquet.py "$work/data"
-rm "$work"/data/bad_rows.parquet "$work"/data/numbers.parquet
+rm "$work"/data/{bad_rows,numbers,nested_numbers,no_roles}.parquet
 cat > "$work/train.toml" <<'END'
 output = "model"
 rows = 4
