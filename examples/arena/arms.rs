@@ -3,13 +3,13 @@
 use anyhow::Result;
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::train::distill::SortedLoss;
-use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
+use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm, TargetTail};
 
 use crate::bench::{Bench, DENSE};
 use crate::exchange::{Lesson, Merging, exchanged};
 use crate::private::pmixed;
 use crate::recipes::{
-    ARITHMETIC, PLAIN, SYMBOLS, WIDE, dual, fused, local, named_rule, permuted, private, records,
+    ARITHMETIC, SYMBOLS, USUAL, dual, fused, ghost, local, named_rule, permuted, private, records,
     sorted,
 };
 use crate::tokens::{fusellm, xtoken};
@@ -23,6 +23,8 @@ pub(crate) enum Role {
     Baseline,
     /// A method.
     Method,
+    /// This project's pipeline with another rule of fusion or another form of targets.
+    Variant,
     /// A method that trains the pivot itself on private text, which adapters can give away: a track of its own.
     Private,
     /// This project's default.
@@ -67,13 +69,13 @@ pub(crate) static ARMS: &[Arm] = &[
     method("mean", "uniform mean", "FedMD, arXiv 1910.03581", |bench| {
         fused(bench, FusionRule::Uniform)
     }),
-    method(
+    variant(
         "min_ce",
         "minCE",
         "FuseLLM, arXiv 2401.10491, on bytes",
         |bench| fused(bench, FusionRule::MinCe),
     ),
-    method(
+    variant(
         "softmax",
         "softmax routing",
         "FuseLLM's AvgCE, arXiv 2401.10491, sharper",
@@ -86,80 +88,77 @@ pub(crate) static ARMS: &[Arm] = &[
         Role::Ours,
         |bench| fused(bench, FusionRule::default()),
     ),
-    method("causal", "causal routing", "this project", |bench| {
+    variant("causal", "causal routing", "this project", |bench| {
         named_rule(bench, "causal")
     }),
-    method(
+    variant(
         "confidence",
         "softmax x confidence",
         "after arXiv 2501.02795, version 1",
         |bench| named_rule(bench, "confidence"),
     ),
-    method(
+    variant(
         "log_average",
         "log-average",
         "logarithmic opinion pool",
         |bench| named_rule(bench, "log_average"),
     ),
-    method(
+    variant(
         "median",
         "median",
         "arXiv 1803.01498, competent sources",
         |bench| named_rule(bench, "median"),
     ),
-    method(
+    variant(
         "trimmed",
         "trimmed mean",
         "arXiv 1803.01498, competent sources",
         |bench| named_rule(bench, "trimmed_mean"),
     ),
-    method(
+    variant(
         "exp_guard",
         "ExpGuard",
         "arXiv 2402.12265, competent sources",
         |bench| named_rule(bench, "exp_guard"),
     ),
-    method(
+    variant(
         "dual",
         "dual minCE",
         "FedMKT, arXiv 2406.02224, on bytes",
         dual,
     ),
-    method("dense", "default, 64 symbols", "this project", |bench| {
-        records(bench, (FusionRule::default(), PLAIN), DENSE)
+    variant("dense", "default, 64 symbols", "this project", |bench| {
+        records(bench, (FusionRule::default(), USUAL), DENSE)
     }),
-    method(
+    variant(
         "top8",
-        "default, 8 symbols and tail",
-        "this project",
-        |bench| records(bench, (FusionRule::default(), PLAIN), 8),
+        "default, 8 symbols",
+        "this project; tail to labels, arXiv 2503.16870",
+        |bench| records(bench, (FusionRule::default(), USUAL), 8),
     ),
-    method(
-        "wide",
-        "8 symbols, targets of 32",
-        "this project; targets list what any source does",
-        |bench| records(bench, (FusionRule::default(), WIDE), 8),
+    variant(
+        "ghost8",
+        "default, 8 symbols, ghost tail",
+        "ghost token, arXiv 2503.16870",
+        |bench| records(bench, (FusionRule::default(), ghost(8)), 8),
     ),
-    method(
-        "top2",
-        "default, 2 symbols and tail",
-        "this project",
-        |bench| records(bench, (FusionRule::default(), PLAIN), 2),
-    ),
-    method(
+    variant("top2", "default, 2 symbols", "this project", |bench| {
+        records(bench, (FusionRule::default(), USUAL), 2)
+    }),
+    variant(
         "no_tail",
         "default, 2 symbols, no tail",
         "renormalised top-k",
         |bench| {
             let form = TargetForm {
-                drop_tail: true,
-                ..PLAIN
+                tail: TargetTail::Dropped,
+                ..ghost(2)
             };
             records(bench, (FusionRule::default(), form), 2)
         },
     ),
-    method("drawn", "default, 50 draws", "arXiv 2503.16870", |bench| {
-        let form = TargetForm { draws: 50, ..PLAIN };
+    variant("drawn", "default, 50 draws", "arXiv 2503.16870", |bench| {
+        let form = TargetForm { draws: 50, ..USUAL };
         records(bench, (FusionRule::default(), form), SYMBOLS)
     }),
     method(
@@ -338,6 +337,15 @@ const fn method(
     make: fn(&Bench) -> Result<LoadedModel>,
 ) -> Arm {
     arm(id, label, origin, Role::Method, make)
+}
+
+const fn variant(
+    id: &'static str,
+    label: &'static str,
+    origin: &'static str,
+    make: fn(&Bench) -> Result<LoadedModel>,
+) -> Arm {
+    arm(id, label, origin, Role::Variant, make)
 }
 
 const fn second(

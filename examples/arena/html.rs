@@ -83,7 +83,7 @@ fn class(role: Role) -> &'static str {
         Role::Ours => "ours",
         Role::Bound => "bound",
         Role::Control => "control",
-        Role::Source | Role::Baseline | Role::Method | Role::Private => "",
+        Role::Source | Role::Baseline | Role::Method | Role::Variant | Role::Private => "",
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) fn check(outcome: &Outcome) -> Vec<Line> {
             recovered,
         ),
         ("permuted records: facts at most .15", control),
-        ("8 symbols and tail: within 1 % of 64", narrow),
+        ("8 symbols: within 1 % of 64", narrow),
         ("50 draws: within 1 % of 64 symbols", drawn),
         ("uniform mean: worse than routing", mean),
         ("FedAvg of adapters: shown", fedavg),
@@ -65,6 +65,7 @@ pub(crate) fn check(outcome: &Outcome) -> Vec<Line> {
         })
         .chain([
             first(rows),
+            unbeaten(rows),
             bounded(attacks),
             harmless(attacks),
             guarded(attacks),
@@ -304,37 +305,56 @@ fn defended(cells: &[AdapterAttack]) -> [Line; 2] {
     ]
 }
 
-/// Whether the default is first among all arms that no bound and no control is, by mean bits and by mean facts. The figures say how
-/// much the best other arm is better, and how much two arms on the same seeds differ by the chance of training: the standard error
-/// of the mean difference, the median of all arms'.
+/// Less is better.
+const SCORES: [(&str, Score); 2] = [
+    ("bits", |seed, arm| seed.bits(arm)),
+    ("facts", |seed, arm| Some(1.0 - seed.facts(arm)?)),
+];
+
+/// Whether the default is first among all arms of other methods, by mean bits and by mean facts.
 fn first(rows: &[Row]) -> Line {
     let seeds = seeds(rows);
     let complete = !seeds.is_empty() && seeds.iter().all(|seed| seed.row(OURS).is_some());
-    // Less is better.
-    let scores: [(&str, Score); 2] = [
-        ("bits", |seed, arm| seed.bits(arm)),
-        ("facts", |seed, arm| Some(1.0 - seed.facts(arm)?)),
-    ];
-    let (mut is_first, mut found) = (true, Vec::new());
-    for (name, score) in scores {
-        let rivals = rivals(&seeds, score);
-        let Some(best) = rivals.iter().max_by(|a, b| a.gain.total_cmp(&b.gain)) else {
-            continue;
-        };
-        let mut errors: Vec<f64> = rivals.iter().map(|rival| rival.error).collect();
-        errors.sort_by(f64::total_cmp);
-        let error = errors.get(errors.len() / 2).copied().unwrap_or(0.0);
-        is_first &= best.gain <= 0.0;
-        found.push(format!(
-            "{name}: {} better by {:.4}, standard error {error:.4}",
-            best.label, best.gain
-        ));
+    let roles = [Role::Baseline, Role::Method, Role::Source];
+    let best = SCORES.map(|(name, score)| {
+        let best = rivals(&seeds, &roles, score).into_iter();
+        Some((name, best.max_by(|a, b| a.gain.total_cmp(&b.gain))?))
+    });
+    let best: Vec<(&str, Rival)> = best.into_iter().flatten().collect();
+    let of = |(name, rival): &(&str, Rival)| {
+        format!("{name}: {} behind by {:.3}", rival.label, -rival.gain)
+    };
+    Line {
+        promise: "ours: first on bits and on facts of all methods that train sources alone on private text".to_owned(),
+        holds: (complete && !best.is_empty()).then(|| best.iter().all(|(_, rival)| rival.gain < 0.0)),
+        found: best.iter().map(of).collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// Standard errors by which the best of some fifteen forms is better only one time in twenty if all are alike (Dunnett, one-sided).
+const BEYOND_CHANCE: f64 = 3.0;
+
+/// Whether no other rule or form of the default is better beyond chance. Arms of one seed differ by the chance of training even where
+/// their targets hardly do, so the error is that of the mean difference, pooled over all forms.
+fn unbeaten(rows: &[Row]) -> Line {
+    let seeds = seeds(rows);
+    let complete = seeds.len() > 1 && seeds.iter().all(|seed| seed.row(OURS).is_some());
+    let (mut holds, mut found) = (true, Vec::new());
+    for (name, score) in SCORES {
+        let rivals = rivals(&seeds, &[Role::Variant], score);
+        let variances = rivals.iter().map(|rival| rival.variance);
+        let error = (variances.sum::<f64>() / (rivals.len() * seeds.len()).max(1) as f64).sqrt();
+        if let Some(best) = rivals.iter().max_by(|a, b| a.gain.total_cmp(&b.gain)) {
+            holds &= best.gain <= BEYOND_CHANCE * error;
+            let (label, gain) = (best.label, best.gain);
+            found.push(format!(
+                "{name}: {label} {gain:+.4}, standard error {error:.4}"
+            ));
+        }
     }
     Line {
-        promise:
-            "ours: first on bits and on facts where private text trains sources alone, by the mean"
-                .to_owned(),
-        holds: complete.then_some(is_first),
+        promise: "ours: no other rule or form of it is better beyond chance".to_owned(),
+        holds: (complete && !found.is_empty()).then_some(holds),
         found: found.join("; "),
     }
 }
@@ -344,37 +364,34 @@ struct Rival {
     label: &'static str,
     /// Mean by which it is better.
     gain: f64,
-    /// Standard error of this mean.
-    error: f64,
+    /// Variance of this over the seeds.
+    variance: f64,
 }
 
-fn rivals(seeds: &[Seed<'_>], score: Score) -> Vec<Rival> {
+fn rivals(seeds: &[Seed<'_>], roles: &[Role], score: Score) -> Vec<Rival> {
     let of_arm = |arm: &Arm| {
         let gains: Option<Vec<f64>> = seeds
             .iter()
             .map(|seed| Some(score(seed, OURS)? - score(seed, arm.id)?))
             .collect();
-        let (gain, error) = moments(&gains?);
+        let (gain, variance) = moments(&gains?);
         Some(Rival {
             label: arm.label,
             gain,
-            error,
+            variance,
         })
     };
-    let others = ARMS
-        .iter()
-        .filter(|arm| matches!(arm.role, Role::Baseline | Role::Method | Role::Source));
+    let others = ARMS.iter().filter(|arm| roles.contains(&arm.role));
     others.filter_map(of_arm).collect()
 }
 
 /// A figure of an arm on a seed.
 type Score = fn(&Seed<'_>, &str) -> Option<f64>;
 
-/// Mean and its standard error; 0 of a single value.
+/// Mean and variance; 0 of a single value.
 fn moments(values: &[f64]) -> (f64, f64) {
     let count = values.len().max(1) as f64;
     let mean = values.iter().sum::<f64>() / count;
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    let variance = squares / (count - 1.0).max(1.0);
-    (mean, (variance / count).sqrt())
+    (mean, squares / (count - 1.0).max(1.0))
 }

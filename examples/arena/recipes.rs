@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use consilium_examples::lab::trainer::permuted_targets;
 use consilium_node::worker::LoadedModel;
 use consilium_node::worker::train::distill::{Objective, SortedLoss, Teacher};
-use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm};
+use consilium_protocol::manifest::{FusionRule, MergeRule, TargetForm, TargetTail};
 use consilium_protocol::shard::Shard;
 
 use crate::bench::Bench;
@@ -18,18 +18,21 @@ pub(crate) const ARITHMETIC: MergeRule = MergeRule::TaskArithmetic {
     scale_permille: 500,
 };
 
-/// Targets as they are fused.
-pub(crate) const PLAIN: TargetForm = TargetForm {
+/// As a round's targets are by default.
+pub(crate) const USUAL: TargetForm = TargetForm {
     symbols: None,
-    drop_tail: false,
+    tail: TargetTail::Label,
     draws: 0,
 };
 
-/// With room for all that four records of 8 symbols list.
-pub(crate) const WIDE: TargetForm = TargetForm {
-    symbols: Some(32),
-    ..PLAIN
-};
+/// Targets of so many symbols that say nothing else but how much the others have together.
+pub(crate) const fn ghost(symbols: u16) -> TargetForm {
+    TargetForm {
+        symbols: Some(symbols),
+        tail: TargetTail::Ghost,
+        draws: 0,
+    }
+}
 
 pub(crate) fn local(bench: &Bench, at: usize) -> Result<LoadedModel> {
     let folder = bench.sources.get(at).context("no such institution")?;
@@ -47,7 +50,7 @@ pub(crate) fn records(
 }
 
 pub(crate) fn fused(bench: &Bench, rule: FusionRule) -> Result<LoadedModel> {
-    records(bench, (rule, PLAIN), SYMBOLS)
+    records(bench, (rule, USUAL), SYMBOLS)
 }
 
 /// A rule with its default parameters.
@@ -60,7 +63,7 @@ pub(crate) fn named_rule(bench: &Bench, name: &str) -> Result<LoadedModel> {
 pub(crate) fn dual(bench: &Bench) -> Result<LoadedModel> {
     let items = bench.reference.items();
     let targets = bench.fuse(
-        (FusionRule::default(), PLAIN),
+        (FusionRule::default(), ghost(SYMBOLS)),
         SYMBOLS,
         &bench.records(SYMBOLS)?,
     )?;

@@ -100,7 +100,7 @@ pub(crate) fn render(outcome: &Outcome) -> String {
     for regime in outcome.regimes() {
         let _ = write!(
             text,
-            "\n{}; {} steps per arm; mean (least to most) over the seeds\n{:<32}",
+            "\n{}; {} steps per arm; mean (least to most) over the seeds; * ours, + ours in another form\n{:<32}",
             regime.label(),
             outcome.steps,
             "arm"
@@ -117,7 +117,11 @@ pub(crate) fn render(outcome: &Outcome) -> String {
             if cells.iter().all(Option::is_none) {
                 continue;
             }
-            let mark = if arm.role == Role::Ours { "*" } else { "" };
+            let mark = match arm.role {
+                Role::Ours => "*",
+                Role::Variant => "+",
+                _ => "",
+            };
             let _ = write!(text, "{:<32}", format!("{}{mark}", arm.label));
             for cell in cells {
                 let _ = write!(text, "{:>22}", cell.map_or_else(|| "-".to_owned(), show));

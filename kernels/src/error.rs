@@ -248,6 +248,14 @@ pub enum FusionError {
         /// Trim asked for.
         permille: u32,
     },
+    /// One label per position.
+    #[error("{labels} labels, expected {expected}")]
+    Labels {
+        /// Labels given.
+        labels: usize,
+        /// Positions.
+        expected: usize,
+    },
     /// A sample of nothing.
     #[error("no draws: a sampled target needs at least one")]
     Draws,

@@ -126,6 +126,12 @@ impl OpenRequest {
                 .pointer_mut("/training/distillation")
                 .ok_or("no loss")? = labels;
         }
+        // The pivot's own records have no labels in their tails, and the target's bits are compared with them.
+        let is_dual = document.pointer("/training/distillation/loss")
+            == Some(&Distillation::DualTrie.name().into());
+        if path.starts_with("training.distillation") && is_dual {
+            *document.pointer_mut("/targets/tail").ok_or("no tail")? = serde_json::json!("ghost");
+        }
         serde_json::from_value(document).map_err(|error| format!("{assignment}: {error}"))
     }
 }
@@ -260,6 +266,8 @@ pub struct Given {
 
 #[cfg(test)]
 mod tests {
+    use consilium_protocol::manifest::TargetTail;
+
     use super::*;
 
     #[test]
@@ -275,6 +283,8 @@ mod tests {
         assert_eq!(changed.fusion, OpenRequest::default().fusion);
         let adapters = OpenRequest::default().set("mode=adapters").unwrap();
         assert_eq!(adapters.training.distillation, Distillation::Labels);
+        let dual = OpenRequest::default().set("training.distillation.loss=dual_trie");
+        assert_eq!(dual.unwrap().targets.tail, TargetTail::Ghost);
         let graph = r#"training.distillation={"loss":"infifusion","symbols":10,"temperature_permille":900}"#;
         let changed = OpenRequest::default().set(graph).unwrap();
         let expected = Distillation::Infifusion {

@@ -8,7 +8,8 @@
 //! result are the nearest by integer logarithm. Addition of integers has no order, so neither
 //! threads, nor the order of sources, nor the machine can change a byte. [`Routing`] gives weights
 //! from the bits that each source needs, [`Evidence`] to every rule that looks at single
-//! positions. [`sample`] and [`without_tail`] are other forms of a fused record.
+//! positions. [`sample`], [`tail_to_labels`] and [`without_tail`] are other forms of a fused
+//! record.
 
 mod bits;
 mod distance;
@@ -23,7 +24,7 @@ pub(crate) use routing::exp2_minus;
 pub use routing::{
     Doubt, Routing, Scope, competent, route, route_causal, route_exponents, route_positions,
 };
-pub use targets::{sample, without_tail};
+pub use targets::{sample, tail_to_labels, without_tail};
 
 use crate::backend::Backend;
 #[cfg(feature = "cuda")]

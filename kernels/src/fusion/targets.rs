@@ -1,4 +1,4 @@
-//! Forms of a fused record that is sent back as a target: sampled, or without its tail.
+//! Forms of a fused record that is sent back as a target: sampled, with its tail on labels, or without it.
 
 use std::cmp::Reverse;
 
@@ -101,6 +101,46 @@ pub fn without_tail<S: Symbol>(record: RecordView<'_, S>) -> Records<S> {
     out
 }
 
+/// The record in `k` slots, or in its own if these are more, with its tail on `labels`: where a label is not listed and a slot is
+/// free, the label is listed with all of the tail's mass. Elsewhere the tail stays what it is.
+///
+/// A label is a draw from what the tail stands for, so a student that sees many of them learns how
+/// the tail is shared out, which neither a ghost nor dropping it says. The literature's name is the
+/// naive fix of top-k (arXiv 2503.16870), there for all positions; spans that are no label have
+/// none here.
+///
+/// # Errors
+/// Where there are too many slots, or `labels` are not one per position.
+pub fn tail_to_labels<S: Symbol>(
+    record: RecordView<'_, S>,
+    labels: &[Option<S>],
+    k: usize,
+) -> Result<Records<S>, FusionError> {
+    if labels.len() != record.positions() {
+        return Err(FusionError::Labels {
+            labels: labels.len(),
+            expected: record.positions(),
+        });
+    }
+    let k = k.max(record.k());
+    let mut out = Records::new(k)?;
+    for (position, label) in labels.iter().enumerate() {
+        let mut listed: Vec<(S, u8)> = record.listed(position).collect();
+        let mut tail = record.tail()[position];
+        let end = record.end().get(position).copied().unwrap_or(FLOOR);
+        if let Some(label) = *label
+            && tail < FLOOR
+            && listed.len() < k
+            && let Err(place) = listed.binary_search_by_key(&label, |&(symbol, _)| symbol)
+        {
+            listed.insert(place, (label, tail));
+            tail = FLOOR;
+        }
+        out.push(&listed, end, tail);
+    }
+    Ok(out)
+}
+
 /// `SplitMix64`.
 struct SplitMix(u64);
 
@@ -171,6 +211,27 @@ mod tests {
         assert_eq!(narrow.view().symbols()[0], 1);
         // A quarter and an eighth are tail now.
         assert!((code::decode(narrow.view().tail()[0]) - 0.375).abs() < 0.03);
+    }
+
+    #[test]
+    fn the_tail_goes_to_labels_that_are_not_listed() {
+        let source = record(4);
+        let labels = [Some(0), Some(2), None, Some(9)];
+        let out = tail_to_labels(source.view(), &labels, 3).unwrap();
+        let view = out.view();
+        let listed = |position| view.listed(position).collect::<Vec<_>>();
+        assert_eq!(listed(0), [(0, 48), (1, 16), (2, 32)]);
+        assert_eq!(listed(1), [(1, 16), (2, 32)]);
+        assert_eq!(listed(2), [(1, 16), (2, 32)]);
+        assert_eq!(listed(3), [(1, 16), (2, 32), (9, 48)]);
+        assert_eq!(view.tail(), [FLOOR, 48, 48, FLOOR]);
+        assert_eq!(view.end(), [48; 4]);
+        assert_eq!(view.check_mass(), Ok(()));
+        // Without a free slot the tail stays.
+        let full = tail_to_labels(source.view(), &labels, 2).unwrap();
+        assert_eq!(full, source);
+        assert!(tail_to_labels(source.view(), &labels[1..], 3).is_err());
+        assert!(tail_to_labels(source.view(), &labels, 257).is_err());
     }
 
     #[test]

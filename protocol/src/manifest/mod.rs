@@ -17,7 +17,7 @@ use crate::ids::{ConsortiumId, Digest, InstitutionId, RoundId};
 use crate::limits;
 
 pub use merging::{Defence, MergeRule};
-pub use rules::{Distillation, FusionRule, TargetForm};
+pub use rules::{Distillation, FusionRule, TargetForm, TargetTail};
 pub use screening::{Finding, Screening};
 
 /// First line of a manifest.
@@ -381,7 +381,7 @@ impl Manifest {
         }
         self.symbol_space.check(self.symbols)?;
         self.fusion.check(self.members.len())?;
-        self.targets.check()?;
+        self.targets.check(t.distillation)?;
         self.screening.check()?;
         t.distillation.check(self.mode)?;
         t.merge.check(t)?;

@@ -196,33 +196,55 @@ fn within(name: &str, value: u32, least: u32, most: u32) -> Result<(), String> {
     }
 }
 
-/// What becomes of a fused record before it is sent back as a target. The default is to send it as it is.
+/// What becomes of a fused record before it is sent back as a target.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetForm {
-    /// Symbol slots of a target, a record's by default, 1 to 256. Fewer are top-k. More keep what several sources list: a mixture
-    /// of records of 8 symbols has up to 8 of each.
+    /// Symbol slots of a target, 1 to 256. By default twice a record's, because a mixture of records of 8 symbols has up to 8 of
+    /// each source, and one more for a label. Fewer are top-k.
     pub symbols: Option<u16>,
-    /// Whether the mass of everything that is not listed is dropped, so that what is listed sums to one. Kept by default,
-    /// as a ghost symbol (arXiv 2503.16870).
-    pub drop_tail: bool,
+    /// What becomes of the mass of everything that is not listed.
+    pub tail: TargetTail,
     /// Draws of random-sampling distillation (arXiv 2503.16870): the target is how often each symbol was drawn. 50 give
     /// about 12 different tokens. 0 for none.
     pub draws: u32,
+}
+
+/// What becomes of the mass that a target does not list.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetTail {
+    /// It goes to what was observed, where that is a label and not listed, and is a ghost symbol elsewhere: a label is a draw from
+    /// what the tail stands for. At most the tail's mass, so a wrong label can do little where the sources are certain.
+    #[default]
+    Label,
+    /// It is one ghost symbol for all that is not listed (arXiv 2503.16870).
+    Ghost,
+    /// It is dropped, so that what is listed sums to one: plain top-k.
+    Dropped,
 }
 
 impl TargetForm {
     /// Slots of a target, for records of `symbols` slots.
     #[must_use]
     pub fn slots(&self, symbols: u16) -> u16 {
-        self.symbols.unwrap_or(symbols)
+        let all = symbols.saturating_mul(2).saturating_add(1);
+        let all = all.min(limits::SYMBOLS);
+        self.symbols.unwrap_or(all)
     }
 
     pub(super) fn is_plain(&self) -> bool {
         *self == Self::default()
     }
 
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self, distillation: Distillation) -> Result<(), String> {
+        if distillation == Distillation::DualTrie && self.tail == TargetTail::Label {
+            return Err(
+                "distillation dual_trie compares the bits of a target and of the pivot, and targets.tail label takes bits \
+                 off the target alone; set targets.tail=ghost"
+                    .to_owned(),
+            );
+        }
         if let Some(wanted) = self.symbols {
             within("targets.symbols", wanted.into(), 1, limits::SYMBOLS.into())?;
         }
@@ -401,13 +423,19 @@ mod tests {
     fn slots_and_draws_of_a_target_have_a_range() {
         let form = |symbols, draws| TargetForm {
             symbols,
-            drop_tail: false,
+            tail: TargetTail::Ghost,
             draws,
         };
-        assert_eq!(form(Some(8), 50).check(), Ok(()));
-        assert!(form(Some(257), 0).check().is_err());
-        assert!(form(Some(0), 0).check().is_err());
-        assert!(form(None, 5000).check().is_err());
-        assert_eq!(form(None, 0).slots(16), 16);
+        let check = |symbols, draws| form(symbols, draws).check(Distillation::Trie);
+        assert_eq!(check(Some(8), 50), Ok(()));
+        assert!(check(Some(257), 0).is_err());
+        assert!(check(Some(0), 0).is_err());
+        assert!(check(None, 5000).is_err());
+        assert_eq!(form(None, 0).slots(16), 33);
+        assert_eq!(form(None, 0).slots(200), 256);
+        assert_eq!(form(Some(8), 0).slots(16), 8);
+        assert_eq!(form(None, 0).check(Distillation::DualTrie), Ok(()));
+        let refused = TargetForm::default().check(Distillation::DualTrie);
+        assert!(refused.unwrap_err().contains("targets.tail=ghost"));
     }
 }

@@ -23,6 +23,8 @@ pub(crate) trait Space: Symbol {
     fn positions(item: &Item) -> usize;
     /// Positions that spell some of these bytes of the target.
     fn spelling(item: &Item, bytes: Range<u32>) -> Vec<usize>;
+    /// What was observed at each position, where it is a label.
+    fn labels(item: &Item) -> Vec<Option<Self>>;
     /// What sources say of what was observed.
     fn evidence(
         manifest: &Manifest,
@@ -51,6 +53,15 @@ impl Space for u8 {
         bytes
             .filter_map(|byte| usize::try_from(byte).ok())
             .collect()
+    }
+
+    fn labels(item: &Item) -> Vec<Option<Self>> {
+        let mut labels: Vec<_> = item.target.bytes().map(Some).collect();
+        for span in &item.unlabeled {
+            labels[span.clone()].fill(None);
+        }
+        labels.push(None);
+        labels
     }
 
     fn evidence(
@@ -89,6 +100,17 @@ impl Space for u32 {
             from = to;
         }
         positions
+    }
+
+    fn labels(item: &Item) -> Vec<Option<Self>> {
+        let mut labels: Vec<_> = item.tokens.iter().map(|&(id, _)| Some(id)).collect();
+        for span in &item.unlabeled {
+            let bytes = |at| Self::try_from(at).unwrap_or(Self::MAX);
+            for position in Self::spelling(item, bytes(span.start)..bytes(span.end)) {
+                labels[position] = None;
+            }
+        }
+        labels
     }
 
     fn evidence(

@@ -2,11 +2,11 @@
 
 use consilium_kernels::fusion::{
     Doubt, Evidence, Mixing, Robust, Routing, Scope, competent, entropies, fuse, route,
-    route_exponents, route_positions, sample, variation, without_tail,
+    route_exponents, route_positions, sample, tail_to_labels, variation, without_tail,
 };
 use consilium_kernels::{FusionError as KernelError, RecordShape, RecordView, Records, Symbol};
 use consilium_protocol::Digest;
-use consilium_protocol::manifest::FusionRule;
+use consilium_protocol::manifest::{FusionRule, TargetTail};
 use rayon::prelude::*;
 
 use super::ready::{Ready, Space};
@@ -72,25 +72,32 @@ impl<'a, 'r, S: Space> Fuser<'a, 'r, S> {
         let manifest = self.ready.manifest;
         let form = manifest.targets;
         let slots = usize::from(form.slots(manifest.symbols));
+        // One slot is kept free for a label.
+        let mixed = match form.tail {
+            TargetTail::Label => slots.saturating_sub(1).max(1),
+            TargetTail::Ghost | TargetTail::Dropped => slots,
+        };
         let wrong = |error| self.ready.wrong(item, error);
-        let fused = if form.draws == 0 {
-            self.mixed(item, slots, manifest.fill_permille.into())?
+        let mut fused = if form.draws == 0 {
+            self.mixed(item, mixed, manifest.fill_permille.into())?
         } else {
             // Whatever any source lists can be drawn.
             let all = usize::from(manifest.symbols).saturating_mul(self.chosen.len());
             let mut fused = self.mixed(item, all.clamp(slots, S::MAX_SLOTS.max(slots)), 1000)?;
             let seed = sample_seed(manifest.seed, self.ready.first(), item);
-            fused.records = sample(fused.records.view(), form.draws, seed, slots).map_err(wrong)?;
+            fused.records = sample(fused.records.view(), form.draws, seed, mixed).map_err(wrong)?;
             fused
         };
-        Ok(if form.drop_tail {
-            Fused {
-                records: without_tail(fused.records.view()),
-                ..fused
+        let records = fused.records.view();
+        match form.tail {
+            TargetTail::Label => {
+                let labels = S::labels(self.ready.items[item].item);
+                fused.records = tail_to_labels(records, &labels, slots).map_err(wrong)?;
             }
-        } else {
-            fused
-        })
+            TargetTail::Ghost => {}
+            TargetTail::Dropped => fused.records = without_tail(records),
+        }
+        Ok(fused)
     }
 
     /// The item by the rule alone, in the records' own shape.

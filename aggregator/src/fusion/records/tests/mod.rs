@@ -178,7 +178,8 @@ fn without_a_declared_span_each_position_follows_what_came_before_it() {
             .map(|(name, blind)| (id(name), shard_of(&set, &manifest, 0, 0.9, blind)))
             .collect();
         let fused = fuse_shard(&manifest, &set, 0, &sources).unwrap();
-        let first_slots = fused.targets.codes.iter().copied().step_by(2);
+        let slots = usize::from(fused.targets.header.symbols);
+        let first_slots = fused.targets.codes.iter().copied().step_by(slots);
         (first_slots.collect::<Vec<u8>>(), fused.routing.weights)
     };
     let mean = |probabilities: &[f64]| {

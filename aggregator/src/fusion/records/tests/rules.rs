@@ -1,7 +1,7 @@
 //! Every rule and every form of a target: the same bytes in any order and on any number of threads, and what each is for.
 
 use consilium_kernels::code;
-use consilium_protocol::manifest::{FusionRule, Manifest, SymbolSpace, TargetForm};
+use consilium_protocol::manifest::{FusionRule, Manifest, SymbolSpace, TargetForm, TargetTail};
 use consilium_protocol::reference::ReferenceSet;
 use consilium_protocol::shard::{Header, Shard, Symbols};
 use consilium_protocol::{Digest, InstitutionId};
@@ -21,12 +21,16 @@ const NAMES: [&str; 9] = [
     "exp_guard",
 ];
 
-fn forms() -> [TargetForm; 5] {
+fn forms() -> [TargetForm; 6] {
     let plain = TargetForm::default();
     [
         plain,
         TargetForm {
-            drop_tail: true,
+            tail: TargetTail::Ghost,
+            ..plain
+        },
+        TargetForm {
+            tail: TargetTail::Dropped,
             ..plain
         },
         TargetForm {
@@ -39,7 +43,7 @@ fn forms() -> [TargetForm; 5] {
         },
         TargetForm {
             symbols: Some(2),
-            drop_tail: true,
+            tail: TargetTail::Dropped,
             draws: 50,
         },
     ]
@@ -186,6 +190,45 @@ fn neither_arrival_nor_threads_change_a_byte_of_any_rule() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_label_that_nobody_lists_has_the_mass_of_the_tail_and_what_is_no_label_has_not() {
+    for space in [SymbolSpace::Bytes, tokens()] {
+        let (mut manifest, set) = round(FusionRule::Uniform, space);
+        // It names a neighbour of every symbol that was observed.
+        let sources = [(id("d"), shard(&manifest, &set, 0.5, 1))];
+        let with_labels = fuse_shard(&manifest, &set, 0, &sources).unwrap().targets;
+        manifest.targets.tail = TargetTail::Ghost;
+        let ghost = fuse_shard(&manifest, &set, 0, &sources).unwrap().targets;
+        let k = usize::from(ghost.header.symbols);
+        let symbols = |shard: &Shard, position: usize| -> Vec<u32> {
+            let slots = position * k..(position + 1) * k;
+            match &shard.symbols {
+                Symbols::Bytes(bytes) => bytes[slots].iter().copied().map(u32::from).collect(),
+                Symbols::Tokens(tokens) => tokens[slots].to_vec(),
+            }
+        };
+        let mut moved = 0;
+        for (index, item) in set.items().iter().enumerate() {
+            let positions = ghost.item(index).unwrap();
+            for (place, (position, &(observed, _))) in positions.zip(&item.tokens).enumerate() {
+                let (before, after) = (symbols(&ghost, position), symbols(&with_labels, position));
+                let is_label = !item.unlabeled.contains(&(place..place + 1));
+                let is_end = observed == 300 && space == SymbolSpace::Bytes;
+                if is_label && !is_end && !before.contains(&observed) {
+                    let slot = after.iter().position(|&symbol| symbol == observed).unwrap();
+                    assert_eq!(with_labels.codes[position * k + slot], ghost.tail[position]);
+                    assert_eq!(with_labels.tail[position], 255);
+                    moved += 1;
+                } else {
+                    assert_eq!(after, before);
+                    assert_eq!(with_labels.tail[position], ghost.tail[position]);
+                }
+            }
+        }
+        assert!(moved > 5, "{moved}");
     }
 }
 
