@@ -171,6 +171,12 @@ pub(crate) static ARMS: &[Arm] = &[
         sorted(bench, SortedLoss::Probability, 64)
     }),
     method(
+        "uld_top10",
+        "ULD, top 10",
+        "arXiv 2402.12030 and 2501.02795",
+        |bench| sorted(bench, SortedLoss::Probability, 10),
+    ),
+    method(
         "infifusion",
         "InfiFusion, unified",
         "arXiv 2501.02795, top 10",

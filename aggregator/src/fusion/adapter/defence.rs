@@ -10,6 +10,10 @@ use consilium_protocol::manifest::{Defence, MergeRule};
 const NO_UPDATE: f64 = 1e-3;
 /// Updates with a higher cosine, and norms that differ by less than the same, are copies of each other.
 const COPY: f64 = 0.9999;
+/// Updates with a higher cosine may come from one text, see [`Gram::alike`].
+const ALIKE: f64 = 0.8;
+/// Where the median pair has a higher cosine, everybody is alike.
+const DIFFERENT: f64 = 0.6;
 /// Steps of the geometric median within [`Defence::Standard`].
 const STEPS: u32 = 8;
 /// Smallest distance in a Weiszfeld step in units of the median norm.
@@ -130,10 +134,36 @@ impl Gram {
         }
         suspects
     }
+
+    /// For each of `members`, those of them whose updates have nearly its direction although the members in general have not: a
+    /// cosine above .8 where that of the median pair is below .6. They may come from one text.
+    #[must_use]
+    pub fn alike(&self, members: &[usize]) -> Vec<Vec<usize>> {
+        let pairs = members.iter().enumerate().flat_map(|(at, &i)| {
+            let later = members[at + 1..].iter();
+            later.map(move |&j| self.cosine(i, j))
+        });
+        let mut cosines: Vec<f64> = pairs.collect();
+        cosines.sort_by(f64::total_cmp);
+        let median = cosines.get(cosines.len() / 2);
+        let differ = median.is_some_and(|&median| median < DIFFERENT);
+        let is_alike = |i: usize, j: usize| differ && i != j && self.cosine(i, j) > ALIKE;
+        let of = |&i: &usize| {
+            members
+                .iter()
+                .copied()
+                .filter(|&j| is_alike(i, j))
+                .collect()
+        };
+        members.iter().map(of).collect()
+    }
 }
 
 /// Shares and scales of all members. `shares` are what the members' parts give them and sum to one, in the order of `gram`,
 /// which callers make that of the institutions.
+///
+/// Members whose updates are [alike](Gram::alike) share one vote: up to f + 1 of them, f = (n - 1) / 4, as many as liars and the one
+/// whose text they have. More than that may be an honest majority.
 ///
 /// Where fewer members are left than a defence was made for, it tolerates fewer liars: multi-Krum and the trimmed mean lower
 /// f, and below three members nothing is changed. A member that was left out before counts as one of the f.
@@ -211,19 +241,30 @@ impl<'a> State<'a> {
         votes.filter_map(|(i, vote)| vote.excluded.is_none().then_some(i))
     }
 
-    /// Gives those that count their parts' shares of one, equal ones where these are zero.
+    /// Gives those that count their parts' shares of one, equal ones where these are zero. Those that are alike share.
     fn share_out(&mut self) {
         let left: Vec<usize> = self.left().collect();
-        let total: f64 = left.iter().map(|&i| self.parts[i]).sum();
+        let most = (self.gram.members().saturating_sub(1)) / 4 + 1;
+        let is_empty = left.iter().all(|&i| self.parts[i] <= 0.0);
+        let parts: Vec<f64> = left
+            .iter()
+            .zip(self.gram.alike(&left))
+            .map(|(&i, alike)| {
+                let part = if is_empty { 1.0 } else { self.parts[i] };
+                let sharers = alike.len() + 1;
+                if sharers <= most {
+                    part / sharers as f64
+                } else {
+                    part
+                }
+            })
+            .collect();
+        let total: f64 = parts.iter().sum();
         for vote in &mut self.votes {
             vote.share = 0.0;
         }
-        for &i in &left {
-            self.votes[i].share = if total > 0.0 {
-                self.parts[i] / total
-            } else {
-                1.0 / left.len() as f64
-            };
+        for (&i, part) in left.iter().zip(parts) {
+            self.votes[i].share = part / total;
         }
     }
 

@@ -297,21 +297,32 @@ fn report(round: &Round, training: &Training, gram: &Gram, votes: &Votes) -> Mer
         }
         Exclusion::FarFromOthers => "far from the others (multi-Krum)".to_owned(),
     };
-    let members = round.members.iter().zip(&votes.votes).zip(gram.suspects());
-    let describe =
-        |(index, ((member, vote), flag)): (usize, ((&super::round::Member, &Vote), _))| {
-            let flag: Option<Exclusion> = flag;
-            MemberReport {
-                institution: member.institution.clone(),
-                rank: member.rank,
-                part: member.part,
-                share: vote.share,
-                scale: vote.scale,
-                norm: gram.norm(index),
-                flag: flag.map(words),
-                excluded: vote.excluded.map(words),
-            }
+    let everybody: Vec<usize> = (0..round.members.len()).collect();
+    let flags = gram.suspects().into_iter().zip(gram.alike(&everybody));
+    let members = round.members.iter().zip(&votes.votes).zip(flags);
+    let describe = |(index, ((member, vote), (suspect, alike))): (
+        usize,
+        ((&super::round::Member, &Vote), _),
+    )| {
+        let (suspect, alike): (Option<Exclusion>, Vec<usize>) = (suspect, alike);
+        let of_one_text = || {
+            let names: Vec<_> = alike
+                .iter()
+                .filter_map(|&index| institution(index))
+                .collect();
+            (!names.is_empty()).then(|| format!("nearly the direction of {}", names.join(", ")))
         };
+        MemberReport {
+            institution: member.institution.clone(),
+            rank: member.rank,
+            part: member.part,
+            share: vote.share,
+            scale: vote.scale,
+            norm: gram.norm(index),
+            flag: suspect.map(words).or_else(of_one_text),
+            excluded: vote.excluded.map(words),
+        }
+    };
     let n = round.members.len();
     MergeReport {
         rule: training.merge.name(),

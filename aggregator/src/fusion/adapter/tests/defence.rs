@@ -124,6 +124,41 @@ fn multi_krum_drops_who_is_far_and_breaks_ties_by_order() {
 }
 
 #[test]
+fn two_of_five_that_are_alike_share_a_vote_unless_everybody_is_alike() {
+    let shares = |vectors: &[Vec<f64>]| -> Vec<f64> {
+        let votes = decide(Defence::ClipNorm, vectors);
+        votes.votes.iter().map(|vote| vote.share).collect()
+    };
+    let near = |got: &[f64], expected: [f64; 5]| {
+        let off = got.iter().zip(expected).map(|(a, b)| (a - b).abs());
+        assert!(off.fold(0.0, f64::max) < 1e-12, "{got:?}");
+    };
+    let axis = |at: usize| {
+        (0..5)
+            .map(|i| f64::from(u8::from(i == at)))
+            .collect::<Vec<_>>()
+    };
+    let mut apart: Vec<Vec<f64>> = (0..5).map(axis).collect();
+    near(&shares(&apart), [0.2; 5]);
+    // A hundred times as long and with a cosine of .96.
+    apart[4] = vec![100.0, 30.0, 0.0, 0.0, 0.0];
+    near(&shares(&apart), [0.125, 0.25, 0.25, 0.25, 0.125]);
+    // Three are more than one liar and its twin.
+    apart[3] = vec![1.0, 0.0, 0.3, 0.0, 0.0];
+    near(&shares(&apart), [0.2; 5]);
+    // One direction for all, as where all have the same kind of text.
+    let crowd: Vec<Vec<f64>> = crowd()[..5].to_vec();
+    near(&shares(&crowd), [0.2; 5]);
+    // Of four, none may lie.
+    let four = decide(Defence::ClipNorm, &apart[1..]);
+    assert!(
+        four.votes
+            .iter()
+            .all(|vote| (vote.share - 0.25).abs() < 1e-12)
+    );
+}
+
+#[test]
 fn free_riders_and_copies_are_named_and_do_not_count() {
     let mut vectors = crowd();
     vectors[5] = vec![1e-5, 0.0, 0.0];
