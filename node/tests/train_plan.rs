@@ -136,7 +136,7 @@ fn the_estimate_of_memory_is_the_peak_of_the_run_however_the_model_is_held() {
     };
     let [kept, again, plain, held @ ..] = at_once(runs, run);
     let (kept, again) = (kept.0, again.0);
-    assert!(again < 0.75 * kept, "{again} for {kept}");
+    assert!(again < 0.72 * kept, "{again} for {kept}");
     // A file changes the order of sums alone.
     let bounds = [(0.8, 0.01), (0.7, 0.01), (0.65, 0.03), (0.75, 1e-5)];
     for ((run, (share, tolerance)), (peak, loss)) in runs[3..].iter().zip(bounds).zip(held) {

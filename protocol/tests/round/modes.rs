@@ -2,7 +2,9 @@
 
 use consilium_protocol::artefact::Kind;
 use consilium_protocol::event::{Phase, Reason};
-use consilium_protocol::manifest::{Distillation, Manifest, Mode, Training};
+use consilium_protocol::manifest::{
+    Distillation, Manifest, Mode, TargetForm, TargetTail, Training,
+};
 use consilium_protocol::round::{Effect, RoundPhase, RoundTask, Work};
 use consilium_protocol::{RejectCode, UnixMillis};
 
@@ -133,6 +135,10 @@ fn what_a_mode_cannot_do_is_refused_by_name() {
             distillation,
             ..manifest().training
         },
+        targets: TargetForm {
+            tail: TargetTail::Ghost,
+            ..TargetForm::default()
+        },
         max_weight: None,
         ..manifest_of(mode)
     };
@@ -171,6 +177,11 @@ fn what_a_mode_cannot_do_is_refused_by_name() {
     ] {
         with(mode, distillation).to_text().unwrap();
     }
+    let on_labels = Manifest {
+        targets: TargetForm::default(),
+        ..with(Mode::Unified, Distillation::DualTrie)
+    };
+    assert!(refused(on_labels).contains("targets.tail"));
     let heavy = Manifest {
         max_weight: Some(3),
         ..manifest_of(Mode::Pairwise)
