@@ -382,6 +382,9 @@ fn rivals(seeds: &[Seed<'_>], roles: &[Role], score: Score) -> Vec<Rival> {
         })
     };
     let others = ARMS.iter().filter(|arm| roles.contains(&arm.role));
+    if seeds.is_empty() {
+        return Vec::new();
+    }
     others.filter_map(of_arm).collect()
 }
 

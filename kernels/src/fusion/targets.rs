@@ -1,4 +1,5 @@
-//! Forms of a fused record that is sent back as a target: sampled, with its tail on labels, or without it.
+//! Forms of a fused record that is sent back as a target: sampled, with its tail on labels, or
+//! without it.
 
 use std::cmp::Reverse;
 
@@ -101,8 +102,9 @@ pub fn without_tail<S: Symbol>(record: RecordView<'_, S>) -> Records<S> {
     out
 }
 
-/// The record in `k` slots, or in its own if these are more, with its tail on `labels`: where a label is not listed and a slot is
-/// free, the label is listed with all of the tail's mass. Elsewhere the tail stays what it is.
+/// The record in `k` slots, or in its own if these are more, with its tail on `labels`: where a
+/// label is not listed and a slot is free, the label is listed with all of the tail's mass.
+/// Elsewhere the tail stays what it is.
 ///
 /// A label is a draw from what the tail stands for, so a student that sees many of them learns how
 /// the tail is shared out, which neither a ghost nor dropping it says. The literature's name is the
@@ -124,8 +126,10 @@ pub fn tail_to_labels<S: Symbol>(
     }
     let k = k.max(record.k());
     let mut out = Records::new(k)?;
+    let mut listed: Vec<(S, u8)> = Vec::with_capacity(k);
     for (position, label) in labels.iter().enumerate() {
-        let mut listed: Vec<(S, u8)> = record.listed(position).collect();
+        listed.clear();
+        listed.extend(record.listed(position));
         let mut tail = record.tail()[position];
         let end = record.end().get(position).copied().unwrap_or(FLOOR);
         if let Some(label) = *label

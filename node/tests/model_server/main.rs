@@ -4,6 +4,8 @@
 
 mod access;
 mod fake;
+#[path = "../common/lines.rs"]
+mod lines;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +29,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
 use fake::{Fake, Fault, Running};
+use lines::lines;
 
 const KINDS: [ServerKind; 2] = [ServerKind::Vllm, ServerKind::Sglang];
 const ITEMS: u64 = 11;
@@ -36,20 +39,6 @@ const SHAPE: RecordShape = RecordShape {
     k: 8,
     fill_permille: 995,
 };
-
-fn lines() -> Vec<String> {
-    let words = ["dolin", "merak", "tamu", "sirel", "kavo"];
-    (0..40)
-        .map(|i| {
-            format!(
-                "ref {}-{i} -> use {} {}0mg.",
-                words[i % 5],
-                words[i / 5 % 5],
-                i % 4
-            )
-        })
-        .collect()
-}
 
 /// Items with a context for every third; one has characters of several bytes.
 fn reference() -> String {

@@ -2,6 +2,8 @@
 
 #![cfg(test)]
 
+#[path = "../common/lines.rs"]
+mod lines;
 mod tokens;
 
 use std::collections::BTreeMap;
@@ -27,24 +29,12 @@ use consilium_protocol::shard::Shard;
 use consilium_protocol::{ConsortiumId, Digest, InstitutionId, RoundId};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
+use lines::lines;
+
 const ITEMS: u64 = 40;
 const SHARD_ITEMS: u32 = 25;
 const COMMAND: &str = "CONSILIUM_TEST_COMMAND";
 const CONFIG: &str = "CONSILIUM_TEST_CONFIG";
-
-fn lines() -> Vec<String> {
-    let words = ["dolin", "merak", "tamu", "sirel", "kavo"];
-    (0..40)
-        .map(|i| {
-            format!(
-                "ref {}-{i} -> use {} {}0mg.",
-                words[i % 5],
-                words[i / 5 % 5],
-                i % 4
-            )
-        })
-        .collect()
-}
 
 fn folders(folder: &Path) -> Folders {
     Folders {

@@ -12,9 +12,9 @@ use consilium_protocol::Digest;
 use consilium_protocol::manifest::SymbolSpace;
 use consilium_protocol::shard::Shard;
 
+use crate::lines::lines;
 use crate::{
-    ITEMS, SHARD_ITEMS, artefact, distil, first_adapter, folders, lines, problem, records, score,
-    site,
+    ITEMS, SHARD_ITEMS, artefact, distil, first_adapter, folders, problem, records, score, site,
 };
 
 /// The token space of a model folder, and the site's reference set with the tokens of that model.

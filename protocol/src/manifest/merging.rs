@@ -152,7 +152,8 @@ impl MergeRule {
 /// What protects the merge from adapters that harm.
 ///
 /// All judge whole updates `tau_m`, modules trained whole included, by their inner products. Any but `none` leaves out members
-/// without an update and copies of another member's, and the report says so.
+/// without an update and copies of another member's, and lets up to f + 1 members, f = (n - 1) / 4, whose updates alone have
+/// nearly one direction share a vote; the report says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "rule", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Defence {
